@@ -1,1 +1,85 @@
-//! bridge-ops
+//! The operations a language model is made of, with their gradients, over any Burn backend.
+//!
+//! Three layers, each usable alone:
+//!
+//! 1. [`Ops`]: kernels over plain tensor primitives, forward and backward as separate functions. Every kernel has a
+//!    portable body written in ordinary Burn operations, which is the reference; a backend overrides what it can do
+//!    faster. [`Flex`](burn_flex::Flex), the CPU backend, is implemented here (see [`cpu`]).
+//! 2. [`Tape`], [`Var`] and [`Param`]: a small reverse-mode tape whose nodes are hand-written backward closures over
+//!    those kernels. Weights live outside the tape, and their gradients are accumulated in fp32 by the kernel that
+//!    computes them.
+//! 3. Free functions ([`linear`], [`rms_norm`], [`attention`], ...): what models call. On an inference tape they record
+//!    nothing, so training and generation share one code path.
+//!
+//! ```
+//! use bridge_ops::{Param, Tape, float_from_f32, linear, to_f32_vec};
+//! use burn_flex::Flex;
+//!
+//! let device = Default::default();
+//! let weight = Param::<Flex>::new("weight", float_from_f32::<Flex>(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[2, 3], &device));
+//!
+//! let tape = Tape::<Flex>::new();
+//! let x = tape.leaf(float_from_f32::<Flex>(&[1.0, 0.0, -1.0], &[1, 3], &device));
+//! let y = linear(&tape, &x, &weight, None); // [1, 3] x [2, 3]^T -> [1, 2]
+//! assert_eq!(to_f32_vec::<Flex>(y.value()), [-2.0, -2.0]);
+//!
+//! let seed = float_from_f32::<Flex>(&[1.0, 1.0], &[1, 2], &device);
+//! let grads = tape.backward(vec![(y, seed)], &[&x]);
+//! assert_eq!(to_f32_vec::<Flex>(grads[0].clone().unwrap()), [5.0, 7.0, 9.0]);
+//! assert_eq!(to_f32_vec::<Flex>(weight.grad().unwrap()), [1.0, 0.0, -1.0, 1.0, 0.0, -1.0]);
+//! ```
+
+mod activation;
+mod adamw;
+mod attention;
+mod burn_fn;
+mod cache;
+mod cross_entropy;
+mod data;
+mod elementwise;
+mod embedding;
+mod grad_slot;
+mod layer_norm;
+mod linear;
+mod linear_cross_entropy;
+mod ops;
+mod param;
+mod primitive;
+mod reduce;
+mod rms_norm;
+mod rotary;
+mod shape;
+mod tape;
+
+pub mod cpu;
+
+pub use activation::{Activation, UnknownActivation, activation, gated_activation};
+pub use adamw::AdamWStep;
+pub use attention::{AttentionGrads, AttentionOutput, AttentionRule, AttentionSpec, attention};
+pub use burn_fn::{TrackedTensor, burn_fn};
+pub use cache::KvCache;
+pub use cross_entropy::{CrossEntropyOutput, CrossEntropySpec, cross_entropy};
+pub use data::{
+    float_from_bytes, float_from_f32, float_zeros, int_from_i64, to_f32_vec, to_i64_vec, to_scalar,
+};
+pub use elementwise::{add, cast, mul, scale, softcap, sub};
+pub use embedding::{embedding, embedding_as};
+pub use grad_slot::GradSlot;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
+pub use linear_cross_entropy::{
+    LossGradRequest, LossGrads, linear_cross_entropy, linear_cross_entropy_weighted,
+};
+pub use ops::Ops;
+pub use param::Param;
+pub use primitive::{Float, Int};
+pub use reduce::sum;
+pub use rms_norm::{NormSpec, rms_norm};
+pub use rotary::{RotaryDirection, RotaryStyle, RotaryTable, rotary};
+pub use shape::{concat, matmul, reshape, slice, transpose};
+pub use tape::{Tape, Var};
+
+pub use burn_backend::{DType, FloatDType, IntDType};
+
+#[cfg(test)]
+mod testing;

@@ -1,2 +1,7 @@
-//! The command line.
-fn main() {}
+//! `cargo xtask <verb>`; see the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    xtask::main("cargo xtask")
+}

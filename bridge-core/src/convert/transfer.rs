@@ -1,0 +1,253 @@
+//! Moving whole tensors: from stored byte ranges, through strided views and casts, into a sink, on a few threads and
+//! within a memory budget.
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::Progress;
+use super::strided::{self, Paired};
+use crate::checkpoint::RangeReader;
+use crate::dtype::{DType, cast_bytes};
+use crate::error::{Error, Result};
+use crate::mapping::{View, ViewPair};
+
+/// Some elements of a target tensor, and where they are stored.
+pub(super) struct Segment<'a> {
+    /// Which elements of the target tensor.
+    pub(super) target: View,
+    /// Which elements of the stored one, in the same order.
+    pub(super) source: View,
+    /// Type of the stored elements.
+    pub(super) dtype: DType,
+    pub(super) reader: &'a dyn RangeReader,
+    /// Byte of `reader` at which element 0 of the stored tensor lies.
+    pub(super) base: u64,
+}
+
+/// A tensor to be made of segments that meet each of its elements once.
+pub(super) struct Transfer<'a> {
+    /// The sink's number for it.
+    pub(super) tensor: usize,
+    pub(super) name: String,
+    pub(super) numel: usize,
+    /// Type to write.
+    pub(super) dtype: DType,
+    pub(super) segments: Vec<Segment<'a>>,
+}
+
+/// Where tensors are written to.
+pub(super) trait Sink: Sync {
+    fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies a byte range, in the kernel where that is possible.
+    fn copy(&self, tensor: usize, offset: u64, reader: &dyn RangeReader, start: u64, len: u64) -> Result<()>;
+}
+
+/// How much a conversion may use.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Resources {
+    pub(super) threads: usize,
+    /// Bytes of buffers, all threads together.
+    pub(super) memory_budget: usize,
+}
+
+impl Resources {
+    /// Bytes of one chunk: each thread holds at most the chunk, a span of the source, and the chunk before and after a
+    /// cast, which may double its size.
+    fn chunk_bytes(&self) -> usize {
+        const BUFFERS: usize = 5;
+        const MIN: usize = 64 << 10;
+        const MAX: usize = 32 << 20;
+        (self.memory_budget / (self.threads.max(1) * BUFFERS)).clamp(MIN, MAX)
+    }
+}
+
+/// Bytes per kernel copy: large enough to cost nothing, small enough for progress to move and a stop to be noticed.
+const COPY_BYTES: u64 = 64 << 20;
+
+impl<'a> Transfer<'a> {
+    /// Size of an element as written. Plans admit types of whole bytes only.
+    fn element(&self) -> usize {
+        element_bytes(self.dtype)
+    }
+
+    /// The segments as byte ranges (segment, target byte, source byte, length), if all of them are that simple.
+    fn byte_ranges(&self) -> Option<Vec<(usize, u64, u64, u64)>> {
+        let ranges = self.segments.iter().enumerate().map(|(index, segment)| {
+            let pair = ViewPair { near: segment.target.clone(), far: segment.source.clone() };
+            let paired = Paired::new(&pair);
+            (paired.is_run() && segment.dtype == self.dtype).then(|| {
+                let size = self.element() as u64;
+                let start = segment.base + paired.far_offset as u64 * size;
+                (index, paired.near_offset as u64 * size, start, paired.numel() as u64 * size)
+            })
+        });
+        ranges.collect()
+    }
+
+    /// Fills `out` with elements `range` of the target tensor.
+    fn gather(&self, range: Range<usize>, out: &mut [u8], buffers: &mut Buffers, limit: usize) -> Result<()> {
+        for segment in &self.segments {
+            let pair = ViewPair { near: segment.target.clone(), far: segment.source.clone() };
+            for part in pair.within(&[self.numel], std::slice::from_ref(&range)) {
+                let paired = Paired::new(&part);
+                let size = element_bytes(segment.dtype);
+                if segment.dtype == self.dtype {
+                    strided::gather(&paired, size, segment.reader, segment.base, out, &mut buffers.scratch, limit)?;
+                    continue;
+                }
+                let numel = paired.numel();
+                buffers.stored.resize(numel * size, 0);
+                buffers.cast.resize(numel * self.element(), 0);
+                let compact = paired.compact();
+                let stored = &mut buffers.stored;
+                strided::gather(&compact, size, segment.reader, segment.base, stored, &mut buffers.scratch, limit)?;
+                cast_bytes(&buffers.stored, segment.dtype, self.dtype, &mut buffers.cast)
+                    .map_err(|error| Error::InvalidArgument(format!("tensor `{}`: {error}", self.name)))?;
+                strided::copy(&paired.scatter(), self.element(), &buffers.cast, out);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn element_bytes(dtype: DType) -> usize {
+    // A plan refuses types of less than a byte before any transfer is made.
+    dtype.bytes().unwrap_or(1)
+}
+
+/// Buffers of one thread; they grow to what is needed and stay.
+#[derive(Default)]
+struct Buffers {
+    out: Vec<u8>,
+    scratch: Vec<u8>,
+    stored: Vec<u8>,
+    cast: Vec<u8>,
+}
+
+/// What a thread does at a time.
+enum Item {
+    Copy { transfer: usize, segment: usize, target: u64, source: u64, len: u64 },
+    Gather { transfer: usize, elements: Range<usize> },
+}
+
+/// Carries out `transfers`. Stops at the first failure, or when `progress` says so.
+pub(super) fn run(
+    transfers: &[Transfer<'_>],
+    sink: &dyn Sink,
+    resources: Resources,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let chunk = resources.chunk_bytes();
+    let items = items(transfers, chunk);
+    each(&items, resources.threads, |item, buffers| {
+        let (transfer, bytes) = match item {
+            Item::Copy { transfer, segment, target, source, len } => {
+                let transfer = &transfers[*transfer];
+                sink.copy(transfer.tensor, *target, transfer.segments[*segment].reader, *source, *len)?;
+                (transfer, *len)
+            }
+            Item::Gather { transfer, elements } => {
+                let transfer = &transfers[*transfer];
+                let size = transfer.element();
+                let mut out = std::mem::take(&mut buffers.out);
+                out.resize(elements.len() * size, 0);
+                transfer.gather(elements.clone(), &mut out, buffers, chunk)?;
+                sink.write(transfer.tensor, elements.start as u64 * size as u64, &out)?;
+                buffers.out = out;
+                (transfer, (elements.len() * size) as u64)
+            }
+        };
+        if progress.advance(&transfer.name, bytes) { Ok(()) } else { Err(Error::Cancelled) }
+    })
+}
+
+/// Compares pairs of transfers that should make equal bytes; the name of the first of each unequal pair goes to
+/// `differ`.
+pub(super) fn compare(
+    pairs: &[(Transfer<'_>, Transfer<'_>)],
+    resources: Resources,
+    progress: &dyn Progress,
+    differ: &(dyn Fn(&str) + Sync),
+) -> Result<()> {
+    // Two chunks are held at a time.
+    let chunk = resources.chunk_bytes() / 2;
+    let mut items = Vec::new();
+    for (index, (one, _)) in pairs.iter().enumerate() {
+        items.extend(element_ranges(one, chunk).map(|elements| Item::Gather { transfer: index, elements }));
+    }
+    each(&items, resources.threads, |item, buffers| {
+        let Item::Gather { transfer, elements } = item else { return Ok(()) };
+        let (one, other) = &pairs[*transfer];
+        let bytes = elements.len() * one.element();
+        let mut out = std::mem::take(&mut buffers.out);
+        out.resize(2 * bytes, 0);
+        let (left, right) = out.split_at_mut(bytes);
+        one.gather(elements.clone(), left, buffers, chunk)?;
+        other.gather(elements.clone(), right, buffers, chunk)?;
+        if left != right {
+            differ(&one.name);
+        }
+        buffers.out = out;
+        if progress.advance(&one.name, bytes as u64) { Ok(()) } else { Err(Error::Cancelled) }
+    })
+}
+
+fn items(transfers: &[Transfer<'_>], chunk: usize) -> Vec<Item> {
+    let mut items = Vec::new();
+    for (index, transfer) in transfers.iter().enumerate() {
+        let Some(ranges) = transfer.byte_ranges() else {
+            items.extend(element_ranges(transfer, chunk).map(|elements| Item::Gather { transfer: index, elements }));
+            continue;
+        };
+        for (segment, target, source, len) in ranges {
+            let mut at = 0;
+            while at < len {
+                let step = COPY_BYTES.min(len - at);
+                let (target, source) = (target + at, source + at);
+                items.push(Item::Copy { transfer: index, segment, target, source, len: step });
+                at += step;
+            }
+        }
+    }
+    items
+}
+
+/// The tensor's elements in ranges of at most `chunk` bytes.
+fn element_ranges(transfer: &Transfer<'_>, chunk: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let numel = transfer.numel;
+    let widest = transfer.segments.iter().map(|segment| element_bytes(segment.dtype)).max().unwrap_or(1);
+    let step = (chunk / widest.max(transfer.element())).max(1);
+    (0..numel).step_by(step).map(move |start| start..(start + step).min(numel))
+}
+
+/// Hands `items` to threads in order; returns the first error, after which no further item is begun.
+fn each(
+    items: &[Item],
+    threads: usize,
+    work: impl Fn(&Item, &mut Buffers) -> Result<()> + Sync,
+) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let failed: Mutex<Option<Error>> = Mutex::new(None);
+    let worker = || {
+        let mut buffers = Buffers::default();
+        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if let Err(error) = work(item, &mut buffers) {
+                next.store(items.len(), Ordering::Relaxed);
+                failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
+            }
+        }
+    };
+    let threads = threads.clamp(1, items.len().max(1));
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(worker);
+        }
+        worker();
+    });
+    match failed.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,78 @@
+// AdamW, in the order of operations of torch.optim.AdamW, and sums of squares.
+//
+//   g = grad_scale grad;  p = p (1 - lr wd);  m += (1 - beta1)(g - m);  v = beta2 v + (1 - beta2) g^2
+//   p -= lr / bc1 * m / (sqrt(v) / sqrt(bc2) + eps)
+//
+// Definitions: PARAM (element of p), GRAD (element of grad). m, v float. `step` updates one tensor in place. `step_many`
+// updates a list of tensors in one launch: tensors: [count] of the structure below, chunks: [blocks] of (tensor, chunk
+// number), CHUNK elements a block; where `copy` is set, the new value is also written there in bf16. Elements are touched
+// once: 16-byte accesses, bound by memory. Source: Loshchilov and Hutter 2019. Launcher: src/ops/adamw.rs.
+#include "common.cuh"
+
+typedef PARAM P;
+typedef GRAD G;
+
+// Mirrors `Numbers` in src/ops/adamw.rs.
+struct Numbers { float decay, beta1_rest, beta2, beta2_rest, step_size, root_bc2, eps, grad_scale; };
+
+__device__ __forceinline__ float update(float p, float g, float& m, float& v, const Numbers& n) {
+    g *= n.grad_scale;
+    p *= n.decay;
+    m += n.beta1_rest * (g - m);
+    v = n.beta2 * v + n.beta2_rest * g * g;
+    return p - n.step_size * (m / (sqrtf(v) / n.root_bc2 + n.eps));
+}
+
+constexpr int VECTOR = 4;
+
+__device__ __forceinline__ void range(P* p, const G* g, float* m, float* v, bf16* copy, const Numbers& n, i64 begin, i64 end, i64 thread, i64 step) {
+    i64 packed_end = begin + (end - begin) / VECTOR * VECTOR;
+    for (i64 i = begin + thread * VECTOR; i < packed_end; i += step * VECTOR) {
+        Pack<P, VECTOR> pp = load_pack<P, VECTOR>(p + i);
+        Pack<G, VECTOR> pg = load_pack<G, VECTOR>(g + i);
+        Pack<float, VECTOR> pm = load_pack<float, VECTOR>(m + i), pv = load_pack<float, VECTOR>(v + i);
+        Pack<bf16, VECTOR> pc;
+        #pragma unroll
+        for (int k = 0; k < VECTOR; k++) {
+            float x = update(load(pp.at[k]), load(pg.at[k]), pm.at[k], pv.at[k], n);
+            pp.at[k] = store<P>(x);
+            pc.at[k] = store<bf16>(x);
+        }
+        store_pack(p + i, pp);
+        store_pack(m + i, pm);
+        store_pack(v + i, pv);
+        if (copy) store_pack(copy + i, pc);
+    }
+    for (i64 i = packed_end + thread; i < end; i += step) {
+        float x = update(load(p[i]), load(g[i]), m[i], v[i], n);
+        p[i] = store<P>(x);
+        if (copy) copy[i] = store<bf16>(x);
+    }
+}
+
+extern "C" __global__ void step(P* p, const G* g, float* m, float* v, Numbers n, i64 count) {
+    range(p, g, m, v, nullptr, n, 0, count, (i64)blockIdx.x * blockDim.x + threadIdx.x, (i64)gridDim.x * blockDim.x);
+}
+
+struct Tensor { P* p; const G* g; float* m; float* v; bf16* copy; i64 count; };
+constexpr i64 CHUNK = 1 << 16;
+
+extern "C" __global__ void step_many(const Tensor* tensors, const i32* chunks, Numbers n) {
+    Tensor t = tensors[chunks[blockIdx.x * 2]];
+    i64 begin = chunks[blockIdx.x * 2 + 1] * CHUNK;
+    i64 end = begin + CHUNK < t.count ? begin + CHUNK : t.count;
+    range(t.p, t.g, t.m, t.v, t.copy, n, begin, end, threadIdx.x, blockDim.x);
+}
+
+// partial[block] = sum of squares of the block's share of g. A second launch of one block with GRAD = float and
+// `square` 0 adds the partial sums up; the order is fixed.
+extern "C" __global__ void sum_squares(float* partial, const G* g, i64 count, i32 square) {
+    float sum = 0;
+    i64 step = (i64)gridDim.x * blockDim.x;
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+        float x = load(g[i]);
+        sum += square ? x * x : x;
+    }
+    sum = block_reduce<Add>(sum, 0.0f);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}

@@ -1,0 +1,95 @@
+//! Activations, plain and gated. Kernels: `kernels/gated_activation.cu`.
+
+use bridge_ops::Activation;
+use burn_backend::TensorMetadata;
+
+use crate::device::{Gpu, Launch, launch};
+use crate::elementwise::{blocks, cast, type_name};
+use crate::error::OrPanic;
+use crate::nvrtc::Kernel;
+use crate::tensor::CudaTensor;
+
+/// Name of an activation in the kernel file.
+fn name(activation: Activation) -> &'static str {
+    match activation {
+        Activation::Silu => "Silu",
+        Activation::Gelu => "Gelu",
+        Activation::GeluTanh => "GeluTanh",
+        Activation::QuickGelu => "QuickGelu",
+        Activation::Relu => "Relu",
+        Activation::Relu2 => "Relu2",
+        Activation::Sigmoid => "Sigmoid",
+        Activation::Tanh => "Tanh",
+    }
+}
+
+fn kernel(x: &CudaTensor, activation: Activation, entry: &'static str) -> (&'static Gpu, Kernel, Launch, i64) {
+    let defines = [("TYPE", type_name(x.dtype())), ("ACT", name(activation))];
+    let gpu = x.gpu();
+    let count = x.count();
+    let shape = Launch::linear(blocks(gpu, count, 16 / x.dtype().size()), 256);
+    (gpu, gpu.kernel("gated_activation", &defines, entry).or_panic(), shape, count as i64)
+}
+
+/// Packed and aligned for 16-byte packs.
+fn aligned(x: CudaTensor) -> CudaTensor {
+    let x = x.packed();
+    if x.address().is_multiple_of(16) { x } else { x.copied() }
+}
+
+fn like(x: &CudaTensor) -> CudaTensor {
+    CudaTensor::empty(x.gpu(), x.dims(), x.dtype())
+}
+
+pub(super) fn forward(x: CudaTensor, activation: Activation) -> CudaTensor {
+    let x = aligned(x);
+    let y = like(&x);
+    if y.count() > 0 {
+        let (gpu, kernel, shape, count) = kernel(&x, activation, "forward");
+        // SAFETY: packed operands of `count` elements.
+        unsafe { launch!(gpu, kernel, shape; y.address(), x.address(), count).or_panic() };
+    }
+    y
+}
+
+pub(super) fn backward(x: CudaTensor, dy: CudaTensor, activation: Activation) -> CudaTensor {
+    let (dy, x) = (aligned(cast(dy, x.dtype())), aligned(x));
+    let dx = like(&x);
+    if dx.count() > 0 {
+        let (gpu, kernel, shape, count) = kernel(&x, activation, "backward");
+        // SAFETY: packed operands of `count` elements.
+        unsafe { launch!(gpu, kernel, shape; dx.address(), x.address(), dy.address(), count).or_panic() };
+    }
+    dx
+}
+
+pub(super) fn gated_forward(gate: CudaTensor, up: CudaTensor, activation: Activation) -> CudaTensor {
+    let (gate, up) = (aligned(gate), aligned(up));
+    let y = like(&gate);
+    if y.count() > 0 {
+        let (gpu, kernel, shape, count) = kernel(&gate, activation, "gated_forward");
+        // SAFETY: packed operands of `count` elements.
+        unsafe { launch!(gpu, kernel, shape; y.address(), gate.address(), up.address(), count).or_panic() };
+    }
+    y
+}
+
+pub(super) fn gated_backward(
+    gate: CudaTensor,
+    up: CudaTensor,
+    dy: CudaTensor,
+    activation: Activation,
+) -> (CudaTensor, CudaTensor) {
+    let dy = aligned(cast(dy, gate.dtype()));
+    let (gate, up) = (aligned(gate), aligned(up));
+    let (dgate, dup) = (like(&gate), like(&up));
+    if dgate.count() > 0 {
+        let (gpu, kernel, shape, count) = kernel(&gate, activation, "gated_backward");
+        // SAFETY: packed operands of `count` elements.
+        unsafe {
+            launch!(gpu, kernel, shape; dgate.address(), dup.address(), gate.address(), up.address(), dy.address(), count)
+                .or_panic();
+        }
+    }
+    (dgate, dup)
+}

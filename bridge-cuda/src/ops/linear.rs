@@ -1,0 +1,68 @@
+//! The linear layer: cuBLASLt for every product, bias in its epilogue, weight gradients summed in fp32 by the product.
+
+use bridge_ops::GradSlot;
+use burn_backend::{DType, TensorMetadata};
+
+use super::open_slot;
+use crate::backend::Cuda;
+use crate::elementwise::{binary, cast};
+use crate::matmul::matmul_into;
+use crate::reduce::{Reduction, reduce};
+use crate::tensor::CudaTensor;
+
+/// `[.., last]` as a matrix that cuBLASLt can read, without packing where the strides allow.
+pub(super) fn rows(x: CudaTensor) -> CudaTensor {
+    let last = *x.dims().last().expect("a tensor of rank 0 has no last dimension");
+    let count = x.dims()[..x.dims().len() - 1].iter().product();
+    x.reshape(&[count, last])
+}
+
+fn with_last(shape: &[usize], last: usize) -> Vec<usize> {
+    let mut shape = shape.to_vec();
+    *shape.last_mut().expect("a tensor of rank 0 has no last dimension") = last;
+    shape
+}
+
+pub(super) fn forward(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>) -> CudaTensor {
+    let dtype = x.dtype();
+    let weight = cast(weight, dtype);
+    let bias = bias.map(|bias| cast(bias, dtype));
+    let shape = with_last(x.dims(), weight.dims()[0]);
+    let x = rows(x);
+    let out = CudaTensor::empty(x.gpu(), &[x.dims()[0], weight.dims()[0]], dtype);
+    matmul_into(&out, x, weight.swap_dims(0, 1), false, bias.as_ref());
+    out.reshape(&shape)
+}
+
+pub(super) fn backward_input(dy: CudaTensor, weight: CudaTensor) -> CudaTensor {
+    let dtype = dy.dtype();
+    let weight = cast(weight, dtype);
+    let shape = with_last(dy.dims(), weight.dims()[1]);
+    let dy = rows(dy);
+    let out = CudaTensor::empty(dy.gpu(), &[dy.dims()[0], weight.dims()[1]], dtype);
+    matmul_into(&out, dy, weight, false, None);
+    out.reshape(&shape)
+}
+
+pub(super) fn accumulate_weight_grad(x: CudaTensor, dy: CudaTensor, slot: GradSlot<Cuda>) -> CudaTensor {
+    let (x, dy) = (rows(x), rows(dy));
+    let shape = [dy.dims()[1], x.dims()[1]];
+    // Half-precision factors of one type with an fp32 sum are what cuBLASLt offers; anything else meets in fp32.
+    let (x, dy) = match (x.dtype(), dy.dtype()) {
+        (DType::BF16, DType::BF16) | (DType::F16, DType::F16) => (x, dy),
+        _ => (cast(x, DType::F32), cast(dy, DType::F32)),
+    };
+    let (sum, accumulate) = open_slot(slot, &x, &shape);
+    matmul_into(&sum, dy.swap_dims(0, 1), x, accumulate, None);
+    sum
+}
+
+pub(super) fn accumulate_bias_grad(dy: CudaTensor, slot: GradSlot<Cuda>) -> CudaTensor {
+    let dy = rows(dy);
+    let count = dy.dims()[1];
+    let sum = reduce(Reduction::Sum, &dy, 0, DType::F32).reshape(&[count]);
+    match slot {
+        GradSlot::Sum(so_far) => binary("AddTensor", so_far, sum, None),
+        GradSlot::Stale(_) | GradSlot::Empty => sum,
+    }
+}

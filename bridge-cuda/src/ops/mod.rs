@@ -1,0 +1,218 @@
+//! The kernels of language models: `bridge_ops::Ops` for [`Cuda`](crate::Cuda), one file per kernel file.
+//!
+//! Every kernel takes any float dtype and any strides; views without a layout that a kernel understands are packed first.
+
+mod activation;
+mod adamw;
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod linear;
+mod norm;
+mod rotary;
+
+use bridge_ops::{
+    Activation, AdamWStep, AttentionGrads, AttentionOutput, AttentionRule, CrossEntropyOutput, CrossEntropySpec, GradSlot,
+    LossGradRequest, LossGrads, NormSpec, Ops, RotaryDirection, RotaryStyle,
+};
+use burn_backend::DType;
+
+use crate::backend::Cuda;
+use crate::elementwise::cast;
+use crate::tensor::CudaTensor;
+
+pub use adamw::{AdamWTensor, adamw_step_many, sum_squares_many};
+pub use attention::AttentionPath;
+
+impl Ops for Cuda {
+    fn linear(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>) -> CudaTensor {
+        linear::forward(x, weight, bias)
+    }
+
+    fn linear_backward_input(dy: CudaTensor, weight: CudaTensor) -> CudaTensor {
+        linear::backward_input(dy, weight)
+    }
+
+    fn linear_accumulate_weight_grad(x: CudaTensor, dy: CudaTensor, slot: GradSlot<Self>) -> CudaTensor {
+        linear::accumulate_weight_grad(x, dy, slot)
+    }
+
+    fn linear_accumulate_bias_grad(dy: CudaTensor, slot: GradSlot<Self>) -> CudaTensor {
+        linear::accumulate_bias_grad(dy, slot)
+    }
+
+    fn embedding(ids: CudaTensor, weight: CudaTensor, dtype: DType) -> CudaTensor {
+        embedding::lookup(ids, weight, dtype)
+    }
+
+    fn embedding_accumulate_grad(
+        ids: CudaTensor,
+        dy: CudaTensor,
+        vocab_size: usize,
+        slot: GradSlot<Self>,
+    ) -> CudaTensor {
+        embedding::accumulate_grad(ids, dy, vocab_size, slot)
+    }
+
+    fn rms_norm(x: CudaTensor, weight: CudaTensor, spec: NormSpec) -> CudaTensor {
+        norm::rms_forward(x, weight, spec)
+    }
+
+    fn rms_norm_backward(x: CudaTensor, weight: CudaTensor, dy: CudaTensor, spec: NormSpec) -> (CudaTensor, CudaTensor) {
+        norm::rms_backward(x, weight, dy, spec)
+    }
+
+    fn layer_norm(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>, spec: NormSpec) -> CudaTensor {
+        norm::layer_forward(x, weight, bias, spec)
+    }
+
+    fn layer_norm_backward(
+        x: CudaTensor,
+        weight: CudaTensor,
+        dy: CudaTensor,
+        spec: NormSpec,
+    ) -> (CudaTensor, CudaTensor, CudaTensor) {
+        norm::layer_backward(x, weight, dy, spec)
+    }
+
+    fn rotary(x: CudaTensor, cos: CudaTensor, sin: CudaTensor, style: RotaryStyle, direction: RotaryDirection) -> CudaTensor {
+        rotary::rotary(x, cos, sin, style, direction)
+    }
+
+    fn attention(
+        q: CudaTensor,
+        k: CudaTensor,
+        v: CudaTensor,
+        sinks: Option<CudaTensor>,
+        rule: &AttentionRule,
+    ) -> AttentionOutput<Self> {
+        attention::forward(q, k, v, sinks, rule)
+    }
+
+    fn attention_backward(
+        q: CudaTensor,
+        k: CudaTensor,
+        v: CudaTensor,
+        sinks: Option<CudaTensor>,
+        output: AttentionOutput<Self>,
+        dout: CudaTensor,
+        rule: &AttentionRule,
+    ) -> AttentionGrads<Self> {
+        attention::backward(q, k, v, sinks, output, dout, rule)
+    }
+
+    fn activation(x: CudaTensor, activation: Activation) -> CudaTensor {
+        activation::forward(x, activation)
+    }
+
+    fn activation_backward(x: CudaTensor, dy: CudaTensor, activation: Activation) -> CudaTensor {
+        activation::backward(x, dy, activation)
+    }
+
+    fn gated_activation(gate: CudaTensor, up: CudaTensor, activation: Activation) -> CudaTensor {
+        activation::gated_forward(gate, up, activation)
+    }
+
+    fn gated_activation_backward(
+        gate: CudaTensor,
+        up: CudaTensor,
+        dy: CudaTensor,
+        activation: Activation,
+    ) -> (CudaTensor, CudaTensor) {
+        activation::gated_backward(gate, up, dy, activation)
+    }
+
+    fn cross_entropy(logits: CudaTensor, targets: CudaTensor, spec: &CrossEntropySpec) -> CrossEntropyOutput<Self> {
+        cross_entropy::forward(logits, targets, spec)
+    }
+
+    fn cross_entropy_backward(
+        logits: CudaTensor,
+        targets: CudaTensor,
+        lse: CudaTensor,
+        dloss: CudaTensor,
+        spec: &CrossEntropySpec,
+    ) -> CudaTensor {
+        cross_entropy::backward(logits, targets, lse, dloss, spec)
+    }
+
+    fn linear_cross_entropy(
+        x: CudaTensor,
+        weight: CudaTensor,
+        targets: CudaTensor,
+        spec: &CrossEntropySpec,
+    ) -> CrossEntropyOutput<Self> {
+        cross_entropy::linear_forward(x, weight, targets, spec)
+    }
+
+    fn linear_cross_entropy_backward(
+        x: CudaTensor,
+        weight: CudaTensor,
+        targets: CudaTensor,
+        lse: CudaTensor,
+        dloss: CudaTensor,
+        spec: &CrossEntropySpec,
+        request: LossGradRequest<Self>,
+    ) -> LossGrads<Self> {
+        cross_entropy::linear_grads(x, weight, targets, Some(lse), dloss, spec, request).1
+    }
+
+    fn linear_cross_entropy_with_grads(
+        x: CudaTensor,
+        weight: CudaTensor,
+        targets: CudaTensor,
+        dloss: CudaTensor,
+        spec: &CrossEntropySpec,
+        request: LossGradRequest<Self>,
+    ) -> (CrossEntropyOutput<Self>, LossGrads<Self>) {
+        let (output, grads) = cross_entropy::linear_grads(x, weight, targets, None, dloss, spec, request);
+        (output.expect("computed when the log-sum-exp is not known"), grads)
+    }
+
+    fn cast(x: CudaTensor, dtype: DType) -> CudaTensor {
+        cast(x, dtype)
+    }
+
+    fn sum_squares(x: CudaTensor) -> CudaTensor {
+        adamw::sum_squares(x)
+    }
+
+    fn adamw_step(
+        param: CudaTensor,
+        grad: CudaTensor,
+        m: CudaTensor,
+        v: CudaTensor,
+        step: &AdamWStep,
+    ) -> (CudaTensor, CudaTensor, CudaTensor) {
+        adamw::step(param, grad, m, v, step)
+    }
+}
+
+/// `[.., last]` as `[rows, last]`: packed, since the kernels want it so.
+fn matrix(x: CudaTensor) -> CudaTensor {
+    let last = *x.dims().last().expect("a tensor of rank 0 has no last dimension");
+    let rows = x.dims()[..x.dims().len() - 1].iter().product();
+    x.packed().reshape(&[rows, last])
+}
+
+/// Elements of `dtypes` that move at once in rows of `n` at `addresses`: 16-byte packs of the widest, or one by one.
+fn vector(n: usize, operands: &[&CudaTensor]) -> usize {
+    use burn_backend::TensorMetadata;
+    let widest = operands.iter().map(|x| x.dtype().size()).max().unwrap_or(4);
+    let vector = 16 / widest;
+    let fits = |x: &&CudaTensor| x.address().is_multiple_of((vector * x.dtype().size()) as u64);
+    if n.is_multiple_of(vector) && operands.iter().all(fits) { vector } else { 1 }
+}
+
+/// The fp32 buffer of a gradient slot as something that may be written, and whether it holds a sum already.
+fn open_slot(slot: GradSlot<Cuda>, like: &CudaTensor, shape: &[usize]) -> (CudaTensor, bool) {
+    let usable = |x: &CudaTensor| x.is_packed() && x.is_unique() && x.dims() == shape;
+    match slot {
+        GradSlot::Sum(sum) => {
+            let sum = if usable(&sum) { sum } else { cast(sum, DType::F32).copied() };
+            (sum, true)
+        }
+        GradSlot::Stale(buffer) if usable(&buffer) => (buffer, false),
+        GradSlot::Stale(_) | GradSlot::Empty => (CudaTensor::empty(like.gpu(), shape, DType::F32), false),
+    }
+}

@@ -1,0 +1,231 @@
+//! What a forward pass needs to know besides its input: which tokens, at which positions, and what came before.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bridge_core::config::{RopeConfig, RopeStyle};
+use bridge_ops::{Float, Int, KvCache, Ops, RotaryTable, float_from_f32, int_from_i64};
+
+use crate::layers::rotary_table;
+
+/// The position of each token in its text, which is what rotary embeddings rotate by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Positions {
+    /// Every row holds positions `start`, `start + 1`, ...
+    From(usize),
+    /// Positions given one by one, as `[batch, seq]` in row-major order: packed documents start again at 0.
+    Explicit(Arc<[u32]>),
+}
+
+/// The surroundings of one forward pass: token ids, positions, document boundaries, and the keys and values of earlier
+/// tokens.
+///
+/// A context is made per micro-batch and read by every segment; rotary tables are computed when first asked for and
+/// shared by the layers.
+///
+/// ```
+/// use bridge_models::ForwardContext;
+/// use burn_flex::Flex;
+/// // Two rows of three tokens.
+/// let ctx = ForwardContext::<Flex>::new(&[5, 6, 7, 1, 2, 3], [2, 3], &Default::default());
+/// assert_eq!((ctx.batch(), ctx.seq(), ctx.last_position()), (2, 3, 2));
+/// ```
+pub struct ForwardContext<'a, B: Ops> {
+    input_ids: Int<B>,
+    device: B::Device,
+    batch: usize,
+    seq: usize,
+    positions: Positions,
+    cu_seqlens: Option<Arc<[usize]>>,
+    cache: Option<&'a DecoderCache<B>>,
+    tables: Mutex<Vec<CachedTable<B>>>,
+}
+
+/// A rotary table and what it was made from.
+struct CachedTable<B: Ops> {
+    rope: RopeConfig,
+    rotary_dim: usize,
+    style: RopeStyle,
+    table: RotaryTable<B>,
+}
+
+impl<'a, B: Ops> ForwardContext<'a, B> {
+    /// A context for token ids `[batch, seq]` in row-major order, at positions 0, 1, ... of each row.
+    ///
+    /// # Panics
+    /// If the number of ids is not `batch * seq`, or zero.
+    pub fn new(input_ids: &[u32], [batch, seq]: [usize; 2], device: &B::Device) -> Self {
+        assert!(
+            !input_ids.is_empty() && input_ids.len() == batch * seq,
+            "{} token ids cannot fill a batch of [{batch}, {seq}]",
+            input_ids.len()
+        );
+        let ids: Vec<i64> = input_ids.iter().map(|id| i64::from(*id)).collect();
+        Self {
+            input_ids: int_from_i64::<B>(&ids, &[batch, seq], device),
+            device: device.clone(),
+            batch,
+            seq,
+            positions: Positions::From(0),
+            cu_seqlens: None,
+            cache: None,
+            tables: Mutex::default(),
+        }
+    }
+
+    /// The same context at other positions.
+    ///
+    /// # Panics
+    /// If explicit positions are not one per token.
+    pub fn with_positions(mut self, positions: Positions) -> Self {
+        if let Positions::Explicit(given) = &positions {
+            let (found, expected) = (given.len(), self.batch * self.seq);
+            assert_eq!(found, expected, "one position per token of [{}, {}]", self.batch, self.seq);
+        }
+        self.positions = positions;
+        self.tables = Mutex::default();
+        self
+    }
+
+    /// The same context with several documents packed into a row: attention does not cross from one to another.
+    /// `cu_seqlens` are offsets `[0, l1, l1 + l2, .., batch * seq]` into the tokens in row-major order; a document does
+    /// not cross from one row to the next. Positions are a matter of their own: see [`Self::with_positions`].
+    pub fn with_documents(mut self, cu_seqlens: Arc<[usize]>) -> Self {
+        self.cu_seqlens = Some(cu_seqlens);
+        self
+    }
+
+    /// The same context after the tokens in `cache`: positions go on where the cache ends, and each layer's keys and
+    /// values are added to it.
+    pub fn with_cache(self, cache: &'a DecoderCache<B>) -> Self {
+        let start = cache.len();
+        Self { cache: Some(cache), ..self.with_positions(Positions::From(start)) }
+    }
+
+    /// Token ids: `[batch, seq]`.
+    pub fn input_ids(&self) -> &Int<B> {
+        &self.input_ids
+    }
+
+    /// Number of rows.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Number of tokens in a row.
+    pub fn seq(&self) -> usize {
+        self.seq
+    }
+
+    /// Where the tensors live.
+    pub fn device(&self) -> &B::Device {
+        &self.device
+    }
+
+    /// The position of each token.
+    pub fn positions(&self) -> &Positions {
+        &self.positions
+    }
+
+    /// The highest position of any token.
+    pub fn last_position(&self) -> usize {
+        match &self.positions {
+            Positions::From(start) => start + self.seq - 1,
+            Positions::Explicit(positions) => positions.iter().max().map_or(0, |last| *last as usize),
+        }
+    }
+
+    /// Offsets of packed documents, if there are several in a row.
+    pub fn cu_seqlens(&self) -> Option<&Arc<[usize]>> {
+        self.cu_seqlens.as_ref()
+    }
+
+    /// Keys and values of earlier tokens, in generation.
+    pub fn cache(&self) -> Option<&'a DecoderCache<B>> {
+        self.cache
+    }
+
+    /// Cosines and sines for this context's positions.
+    ///
+    /// The first call for a combination computes the table (on the host, in f64 from f32 angles); later calls share it.
+    pub fn rotary_table(&self, rope: &RopeConfig, rotary_dim: usize, style: RopeStyle) -> RotaryTable<B> {
+        let mut tables = lock(&self.tables);
+        let known =
+            tables.iter().find(|t| t.rotary_dim == rotary_dim && t.style == style && t.rope == *rope);
+        if let Some(known) = known {
+            return known.table.clone();
+        }
+        let table = rotary_table(self, rope, rotary_dim, style);
+        tables.push(CachedTable { rope: rope.clone(), rotary_dim, style, table: table.clone() });
+        table
+    }
+}
+
+/// Keys and values of the tokens that a model has seen, layer by layer, for generation.
+#[derive(Debug)]
+pub struct DecoderCache<B: Ops> {
+    layers: Vec<Mutex<KvCache<B>>>,
+    capacity: usize,
+}
+
+impl<B: Ops> DecoderCache<B> {
+    /// An empty cache for `layers` layers and `capacity` tokens. Memory is taken when the first tokens come.
+    pub fn new(layers: usize, capacity: usize) -> Self {
+        Self { layers: (0..layers).map(|_| Mutex::default()).collect(), capacity }
+    }
+
+    /// Number of tokens in the cache. Not meaningful while a forward pass runs, when some layers are ahead of others.
+    pub fn len(&self) -> usize {
+        self.layers.last().map_or(0, |last| lock(last).len())
+    }
+
+    /// Whether no token is in the cache.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many tokens memory is taken for at first; more tokens make the cache grow.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Keys and values of layer `layer`.
+    ///
+    /// # Panics
+    /// If the model has fewer layers.
+    pub fn layer(&self, layer: usize) -> MutexGuard<'_, KvCache<B>> {
+        lock(&self.layers[layer])
+    }
+}
+
+/// A cache that a panicking thread held is as good as any: appending replaces its parts whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What each token should have predicted, and how much its loss counts.
+#[derive(Debug, Clone)]
+pub struct Targets<B: Ops> {
+    /// Token ids to be predicted, already shifted, [`IGNORED_TARGET`] for no loss: `[batch * seq]`.
+    pub ids: Int<B>,
+    /// The gradient that each token's loss will be seeded with, `[batch * seq]` f32, where it is known before the head
+    /// runs, as in training (one over the number of tokens). A head may then compute its gradients in the forward pass,
+    /// which saves a product with the vocabulary matrix; the result must be seeded with exactly these numbers.
+    pub loss_gradient: Option<Float<B>>,
+}
+
+/// Marks a target that counts for no loss.
+pub const IGNORED_TARGET: i64 = -100;
+
+impl<B: Ops> Targets<B> {
+    /// Targets whose weight in the total loss is not known yet.
+    pub fn new(ids: &[i64], device: &B::Device) -> Self {
+        Self { ids: int_from_i64::<B>(ids, &[ids.len()], device), loss_gradient: None }
+    }
+
+    /// Targets of a step that minimises `sum of losses * weight`, `weight` usually being one over the number of
+    /// targets that count in the whole step.
+    pub fn weighted(ids: &[i64], weight: f32, device: &B::Device) -> Self {
+        let loss_gradient = float_from_f32::<B>(&vec![weight; ids.len()], &[ids.len()], device);
+        Self { loss_gradient: Some(loss_gradient), ..Self::new(ids, device) }
+    }
+}

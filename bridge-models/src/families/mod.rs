@@ -1,0 +1,52 @@
+//! The model families: one folder each, with the same file names everywhere.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | `mod.rs` | `SPEC`: the family as one value |
+//! | `config.rs` | the config map: one table, read in both directions |
+//! | `weights.rs` | the weight map: one line per kind of tensor |
+//! | `presets.rs` | named sizes, and `tiny()` for tests |
+//! | `README.md` | which checkpoints it is for, and what sets it apart |
+//!
+//! A family adds no code to the model: it says what a [`DecoderConfig`] holds, and the one decoder does the rest.
+
+use bridge_core::registry::nearest;
+use bridge_core::{DecoderConfig, Registry};
+
+use crate::error::{Error, Result};
+
+mod keys;
+pub mod llama;
+mod spec;
+
+pub use spec::{ConfigKey, FamilySpec, Preset};
+
+/// Every family.
+pub static FAMILIES: &[&FamilySpec] = &[&llama::SPEC];
+
+/// The registry of every family, for conversion and for finding out what a folder holds.
+pub fn registry() -> Registry {
+    let mut registry = Registry::new();
+    for family in FAMILIES {
+        registry.register(*family);
+    }
+    registry
+}
+
+/// The named size `name` of any family.
+///
+/// # Errors
+/// [`Error::UnknownName`] with the nearest known name.
+pub fn preset(name: &str) -> Result<(&'static FamilySpec, DecoderConfig)> {
+    let all = || FAMILIES.iter().flat_map(|family| family.presets.iter().map(move |preset| (*family, preset)));
+    if let Some((family, preset)) = all().find(|(_, preset)| preset.name == name) {
+        return Ok((family, (preset.config)()));
+    }
+    let known: Vec<&str> = all().map(|(_, preset)| preset.name).collect();
+    Err(Error::UnknownName {
+        what: "model preset",
+        name: name.to_owned(),
+        nearest: nearest(name, known.iter().copied()).map(str::to_owned),
+        known: known.join(", "),
+    })
+}

@@ -1,0 +1,154 @@
+//! Softmax attention with everything that dense decoders vary: grouped heads, biases, normalised queries and keys,
+//! partial rotary embeddings, windows, soft caps and caches.
+
+use bridge_core::DecoderConfig;
+use bridge_core::config::{AttentionLayer, LayerRope, QkNorm, RopeConfig, RopeStyle};
+use bridge_ops::{AttentionSpec, Ops, Param, Tape, Var, attention, reshape, rotary};
+
+use super::{Linear, Norm};
+use crate::context::ForwardContext;
+use crate::error::Result;
+use crate::weights::ParamBuilder;
+
+/// The attention of one layer.
+///
+/// Query heads are in groups of `heads / kv_heads`, each of which shares a key and a value head (GQA; one group is
+/// MHA, one key-value head MQA).
+#[derive(Debug, Clone)]
+pub struct Attention<B: Ops> {
+    layer: usize,
+    q_proj: Linear<B>,
+    k_proj: Linear<B>,
+    v_proj: Linear<B>,
+    o_proj: Linear<B>,
+    qk_norm: Option<QkNorm>,
+    q_norm: Option<Norm<B>>,
+    k_norm: Option<Norm<B>>,
+    rope: Option<Rope>,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    scale: f64,
+    window: Option<usize>,
+    softcap: Option<f64>,
+}
+
+#[derive(Debug, Clone)]
+struct Rope {
+    config: RopeConfig,
+    rotary_dim: usize,
+    style: RopeStyle,
+}
+
+impl<B: Ops> Attention<B> {
+    /// The attention of layer `layer`, called `name`.
+    ///
+    /// # Errors
+    /// If the weights' source fails.
+    pub fn build(
+        params: &mut ParamBuilder<'_, B>,
+        name: &str,
+        config: &DecoderConfig,
+        layer: usize,
+        own: &AttentionLayer,
+    ) -> Result<Self> {
+        let (hidden, query, key_value) = (config.hidden_size, config.query_size(), config.key_value_size());
+        let mut project =
+            |proj: &str, shape, bias| Linear::build(params, &format!("{name}.{proj}_proj"), shape, bias);
+        let q_proj = project("q", [query, hidden], config.attention_bias)?;
+        let k_proj = project("k", [key_value, hidden], config.attention_bias)?;
+        let v_proj = project("v", [key_value, hidden], config.attention_bias)?;
+        let mut norm = |head: &str, full: usize| {
+            let size = match config.qk_norm {
+                None => return Ok(None),
+                Some(QkNorm::PerHead) => config.head_dim,
+                Some(QkNorm::FullWidth) => full,
+            };
+            let norm = bridge_core::config::NormConfig { bias: false, ..config.norm };
+            Norm::build(params, &format!("{name}.{head}_norm"), size, &norm).map(Some)
+        };
+        let (q_norm, k_norm) = (norm("q", query)?, norm("k", key_value)?);
+        let o_proj = Linear::build(params, &format!("{name}.o_proj"), [hidden, query], config.attention_output_bias)?;
+        let rope = match own.rope {
+            LayerRope::Global => config.rope.clone(),
+            LayerRope::Local => config.rope_local.clone(),
+            LayerRope::None => None,
+        };
+        Ok(Self {
+            layer,
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            qk_norm: config.qk_norm,
+            q_norm,
+            k_norm,
+            rope: rope.map(|rope| Rope {
+                config: rope,
+                rotary_dim: config.rotary_dim(),
+                style: config.rope_style,
+            }),
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            scale: config.attention_scale(),
+            window: own.window,
+            softcap: config.attention_softcap,
+        })
+    }
+
+    /// `x`: `[batch, seq, hidden]` -> the same shape.
+    pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
+        let (batch, seq) = (ctx.batch(), ctx.seq());
+        let q = self.heads_of(tape, self.q_proj.forward(tape, x), self.q_norm.as_ref(), [batch, seq, self.heads]);
+        let k = self.heads_of(tape, self.k_proj.forward(tape, x), self.k_norm.as_ref(), [batch, seq, self.kv_heads]);
+        let v = reshape(tape, &self.v_proj.forward(tape, x), &[batch, seq, self.kv_heads, self.head_dim]);
+
+        let (q, k) = match &self.rope {
+            Some(rope) => {
+                let table = ctx.rotary_table(&rope.config, rope.rotary_dim, rope.style);
+                (rotary(tape, &q, &table), rotary(tape, &k, &table))
+            }
+            None => (q, k),
+        };
+
+        let spec = AttentionSpec::causal()
+            .with_scale(self.scale)
+            .with_window(self.window)
+            .with_softcap(self.softcap)
+            .with_cu_seqlens(ctx.cu_seqlens().cloned());
+        let output = match ctx.cache() {
+            None => attention(tape, &q, &k, &v, &spec),
+            Some(cache) => {
+                let mut own = cache.layer(self.layer);
+                let offset = own.len();
+                let (k, v) = own.append(tape, k, v, cache.capacity());
+                attention(tape, &q, &k, &v, &spec.with_q_offset(offset).with_kv_len(own.len()))
+            }
+        }; // [batch, seq, heads, head_dim]
+        let output = reshape(tape, &output, &[batch, seq, self.heads * self.head_dim]);
+        self.o_proj.forward(tape, &output)
+    }
+
+    /// Cuts a projection `[batch, seq, heads * head_dim]` into heads and normalises it, in the order that the kind of
+    /// norm asks for.
+    fn heads_of(&self, tape: &Tape<B>, x: Var<B>, norm: Option<&Norm<B>>, [batch, seq, heads]: [usize; 3]) -> Var<B> {
+        let shape = [batch, seq, heads, self.head_dim];
+        match (norm, self.qk_norm) {
+            (Some(norm), Some(QkNorm::FullWidth)) => reshape(tape, &norm.forward(tape, &x), &shape),
+            (Some(norm), _) => norm.forward(tape, &reshape(tape, &x, &shape)),
+            (None, _) => reshape(tape, &x, &shape),
+        }
+    }
+
+    /// Appends the weights, in the order of their canonical names.
+    pub fn collect(&self, params: &mut Vec<Param<B>>) {
+        for proj in [&self.q_proj, &self.k_proj, &self.v_proj] {
+            proj.collect(params);
+        }
+        for norm in [&self.q_norm, &self.k_norm].into_iter().flatten() {
+            norm.collect(params);
+        }
+        self.o_proj.collect(params);
+    }
+}

@@ -1,0 +1,74 @@
+//! The dense feed-forward part of a layer.
+
+use bridge_core::DecoderConfig;
+use bridge_ops::{Activation, Ops, Param, Tape, Var, activation, gated_activation};
+
+use super::Linear;
+use crate::error::Result;
+use crate::weights::ParamBuilder;
+
+/// `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate.
+#[derive(Debug, Clone)]
+pub struct Mlp<B: Ops> {
+    gate_proj: Option<Linear<B>>,
+    up_proj: Linear<B>,
+    down_proj: Linear<B>,
+    activation: Activation,
+}
+
+impl<B: Ops> Mlp<B> {
+    /// The MLP of layer `layer`, called `name`.
+    ///
+    /// # Errors
+    /// If the weights' source fails.
+    pub fn build(
+        params: &mut ParamBuilder<'_, B>,
+        name: &str,
+        config: &DecoderConfig,
+        layer: usize,
+    ) -> Result<Self> {
+        let (hidden, inner) = (config.hidden_size, config.mlp_intermediate_size(layer));
+        let mut project = |proj: &str, shape: [usize; 2]| {
+            Linear::build(params, &format!("{name}.{proj}_proj"), shape, config.mlp_bias)
+        };
+        Ok(Self {
+            gate_proj: if config.gated_mlp { Some(project("gate", [inner, hidden])?) } else { None },
+            up_proj: project("up", [inner, hidden])?,
+            down_proj: project("down", [hidden, inner])?,
+            activation: activation_op(config.activation),
+        })
+    }
+
+    /// `x`: `[batch, seq, hidden]` -> the same shape.
+    pub fn forward(&self, tape: &Tape<B>, x: &Var<B>) -> Var<B> {
+        let up = self.up_proj.forward(tape, x); // [batch, seq, intermediate]
+        let inner = match &self.gate_proj {
+            Some(gate_proj) => gated_activation(tape, &gate_proj.forward(tape, x), &up, self.activation),
+            None => activation(tape, &up, self.activation),
+        };
+        self.down_proj.forward(tape, &inner)
+    }
+
+    /// Appends the weights, in the order of their canonical names.
+    pub fn collect(&self, params: &mut Vec<Param<B>>) {
+        if let Some(gate_proj) = &self.gate_proj {
+            gate_proj.collect(params);
+        }
+        self.up_proj.collect(params);
+        self.down_proj.collect(params);
+    }
+}
+
+fn activation_op(activation: bridge_core::config::Activation) -> Activation {
+    use bridge_core::config::Activation as Config;
+    match activation {
+        Config::Silu => Activation::Silu,
+        Config::Gelu => Activation::Gelu,
+        Config::GeluTanh => Activation::GeluTanh,
+        Config::QuickGelu => Activation::QuickGelu,
+        Config::Relu => Activation::Relu,
+        Config::Relu2 => Activation::Relu2,
+        Config::Sigmoid => Activation::Sigmoid,
+        Config::Tanh => Activation::Tanh,
+    }
+}

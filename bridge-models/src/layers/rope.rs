@@ -1,0 +1,52 @@
+//! From positions to the cosines and sines of a rotary embedding.
+
+use bridge_core::config::{Frequencies, RopeConfig, RopeStyle};
+use bridge_ops::{Ops, RotaryStyle, RotaryTable, float_from_f32};
+
+use crate::context::{ForwardContext, Positions};
+
+/// The rotary table of `ctx`'s positions for heads of which `rotary_dim` elements are rotated:
+/// cosines and sines of `[batch or 1, seq, rotary_dim / 2]`.
+///
+/// Frequencies that depend on the length of the sequence are those of the highest position, as in transformers.
+/// Layers should ask [`ForwardContext::rotary_table`], which remembers what it has made.
+pub fn rotary_table<B: Ops>(
+    ctx: &ForwardContext<'_, B>,
+    rope: &RopeConfig,
+    rotary_dim: usize,
+    style: RopeStyle,
+) -> RotaryTable<B> {
+    let frequencies = rope.frequencies(rotary_dim, ctx.last_position() + 1);
+    let half = rotary_dim / 2;
+    let (rows, (cos, sin)) = match ctx.positions() {
+        Positions::From(start) => (1, cos_sin(*start..start + ctx.seq(), &frequencies)),
+        Positions::Explicit(positions) => {
+            (ctx.batch(), cos_sin(positions.iter().map(|position| *position as usize), &frequencies))
+        }
+    };
+    let shape = [rows, ctx.seq(), half];
+    let style = match style {
+        RopeStyle::Halves => RotaryStyle::Halves,
+        RopeStyle::Pairs => RotaryStyle::Pairs,
+    };
+    RotaryTable::new(
+        float_from_f32::<B>(&cos, &shape, ctx.device()),
+        float_from_f32::<B>(&sin, &shape, ctx.device()),
+        style,
+    )
+}
+
+fn cos_sin(positions: impl Iterator<Item = usize>, frequencies: &Frequencies) -> (Vec<f32>, Vec<f32>) {
+    let Frequencies { inv_freq, attention_factor } = frequencies;
+    let capacity = positions.size_hint().0 * inv_freq.len();
+    let (mut cos, mut sin) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
+    for position in positions {
+        for frequency in inv_freq {
+            // The angle is rounded to f32, as in the reference implementation; its cosine is then exact.
+            let angle = f64::from(position as f32 * frequency);
+            cos.push((angle.cos() * attention_factor) as f32);
+            sin.push((angle.sin() * attention_factor) as f32);
+        }
+    }
+    (cos, sin)
+}

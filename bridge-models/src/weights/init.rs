@@ -1,0 +1,186 @@
+//! Fresh weights that depend on the seed and the weight's name alone.
+
+use bridge_ops::{Float, Ops, float_from_f32};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::{ParamRole, WeightSource};
+use crate::error::Result;
+use bridge_core::DecoderConfig;
+
+/// How fresh weights are drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Init {
+    /// Seed of everything.
+    pub seed: u64,
+    /// Standard deviation of matrices and embeddings; `None` takes the config's `initializer_range`.
+    pub std: Option<f64>,
+    /// Whether the matrices that end in the residual stream are drawn with `std / sqrt(2 * num_hidden_layers)`, so that
+    /// the stream's variance does not grow with depth. Megatron-LM's rule; Hugging Face classes do not have it.
+    pub scale_output_projections: bool,
+}
+
+impl Default for Init {
+    fn default() -> Self {
+        Self { seed: 0, std: None, scale_output_projections: true }
+    }
+}
+
+/// A [`WeightSource`] of fresh weights: normal matrices, norms that scale by 1, biases 0.
+///
+/// Element `i` of a weight is a function of the seed, the weight's canonical name and `i`. So a model does not depend
+/// on the order in which its weights are made, nor on how it is divided among ranks.
+#[derive(Debug, Clone)]
+pub struct RandomInit {
+    seed: u64,
+    std: f64,
+    output_std: f64,
+    /// What a norm's weight is so that it scales by 1.
+    norm_scale: f32,
+}
+
+impl RandomInit {
+    /// Fresh weights for the model that `config` describes.
+    pub fn new(init: &Init, config: &DecoderConfig) -> Self {
+        let std = init.std.unwrap_or(config.initializer_range);
+        let depth = (2.0 * config.num_hidden_layers as f64).sqrt();
+        Self {
+            seed: init.seed,
+            std,
+            output_std: if init.scale_output_projections { std / depth } else { std },
+            norm_scale: if config.norm.unit_offset { 0.0 } else { 1.0 },
+        }
+    }
+
+    /// Elements `range` of the weight called `name` in row-major order, as a rank that holds a part of it needs them.
+    pub fn elements(&self, name: &str, shape: &[usize], range: std::ops::Range<usize>) -> Vec<f32> {
+        match ParamRole::of(name, shape) {
+            ParamRole::NormScale => vec![self.norm_scale; range.len()],
+            ParamRole::Bias => vec![0.0; range.len()],
+            ParamRole::Embedding | ParamRole::Matrix => normal(self.key(name), self.std, range),
+            ParamRole::OutputProjection => normal(self.key(name), self.output_std, range),
+        }
+    }
+
+    fn key(&self, name: &str) -> u64 {
+        // FNV-1a, then mixed with the seed. Names are few and short; what matters is that the function never changes.
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        mix(hash ^ mix(self.seed))
+    }
+}
+
+impl<B: Ops> WeightSource<B> for RandomInit {
+    fn weight(&mut self, name: &str, shape: &[usize], device: &B::Device) -> Result<Float<B>> {
+        let values = self.elements(name, shape, 0..shape.iter().product());
+        Ok(float_from_f32::<B>(&values, shape, device))
+    }
+}
+
+/// Numbers `range` of the normal sequence with `key`: number `i` comes from the pair `i / 2` of uniform numbers by
+/// the method of Box and Muller, the cosine for even `i` and the sine for odd.
+fn normal(key: u64, std: f64, range: std::ops::Range<usize>) -> Vec<f32> {
+    // Whole pairs are computed in parallel; a range that cuts a pair takes its half.
+    const CHUNK: usize = 1 << 14;
+    let first = range.start & !1;
+    let mut values = vec![0.0f32; range.end - first];
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+        let pair = (first + chunk * CHUNK) / 2;
+        for (index, out) in values.chunks_mut(2).enumerate() {
+            let (cos, sin) = normal_pair(key, (pair + index) as u64);
+            out[0] = (cos * std) as f32;
+            if let Some(odd) = out.get_mut(1) {
+                *odd = (sin * std) as f32;
+            }
+        }
+    });
+    values.drain(..range.start - first);
+    values
+}
+
+fn normal_pair(key: u64, pair: u64) -> (f64, f64) {
+    // 53 random bits each; the first is kept off zero for the logarithm.
+    let uniform = |counter: u64| (mix(key.wrapping_add(counter.wrapping_mul(GOLDEN))) >> 11) as f64 / (1u64 << 53) as f64;
+    let radius = (-2.0 * (1.0 - uniform(2 * pair)).ln()).sqrt();
+    let (sin, cos) = (std::f64::consts::TAU * uniform(2 * pair + 1)).sin_cos();
+    (radius * cos, radius * sin)
+}
+
+/// Increment of SplitMix64: 2^64 divided by the golden ratio.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The output function of SplitMix64 (Steele, Lea and Flood 2014).
+fn mix(state: u64) -> u64 {
+    let z = state.wrapping_add(GOLDEN);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::families::llama::presets;
+
+    fn init(seed: u64) -> RandomInit {
+        RandomInit::new(&Init { seed, ..Init::default() }, &presets::tiny())
+    }
+
+    #[test]
+    fn any_part_of_a_weight_equals_that_part_of_the_whole() {
+        let (name, shape) = ("layers.0.mlp.up_proj.weight", [80, 48]);
+        let whole = init(7).elements(name, &shape, 0..80 * 48);
+        for range in [0..1, 1..2, 3..1000, 17..18, 1000..3840, 3839..3840, 5..5] {
+            assert_eq!(init(7).elements(name, &shape, range.clone()), whole[range]);
+        }
+    }
+
+    #[test]
+    fn weights_depend_on_seed_and_name() {
+        let draw = |seed, name: &str| init(seed).elements(name, &[9, 11], 0..99);
+        let base = draw(0, "layers.0.mlp.up_proj.weight");
+        assert_eq!(base, draw(0, "layers.0.mlp.up_proj.weight"));
+        assert_ne!(base, draw(1, "layers.0.mlp.up_proj.weight"));
+        assert_ne!(base, draw(0, "layers.1.mlp.up_proj.weight"));
+    }
+
+    #[test]
+    fn matrices_are_normal_with_the_asked_deviation() {
+        let config = presets::tiny();
+        let expected = |name: &str| {
+            let output = ParamRole::of(name, &[2, 2]) == ParamRole::OutputProjection;
+            config.initializer_range / if output { (2.0 * config.num_hidden_layers as f64).sqrt() } else { 1.0 }
+        };
+        for name in ["embedding.weight", "layers.0.attention.o_proj.weight", "layers.2.mlp.gate_proj.weight"] {
+            let values = init(3).elements(name, &[400, 500], 0..200_000);
+            let n = values.len() as f64;
+            let moment = |power: i32| values.iter().map(|v| f64::from(*v).powi(power)).sum::<f64>() / n;
+            let std = moment(2).sqrt();
+            // Five standard errors of each estimate.
+            assert!(moment(1).abs() < 5.0 * std / n.sqrt(), "{name}: mean {}", moment(1));
+            assert!((std / expected(name) - 1.0).abs() < 5.0 / (2.0 * n).sqrt(), "{name}: deviation {std}");
+            let kurtosis = moment(4) / moment(2).powi(2);
+            assert!((kurtosis - 3.0).abs() < 5.0 * (24.0 / n).sqrt(), "{name}: kurtosis {kurtosis}");
+        }
+    }
+
+    #[test]
+    fn norms_scale_by_one_and_biases_are_zero() {
+        assert_eq!(init(0).elements("final_norm.weight", &[3], 0..3), [1.0; 3]);
+        assert_eq!(init(0).elements("layers.0.mlp.up_proj.bias", &[3], 0..3), [0.0; 3]);
+        let mut config = presets::tiny();
+        config.norm.unit_offset = true;
+        let zero_centred = RandomInit::new(&Init::default(), &config);
+        assert_eq!(zero_centred.elements("final_norm.weight", &[3], 0..3), [0.0; 3]);
+    }
+
+    #[test]
+    fn the_sequence_is_pinned() {
+        // Checkpoints made from a seed must stay reproducible over versions.
+        let values = init(42).elements("embedding.weight", &[4, 4], 0..4);
+        let bits: Vec<u32> = values.iter().map(|value| value.to_bits()).collect();
+        assert_eq!(bits, [0, 0, 0, 0]);
+    }
+}

@@ -1,0 +1,16 @@
+//! Where a model's weights come from and go to: fresh numbers, a Hugging Face folder, a native checkpoint, memory.
+
+mod export;
+mod hf;
+mod init;
+mod policy;
+mod role;
+mod source;
+
+pub use export::{WeightBytes, export_weights, param_bytes, stored_dtype};
+pub use hf::{CheckpointSource, load_decoder};
+pub use init::{Init, RandomInit};
+pub use policy::DtypePolicy;
+pub(crate) use policy::held_tensor;
+pub use role::ParamRole;
+pub use source::{ParamBuilder, WeightSource};

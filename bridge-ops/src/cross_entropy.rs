@@ -1,0 +1,148 @@
+//! Cross-entropy of the next token, from logits.
+//!
+//! ```text
+//! z       = logits, or cap tanh(logits / cap)
+//! loss_t  = logsumexp(z_t) - z_t[target_t]            0 where the target is ignored
+//! dz_t    = (softmax(z_t) - onehot(target_t)) dloss_t
+//! ```
+//!
+//! The log-sum-exp is that of fp32 values, with the row's maximum subtracted.
+
+use burn::tensor::{Int as IntKind, Tensor};
+use burn_backend::{DType, TensorMetadata};
+
+use crate::ops::Ops;
+use crate::primitive::{Float, Int, dims, float, tensor, to_dtype, to_f32};
+use crate::tape::{Tape, Var};
+
+/// What a token's loss is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CrossEntropySpec {
+    /// Targets of this value have loss 0 and no gradient.
+    pub ignore_index: i64,
+    /// Caps the logits to `-cap..cap` by a tanh (Gemma 2).
+    pub logit_softcap: Option<f64>,
+}
+
+impl Default for CrossEntropySpec {
+    fn default() -> Self {
+        Self {
+            ignore_index: -100,
+            logit_softcap: None,
+        }
+    }
+}
+
+/// What a cross-entropy kernel returns.
+#[derive(Debug, Clone)]
+pub struct CrossEntropyOutput<B: Ops> {
+    /// [tokens] fp32: the loss, 0 where the target is ignored.
+    pub loss: Float<B>,
+    /// [tokens] fp32: log-sum-exp of each row of (capped) logits.
+    pub lse: Float<B>,
+}
+
+/// The loss of each token. logits: [tokens, vocab], targets: [tokens] -> [tokens] fp32.
+///
+/// # Panics
+/// When the shapes do not fit, or (on backends that check) a target is neither a token nor the ignored value.
+#[track_caller]
+pub fn cross_entropy<B: Ops>(
+    tape: &Tape<B>,
+    logits: &Var<B>,
+    targets: &Int<B>,
+    spec: CrossEntropySpec,
+) -> Var<B> {
+    let (l, t) = (logits.shape(), dims(targets));
+    assert!(
+        l.len() == 2 && t == [l[0]],
+        "cross_entropy: logits of shape {l:?} ([tokens, vocab]) do not fit targets of shape {t:?}"
+    );
+    let CrossEntropyOutput { loss, lse } =
+        B::cross_entropy_forward(logits.value(), targets.clone(), &spec);
+    let (logits_value, targets) = (logits.value(), targets.clone());
+    tape.record(loss, &[logits], move |dloss| {
+        vec![Some(B::cross_entropy_backward(
+            logits_value,
+            targets,
+            lse,
+            dloss,
+            &spec,
+        ))]
+    })
+}
+
+pub(crate) fn portable<B: Ops>(
+    logits: Float<B>,
+    targets: Int<B>,
+    spec: &CrossEntropySpec,
+) -> CrossEntropyOutput<B> {
+    let logits = capped(tensor::<B, 2>(to_f32::<B>(logits)), spec);
+    let Targets { index, kept } = Targets::new(targets, spec);
+
+    let max = logits.clone().max_dim(1); // [tokens, 1]
+    let lse = (logits.clone() - max.clone()).exp().sum_dim(1).log() + max;
+    let target_logit = logits.gather(1, index);
+    let loss = (lse.clone() - target_logit) * kept;
+    CrossEntropyOutput {
+        loss: float(loss.squeeze_dim::<1>(1)),
+        lse: float(lse.squeeze_dim::<1>(1)),
+    }
+}
+
+pub(crate) fn portable_backward<B: Ops>(
+    logits: Float<B>,
+    targets: Int<B>,
+    lse: Float<B>,
+    dloss: Float<B>,
+    spec: &CrossEntropySpec,
+) -> Float<B> {
+    let dtype = logits.dtype();
+    let raw = tensor::<B, 2>(to_f32::<B>(logits));
+    let z = capped(raw, spec);
+    let Targets { index, kept } = Targets::new(targets, spec);
+    let lse = tensor::<B, 1>(lse).unsqueeze_dim::<2>(1); // [tokens, 1]
+    let dloss = tensor::<B, 1>(to_f32::<B>(dloss)).unsqueeze_dim::<2>(1) * kept;
+
+    let probability = (z.clone() - lse).exp();
+    let mut dz = (probability * dloss.clone()).scatter(
+        1,
+        index,
+        dloss.neg(),
+        burn::tensor::IndexingUpdateOp::Add,
+    );
+    if let Some(cap) = spec.logit_softcap {
+        dz = dz * z.div_scalar(cap).square().neg().add_scalar(1.0);
+    }
+    to_dtype::<B>(float(dz), dtype)
+}
+
+fn capped<B: Ops>(logits: Tensor<B, 2>, spec: &CrossEntropySpec) -> Tensor<B, 2> {
+    match spec.logit_softcap {
+        Some(cap) => logits.div_scalar(cap).tanh().mul_scalar(cap),
+        None => logits,
+    }
+}
+
+/// Targets in the form that tensor operations want.
+struct Targets<B: Ops> {
+    /// [tokens, 1]: the target, 0 where it is ignored.
+    index: Tensor<B, 2, IntKind>,
+    /// [tokens, 1] fp32: 1, or 0 where the target is ignored.
+    kept: Tensor<B, 2>,
+}
+
+impl<B: Ops> Targets<B> {
+    fn new(targets: Int<B>, spec: &CrossEntropySpec) -> Self {
+        let targets = Tensor::<B, 1, IntKind>::from_primitive(targets).unsqueeze_dim::<2>(1);
+        let ignored = targets.clone().equal_elem(spec.ignore_index);
+        let kept = tensor::<B, 2>(to_dtype::<B>(
+            float(ignored.clone().bool_not().float()),
+            DType::F32,
+        ));
+        Self {
+            index: targets.mask_fill(ignored, 0),
+            kept,
+        }
+    }
+}

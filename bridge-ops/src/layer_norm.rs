@@ -1,0 +1,104 @@
+//! Layer norm (Ba, Kiros and Hinton 2016).
+//!
+//! ```text
+//! n  = (x - mean(x)) r,  r = 1 / sqrt(mean((x - mean(x))^2) + eps)     per row of x: [.., h]
+//! y  = n * w + b                                                        w, b: [h]
+//! dx = r (g - mean(g) - n * mean(g n))                                  with g = dy * w
+//! dw = sum over rows of dy * n,  db = sum over rows of dy
+//! ```
+//!
+//! Computed in fp32 and rounded to the dtype of `x` at the end.
+
+use burn::tensor::Tensor;
+use burn_backend::TensorMetadata;
+
+use crate::ops::Ops;
+use crate::param::Param;
+use crate::primitive::{Float, dims, float, matrix, reshaped, tensor, to_dtype, to_f32};
+use crate::rms_norm::{NormSpec, check_shapes, effective_weight};
+use crate::tape::{Tape, Var};
+
+/// Normalizes the last dimension to mean 0 and variance 1, then scales and shifts. x: [.., h], weight, bias: [h]
+/// -> [.., h].
+///
+/// # Panics
+/// When weight or bias do not have the size of the last dimension.
+#[track_caller]
+pub fn layer_norm<B: Ops>(
+    tape: &Tape<B>,
+    x: &Var<B>,
+    weight: &Param<B>,
+    bias: Option<&Param<B>>,
+    spec: NormSpec,
+) -> Var<B> {
+    check_shapes("layer_norm", &x.shape(), weight);
+    if let Some(bias) = bias {
+        check_shapes("layer_norm", &x.shape(), bias);
+    }
+    let output = B::layer_norm_forward(x.value(), weight.value(), bias.map(Param::value), spec);
+
+    let params: Vec<&Param<B>> = std::iter::once(weight).chain(bias).collect();
+    let input = x.value();
+    let weight = weight.clone();
+    let bias = bias.cloned();
+    tape.record_with_params(output, &[x], &params, move |dy| {
+        let (dx, dweight, dbias) = B::layer_norm_backward(input, weight.value(), dy, spec);
+        if weight.requires_grad() {
+            weight.accumulate_grad(dweight);
+        }
+        if let Some(bias) = bias.filter(|bias| bias.requires_grad()) {
+            bias.accumulate_grad(dbias);
+        }
+        vec![Some(dx)]
+    })
+}
+
+pub(crate) fn portable<B: Ops>(
+    x: Float<B>,
+    weight: Float<B>,
+    bias: Option<Float<B>>,
+    spec: NormSpec,
+) -> Float<B> {
+    let (shape, dtype) = (dims(&x), x.dtype());
+    let (normed, _) = normalize(matrix::<B>(to_f32::<B>(x)), spec);
+    let mut y = normed * effective_weight::<B>(weight, spec).unsqueeze();
+    if let Some(bias) = bias {
+        y = y + tensor::<B, 1>(to_f32::<B>(bias)).unsqueeze();
+    }
+    reshaped::<B>(to_dtype::<B>(float(y), dtype), &shape)
+}
+
+pub(crate) fn portable_backward<B: Ops>(
+    x: Float<B>,
+    weight: Float<B>,
+    dy: Float<B>,
+    spec: NormSpec,
+) -> (Float<B>, Float<B>, Float<B>) {
+    let (shape, dtype) = (dims(&x), x.dtype());
+    let (normed, r) = normalize(matrix::<B>(to_f32::<B>(x)), spec);
+    let dy = matrix::<B>(to_f32::<B>(dy));
+    let hidden = dy.dims()[1];
+
+    let dbias = dy.clone().sum_dim(0); // [1, h]
+    let dweight = (dy.clone() * normed.clone()).sum_dim(0); // [1, h]
+    let g = dy * effective_weight::<B>(weight, spec).unsqueeze();
+    let dx = (g.clone() - g.clone().mean_dim(1) - normed.clone() * (g * normed).mean_dim(1)) * r;
+    (
+        reshaped::<B>(to_dtype::<B>(float(dx), dtype), &shape),
+        reshaped::<B>(float(dweight), &[hidden]),
+        reshaped::<B>(float(dbias), &[hidden]),
+    )
+}
+
+/// x: [rows, h] -> normalized rows, and the factor r: [rows, 1].
+fn normalize<B: Ops>(x: Tensor<B, 2>, spec: NormSpec) -> (Tensor<B, 2>, Tensor<B, 2>) {
+    let centred = x.clone() - x.mean_dim(1);
+    let r = centred
+        .clone()
+        .square()
+        .mean_dim(1)
+        .add_scalar(spec.eps)
+        .sqrt()
+        .recip();
+    (centred * r.clone(), r)
+}

@@ -1,0 +1,298 @@
+//! The kernel trait. Maths, gradients and tests of each method are in the file named after it.
+
+use burn_backend::{Backend, DType};
+
+use crate::activation::{self, Activation};
+use crate::adamw::{self, AdamWStep};
+use crate::attention::{self, AttentionGrads, AttentionOutput, AttentionRule};
+use crate::cache;
+use crate::cross_entropy::{self, CrossEntropyOutput, CrossEntropySpec};
+use crate::elementwise;
+use crate::embedding;
+use crate::grad_slot::GradSlot;
+use crate::layer_norm;
+use crate::linear;
+use crate::linear_cross_entropy::{self, LossGradRequest, LossGrads};
+use crate::primitive::{self, Float, Int};
+use crate::reduce;
+use crate::rms_norm::{self, NormSpec};
+use crate::rotary::{self, RotaryDirection, RotaryStyle};
+
+/// Kernels of a language model over the primitives of a backend.
+///
+/// Every method has a portable body, so `impl Ops for MyBackend {}` is a complete implementation; an override should
+/// fall back to the portable function for dtypes and layouts it does not cover. Tensors are passed by value: a kernel
+/// may reuse the buffer of an argument of which it holds the only handle. `[.., h]` means any number of leading
+/// dimensions. Norms, softmax, losses and weight gradients are computed in fp32 whatever the dtype of the inputs;
+/// outputs have the dtype of the activations. A weight may have a lower precision than the activations it meets.
+pub trait Ops: Backend {
+    /// The dtype in which activations are computed for weights of `weight_dtype`: that dtype, unless the backend has
+    /// no fast arithmetic in it.
+    fn activation_dtype(weight_dtype: DType) -> DType {
+        weight_dtype
+    }
+
+    /// `y = x W^T + b`. x: [.., in], weight: [out, in], bias: [out] -> [.., out].
+    fn linear_forward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        bias: Option<Float<Self>>,
+    ) -> Float<Self> {
+        linear::portable::<Self>(x, weight, bias)
+    }
+
+    /// `dx = dy W`. dy: [.., out], weight: [out, in] -> [.., in].
+    fn linear_backward_input(dy: Float<Self>, weight: Float<Self>) -> Float<Self> {
+        linear::portable_backward_input::<Self>(dy, weight)
+    }
+
+    /// `dW += dy^T x` in fp32. x: [.., in], dy: [.., out] -> [out, in].
+    fn linear_accumulate_weight_grad(
+        x: Float<Self>,
+        dy: Float<Self>,
+        slot: GradSlot<Self>,
+    ) -> Float<Self> {
+        linear::portable_accumulate_weight_grad::<Self>(x, dy, slot)
+    }
+
+    /// `db += sum of the rows of dy` in fp32. dy: [.., out] -> [out].
+    fn linear_accumulate_bias_grad(dy: Float<Self>, slot: GradSlot<Self>) -> Float<Self> {
+        linear::portable_accumulate_bias_grad::<Self>(dy, slot)
+    }
+
+    /// Rows of `weight`. ids: [..] with values in `0..vocab`, weight: [vocab, h] -> [.., h] in `dtype`.
+    fn embedding_forward(ids: Int<Self>, weight: Float<Self>, dtype: DType) -> Float<Self> {
+        embedding::portable::<Self>(ids, weight, dtype)
+    }
+
+    /// Adds each row of `dy` to the row of the gradient that its id names, in fp32. ids: [..], dy: [.., h]
+    /// -> [vocab, h].
+    fn embedding_accumulate_grad(
+        ids: Int<Self>,
+        dy: Float<Self>,
+        vocab_size: usize,
+        slot: GradSlot<Self>,
+    ) -> Float<Self> {
+        embedding::portable_accumulate_grad::<Self>(ids, dy, vocab_size, slot)
+    }
+
+    /// `y = x / sqrt(mean(x^2) + eps) * weight`. x: [.., h], weight: [h] -> [.., h].
+    fn rms_norm_forward(x: Float<Self>, weight: Float<Self>, spec: NormSpec) -> Float<Self> {
+        rms_norm::portable::<Self>(x, weight, spec)
+    }
+
+    /// Returns (dx, dweight): dx like x, dweight: [h] fp32.
+    fn rms_norm_backward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        dy: Float<Self>,
+        spec: NormSpec,
+    ) -> (Float<Self>, Float<Self>) {
+        rms_norm::portable_backward::<Self>(x, weight, dy, spec)
+    }
+
+    /// `y = (x - mean) / sqrt(var + eps) * weight + bias`. x: [.., h], weight, bias: [h] -> [.., h].
+    fn layer_norm_forward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        bias: Option<Float<Self>>,
+        spec: NormSpec,
+    ) -> Float<Self> {
+        layer_norm::portable::<Self>(x, weight, bias, spec)
+    }
+
+    /// Returns (dx, dweight, dbias): dx like x, the others [h] fp32.
+    fn layer_norm_backward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        dy: Float<Self>,
+        spec: NormSpec,
+    ) -> (Float<Self>, Float<Self>, Float<Self>) {
+        layer_norm::portable_backward::<Self>(x, weight, dy, spec)
+    }
+
+    /// Rotates pairs of channels by the angles whose cosine and sine are given. x: [batch, seq, heads, d],
+    /// cos, sin: [batch or 1, seq, rotary_dim / 2] -> like x. The gradient is the same in the other direction.
+    fn rotary(
+        x: Float<Self>,
+        cos: Float<Self>,
+        sin: Float<Self>,
+        style: RotaryStyle,
+        direction: RotaryDirection,
+    ) -> Float<Self> {
+        rotary::portable::<Self>(x, cos, sin, style, direction)
+    }
+
+    /// Softmax attention. q: [batch, s, heads, d], k: [batch, t, kv_heads, d], v: [batch, t, kv_heads, dv],
+    /// sinks: [heads] -> output [batch, s, heads, dv] and the log-sum-exp of each row of scores.
+    fn attention_forward(
+        q: Float<Self>,
+        k: Float<Self>,
+        v: Float<Self>,
+        sinks: Option<Float<Self>>,
+        rule: &AttentionRule,
+    ) -> AttentionOutput<Self> {
+        attention::portable::<Self>(q, k, v, sinks, rule)
+    }
+
+    /// Gradients of [`attention_forward`](Self::attention_forward), from its inputs, what it returned, and `dout` like the output.
+    fn attention_backward(
+        q: Float<Self>,
+        k: Float<Self>,
+        v: Float<Self>,
+        sinks: Option<Float<Self>>,
+        output: AttentionOutput<Self>,
+        dout: Float<Self>,
+        rule: &AttentionRule,
+    ) -> AttentionGrads<Self> {
+        attention::portable_backward::<Self>(q, k, v, sinks, output, dout, rule)
+    }
+
+    /// `y = act(x)`, elementwise.
+    fn activation_forward(x: Float<Self>, activation: Activation) -> Float<Self> {
+        activation::portable::<Self>(x, activation)
+    }
+
+    /// `dx = act'(x) dy`, elementwise.
+    fn activation_backward(x: Float<Self>, dy: Float<Self>, activation: Activation) -> Float<Self> {
+        activation::portable_backward::<Self>(x, dy, activation)
+    }
+
+    /// `y = act(gate) * up`, elementwise.
+    fn gated_activation_forward(
+        gate: Float<Self>,
+        up: Float<Self>,
+        activation: Activation,
+    ) -> Float<Self> {
+        activation::portable_gated::<Self>(gate, up, activation)
+    }
+
+    /// Returns (dgate, dup).
+    fn gated_activation_backward(
+        gate: Float<Self>,
+        up: Float<Self>,
+        dy: Float<Self>,
+        activation: Activation,
+    ) -> (Float<Self>, Float<Self>) {
+        activation::portable_gated_backward::<Self>(gate, up, dy, activation)
+    }
+
+    /// Loss per token from logits. logits: [tokens, vocab], targets: [tokens] -> loss and log-sum-exp, both [tokens]
+    /// fp32.
+    fn cross_entropy_forward(
+        logits: Float<Self>,
+        targets: Int<Self>,
+        spec: &CrossEntropySpec,
+    ) -> CrossEntropyOutput<Self> {
+        cross_entropy::portable::<Self>(logits, targets, spec)
+    }
+
+    /// Gradient with respect to the logits. lse, dloss: [tokens] fp32 -> [tokens, vocab] in the dtype of the logits.
+    fn cross_entropy_backward(
+        logits: Float<Self>,
+        targets: Int<Self>,
+        lse: Float<Self>,
+        dloss: Float<Self>,
+        spec: &CrossEntropySpec,
+    ) -> Float<Self> {
+        cross_entropy::portable_backward::<Self>(logits, targets, lse, dloss, spec)
+    }
+
+    /// Loss per token of the logits `x W^T`, which are never held all at once. x: [tokens, h], weight: [vocab, h],
+    /// targets: [tokens] -> loss and log-sum-exp, both [tokens] fp32.
+    fn linear_cross_entropy_forward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        targets: Int<Self>,
+        spec: &CrossEntropySpec,
+    ) -> CrossEntropyOutput<Self> {
+        linear_cross_entropy::portable::<Self>(x, weight, targets, spec)
+    }
+
+    /// Gradients of [`linear_cross_entropy_forward`](Self::linear_cross_entropy_forward), recomputing the logits in pieces. lse, dloss:
+    /// [tokens] fp32.
+    fn linear_cross_entropy_backward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        targets: Int<Self>,
+        lse: Float<Self>,
+        dloss: Float<Self>,
+        spec: &CrossEntropySpec,
+        request: LossGradRequest<Self>,
+    ) -> LossGrads<Self> {
+        linear_cross_entropy::portable_backward::<Self>(
+            x, weight, targets, lse, dloss, spec, request,
+        )
+    }
+
+    /// [`linear_cross_entropy_forward`](Self::linear_cross_entropy_forward) and its gradients for a `dloss` known beforehand, which
+    /// saves computing the logits a second time. dloss: [tokens] fp32.
+    fn linear_cross_entropy_with_grads(
+        x: Float<Self>,
+        weight: Float<Self>,
+        targets: Int<Self>,
+        dloss: Float<Self>,
+        spec: &CrossEntropySpec,
+        request: LossGradRequest<Self>,
+    ) -> (CrossEntropyOutput<Self>, LossGrads<Self>) {
+        linear_cross_entropy::portable_with_grads::<Self>(x, weight, targets, dloss, spec, request)
+    }
+
+    /// `a + b` of equal shapes and dtypes.
+    fn add(a: Float<Self>, b: Float<Self>) -> Float<Self> {
+        Self::float_add(a, b)
+    }
+
+    /// `a - b` of equal shapes and dtypes.
+    fn sub(a: Float<Self>, b: Float<Self>) -> Float<Self> {
+        Self::float_sub(a, b)
+    }
+
+    /// `a * b`, elementwise, of equal shapes and dtypes.
+    fn mul(a: Float<Self>, b: Float<Self>) -> Float<Self> {
+        Self::float_mul(a, b)
+    }
+
+    /// `factor * x`.
+    fn scale(x: Float<Self>, factor: f64) -> Float<Self> {
+        Self::float_mul_scalar(x, factor.into())
+    }
+
+    /// `cap * tanh(x / cap)`.
+    fn softcap_forward(x: Float<Self>, cap: f64) -> Float<Self> {
+        elementwise::portable_softcap::<Self>(x, cap)
+    }
+
+    /// `dx = (1 - tanh(x / cap)^2) dy`.
+    fn softcap_backward(x: Float<Self>, dy: Float<Self>, cap: f64) -> Float<Self> {
+        elementwise::portable_softcap_backward::<Self>(x, dy, cap)
+    }
+
+    /// Converts to another float dtype, rounding to nearest even.
+    fn cast(x: Float<Self>, dtype: DType) -> Float<Self> {
+        primitive::to_dtype::<Self>(x, dtype)
+    }
+
+    /// The sum of the squares of all elements, [1] fp32.
+    fn sum_squares(x: Float<Self>) -> Float<Self> {
+        reduce::portable_sum_squares::<Self>(x)
+    }
+
+    /// One AdamW update; returns (param, m, v). grad, m, v: like param, m and v fp32. In place where a buffer is not
+    /// shared.
+    fn adamw_step(
+        param: Float<Self>,
+        grad: Float<Self>,
+        m: Float<Self>,
+        v: Float<Self>,
+        step: &AdamWStep,
+    ) -> (Float<Self>, Float<Self>, Float<Self>) {
+        adamw::portable::<Self>(param, grad, m, v, step)
+    }
+
+    /// Writes `x`: [batch, s, heads, d] over positions `start..start + s` of `cache`: [batch, capacity, heads, d], in
+    /// place when the cache is not shared.
+    fn cache_write(cache: Float<Self>, x: Float<Self>, start: usize) -> Float<Self> {
+        cache::portable_write::<Self>(cache, x, start)
+    }
+}

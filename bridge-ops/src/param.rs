@@ -1,0 +1,238 @@
+//! Trainable tensors, which live outside the tape.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use burn_backend::{DType, TensorMetadata};
+
+use crate::grad_slot::GradSlot;
+use crate::ops::Ops;
+use crate::primitive::{Float, dims};
+
+/// A named weight with its gradient slot. Cloning gives another handle to the same weight.
+///
+/// Gradients are fp32 whatever the dtype of the value, and are added up over micro-batches until
+/// [`clear_grad`](Self::clear_grad) or [`take_grad`](Self::take_grad). A frozen weight
+/// (`requires_grad() == false`) gets none, and the products that would compute it are skipped.
+pub struct Param<B: Ops> {
+    inner: Arc<Inner<B>>,
+}
+
+struct Inner<B: Ops> {
+    name: String,
+    requires_grad: AtomicBool,
+    state: Mutex<State<B>>,
+}
+
+struct State<B: Ops> {
+    /// `None` only while `update` runs.
+    value: Option<Float<B>>,
+    grad: GradSlot<B>,
+}
+
+impl<B: Ops> Param<B> {
+    /// A weight that requires a gradient and has none yet.
+    pub fn new(name: impl Into<String>, value: Float<B>) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                name: name.into(),
+                requires_grad: AtomicBool::new(true),
+                state: Mutex::new(State {
+                    value: Some(value),
+                    grad: GradSlot::Empty,
+                }),
+            }),
+        }
+    }
+
+    /// The canonical name, for example `layers.3.mlp.up_proj.weight`.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// The shape of the value.
+    pub fn shape(&self) -> Vec<usize> {
+        self.with_value(dims)
+    }
+
+    /// The number of elements.
+    pub fn numel(&self) -> usize {
+        self.shape().iter().product()
+    }
+
+    /// The dtype of the value. Gradients are always fp32.
+    pub fn dtype(&self) -> DType {
+        self.with_value(TensorMetadata::dtype)
+    }
+
+    /// The device that holds the value.
+    pub fn device(&self) -> B::Device {
+        self.with_value(B::float_device)
+    }
+
+    /// The value; shares the buffer.
+    pub fn value(&self) -> Float<B> {
+        self.with_value(Clone::clone)
+    }
+
+    /// Replaces the value. The dtype may change.
+    ///
+    /// # Panics
+    /// When the shape differs.
+    #[track_caller]
+    pub fn set_value(&self, value: Float<B>) {
+        let (expected, found) = (self.shape(), dims(&value));
+        assert_eq!(
+            expected,
+            found,
+            "parameter `{}` has shape {expected:?}, the new value {found:?}",
+            self.name()
+        );
+        self.state().value = Some(value);
+    }
+
+    /// Replaces the value by a function of it. The function gets the only handle when no other is alive, so that an
+    /// optimizer can work in place. It must not touch this parameter.
+    ///
+    /// # Panics
+    /// When the function changes the shape.
+    #[track_caller]
+    pub fn update(&self, f: impl FnOnce(Float<B>) -> Float<B>) {
+        let mut state = self.state();
+        let value = state
+            .value
+            .take()
+            .expect("a parameter's update function touched the parameter or panicked");
+        let expected = dims(&value);
+        let value = f(value);
+        assert_eq!(
+            expected,
+            dims(&value),
+            "the update of parameter `{}` changed its shape",
+            self.name()
+        );
+        state.value = Some(value);
+    }
+
+    /// Whether gradients are computed for this weight.
+    pub fn requires_grad(&self) -> bool {
+        self.inner.requires_grad.load(Ordering::Relaxed)
+    }
+
+    /// Freezes or unfreezes the weight. A gradient already in the slot stays.
+    pub fn set_requires_grad(&self, requires_grad: bool) {
+        self.inner
+            .requires_grad
+            .store(requires_grad, Ordering::Relaxed);
+    }
+
+    /// The gradient accumulated so far, fp32; shares the buffer.
+    pub fn grad(&self) -> Option<Float<B>> {
+        match &self.state().grad {
+            GradSlot::Sum(grad) => Some(grad.clone()),
+            GradSlot::Empty | GradSlot::Stale(_) => None,
+        }
+    }
+
+    /// Takes the gradient and its buffer out of the slot.
+    pub fn take_grad(&self) -> Option<Float<B>> {
+        match std::mem::replace(&mut self.state().grad, GradSlot::Empty) {
+            GradSlot::Sum(grad) => Some(grad),
+            GradSlot::Empty | GradSlot::Stale(_) => None,
+        }
+    }
+
+    /// Replaces the gradient, for example by its all-reduced sum.
+    ///
+    /// # Panics
+    /// When the gradient is not fp32 or has another shape than the value.
+    #[track_caller]
+    pub fn set_grad(&self, grad: Option<Float<B>>) {
+        if let Some(grad) = &grad {
+            self.check_grad(grad);
+        }
+        self.state().grad = grad.map_or(GradSlot::Empty, GradSlot::Sum);
+    }
+
+    /// Forgets the gradient and keeps its buffer for the next step.
+    pub fn clear_grad(&self) {
+        let mut state = self.state();
+        state.grad = match std::mem::replace(&mut state.grad, GradSlot::Empty) {
+            GradSlot::Empty => GradSlot::Empty,
+            GradSlot::Stale(buffer) | GradSlot::Sum(buffer) => GradSlot::Stale(buffer),
+        };
+    }
+
+    /// Adds a gradient to the slot, in fp32.
+    #[track_caller]
+    pub fn accumulate_grad(&self, grad: Float<B>) {
+        self.accumulate_with(|slot| slot.accumulate(grad));
+    }
+
+    /// Lets a kernel add to the slot directly; it returns the sum. Must not touch this parameter.
+    ///
+    /// # Panics
+    /// When the result is not fp32 or has another shape than the value.
+    #[track_caller]
+    pub fn accumulate_with(&self, kernel: impl FnOnce(GradSlot<B>) -> Float<B>) {
+        // The lock is not held while the kernel runs, so that a panic in it can't poison other users' view; the slot
+        // is simply empty meanwhile. Two threads never run the backward pass of one parameter at once.
+        let slot = std::mem::replace(&mut self.state().grad, GradSlot::Empty);
+        let grad = kernel(slot);
+        self.check_grad(&grad);
+        self.state().grad = GradSlot::Sum(grad);
+    }
+
+    #[track_caller]
+    fn check_grad(&self, grad: &Float<B>) {
+        let (expected, found) = (self.shape(), dims(grad));
+        assert_eq!(
+            expected,
+            found,
+            "parameter `{}` has shape {expected:?}, its gradient {found:?}",
+            self.name()
+        );
+        assert_eq!(
+            grad.dtype(),
+            DType::F32,
+            "the gradient of parameter `{}` must be fp32",
+            self.name()
+        );
+    }
+
+    #[track_caller]
+    fn with_value<R>(&self, f: impl FnOnce(&Float<B>) -> R) -> R {
+        f(self
+            .state()
+            .value
+            .as_ref()
+            .expect("a parameter's update function touched the parameter or panicked"))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<B>> {
+        self.inner
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<B: Ops> Clone for Param<B> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+        }
+    }
+}
+
+impl<B: Ops> fmt::Debug for Param<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Param")
+            .field("name", &self.name())
+            .field("shape", &self.shape())
+            .field("dtype", &self.dtype())
+            .field("requires_grad", &self.requires_grad())
+            .finish()
+    }
+}

@@ -1,0 +1,256 @@
+//! A reverse-mode tape with hand-written gradients.
+//!
+//! One tape serves one segment of a model (the embedding, one layer, the head): the segment's input is a
+//! [`leaf`](Tape::leaf), its output is seeded with the gradient that the segment after it returned. Nothing is global
+//! and no lock is held while a closure runs, so a backward closure may wait for other ranks (a collective), also when
+//! ranks are threads of one process.
+//!
+//! The order of work is fixed: nodes run in the reverse order of recording, and where a value is used more than once
+//! the gradients are added in that order, so results repeat bit for bit.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use burn::tensor::Tensor;
+
+use crate::ops::Ops;
+use crate::param::Param;
+use crate::primitive::{Float, dims, tensor};
+
+/// A value on a [`Tape`]. Cloning shares the buffer and stands for the same value.
+#[derive(Debug, Clone)]
+pub struct Var<B: Ops> {
+    value: Float<B>,
+    node: Option<NodeId>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct NodeId {
+    tape: u64,
+    index: usize,
+}
+
+impl<B: Ops> Var<B> {
+    /// The tensor; shares the buffer.
+    pub fn value(&self) -> Float<B> {
+        self.value.clone()
+    }
+
+    /// The tensor, giving up this handle, so that a kernel may work in place if it was the last one.
+    pub fn into_value(self) -> Float<B> {
+        self.value
+    }
+
+    /// The shape.
+    pub fn shape(&self) -> Vec<usize> {
+        dims(&self.value)
+    }
+
+    /// The value as a Burn tensor of rank `D`.
+    ///
+    /// # Panics
+    /// When the rank is not `D`.
+    #[track_caller]
+    pub fn tensor<const D: usize>(&self) -> Tensor<B, D> {
+        tensor(self.value())
+    }
+
+    /// Whether a gradient flows through this value.
+    pub fn is_tracked(&self) -> bool {
+        self.node.is_some()
+    }
+}
+
+type BackwardFn<B> = Box<dyn FnOnce(Float<B>) -> Vec<Option<Float<B>>> + Send>;
+
+/// One recorded operation. Leaves have no `backward`.
+struct Node<B: Ops> {
+    /// Index of each parent's node, `None` for parents that are not tracked.
+    parents: Vec<Option<usize>>,
+    backward: Option<BackwardFn<B>>,
+}
+
+/// A record of operations, to be run backward once. See the module documentation.
+pub struct Tape<B: Ops> {
+    id: u64,
+    /// `None` on an inference tape.
+    nodes: Option<RefCell<Vec<Node<B>>>>,
+}
+
+impl<B: Ops> Tape<B> {
+    /// A tape that records.
+    #[expect(
+        clippy::new_without_default,
+        reason = "whether a tape records should be said where it is made"
+    )]
+    pub fn new() -> Self {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+        Self {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            nodes: Some(RefCell::new(Vec::new())),
+        }
+    }
+
+    /// A tape that records nothing: saved tensors are freed at once.
+    pub fn inference() -> Self {
+        Self {
+            nodes: None,
+            ..Self::new()
+        }
+    }
+
+    /// Whether operations are recorded.
+    pub fn is_recording(&self) -> bool {
+        self.nodes.is_some()
+    }
+
+    /// The number of nodes recorded so far, leaves included.
+    pub fn num_nodes(&self) -> usize {
+        self.nodes.as_ref().map_or(0, |nodes| nodes.borrow().len())
+    }
+
+    /// An input that gradients flow to.
+    pub fn leaf(&self, value: Float<B>) -> Var<B> {
+        self.push(value, Vec::new(), None)
+    }
+
+    /// An input that is not tracked.
+    pub fn constant(&self, value: Float<B>) -> Var<B> {
+        Var { value, node: None }
+    }
+
+    /// Adds an operation. `backward` gets the gradient of `output` and returns that of each of `parents`, in order,
+    /// `None` where there is none (or none is needed, see [`Var::is_tracked`]). When no parent is tracked, nothing is
+    /// recorded.
+    ///
+    /// # Panics
+    /// When a parent belongs to another tape.
+    #[track_caller]
+    pub fn record(
+        &self,
+        output: Float<B>,
+        parents: &[&Var<B>],
+        backward: impl FnOnce(Float<B>) -> Vec<Option<Float<B>>> + Send + 'static,
+    ) -> Var<B> {
+        self.record_with_params(output, parents, &[], backward)
+    }
+
+    /// Like [`record`](Self::record) for an operation that also accumulates gradients of `params`: recorded as well
+    /// when no parent is tracked but one of `params` requires a gradient (as an embedding does).
+    ///
+    /// # Panics
+    /// When a parent belongs to another tape.
+    #[track_caller]
+    pub fn record_with_params(
+        &self,
+        output: Float<B>,
+        parents: &[&Var<B>],
+        params: &[&Param<B>],
+        backward: impl FnOnce(Float<B>) -> Vec<Option<Float<B>>> + Send + 'static,
+    ) -> Var<B> {
+        if !self.needs_grad(parents, params) {
+            return self.constant(output);
+        }
+        let parents = parents.iter().map(|parent| self.index_of(parent)).collect();
+        self.push(output, parents, Some(Box::new(backward)))
+    }
+
+    /// Whether an operation on these inputs would be recorded. An operation that must prepare something for its
+    /// backward pass can skip it when not.
+    pub fn needs_grad(&self, parents: &[&Var<B>], params: &[&Param<B>]) -> bool {
+        self.is_recording()
+            && (parents.iter().any(|parent| parent.is_tracked())
+                || params.iter().any(|param| param.requires_grad()))
+    }
+
+    /// Runs the recorded operations backward and consumes the tape.
+    ///
+    /// `seeds` are outputs with the gradient of the objective with respect to them. Returns the gradients of `leaves`,
+    /// in order; `None` for one that no seed depends on. Weight gradients end up in their [`Param`]s. Each closure, and
+    /// what it saved, is dropped as soon as it has run.
+    ///
+    /// # Panics
+    /// When a seed or leaf is of another tape, a seed's shape differs from its output's, or a closure returns another
+    /// number of gradients than it has parents.
+    #[track_caller]
+    pub fn backward(
+        self,
+        seeds: Vec<(Var<B>, Float<B>)>,
+        leaves: &[&Var<B>],
+    ) -> Vec<Option<Float<B>>> {
+        let leaves: Vec<Option<usize>> = leaves.iter().map(|leaf| self.index_of(leaf)).collect();
+        let mut grads: Vec<Option<Float<B>>> = vec![None; self.num_nodes()];
+        for (output, seed) in seeds {
+            let (expected, found) = (output.shape(), dims(&seed));
+            assert_eq!(
+                expected, found,
+                "the output has shape {expected:?}, its seed {found:?}"
+            );
+            if let Some(index) = self.index_of(&output) {
+                add_grad::<B>(&mut grads[index], seed);
+            }
+        }
+
+        let mut nodes = self.nodes.map(RefCell::into_inner).unwrap_or_default();
+        while let Some(node) = nodes.pop() {
+            let Some(backward) = node.backward else {
+                continue;
+            };
+            // Intermediate gradients are consumed here; a leaf keeps its own until the end.
+            let Some(grad) = grads[nodes.len()].take() else {
+                continue;
+            };
+            let parent_grads = backward(grad);
+            assert_eq!(
+                parent_grads.len(),
+                node.parents.len(),
+                "a backward closure returned {} gradients for {} parents",
+                parent_grads.len(),
+                node.parents.len()
+            );
+            for (parent, grad) in node.parents.into_iter().zip(parent_grads) {
+                if let (Some(parent), Some(grad)) = (parent, grad) {
+                    add_grad::<B>(&mut grads[parent], grad);
+                }
+            }
+        }
+        leaves
+            .into_iter()
+            .map(|leaf| grads[leaf?].clone())
+            .collect()
+    }
+
+    fn push(
+        &self,
+        value: Float<B>,
+        parents: Vec<Option<usize>>,
+        backward: Option<BackwardFn<B>>,
+    ) -> Var<B> {
+        let node = self.nodes.as_ref().map(|nodes| {
+            let mut nodes = nodes.borrow_mut();
+            nodes.push(Node { parents, backward });
+            NodeId {
+                tape: self.id,
+                index: nodes.len() - 1,
+            }
+        });
+        Var { value, node }
+    }
+
+    #[track_caller]
+    fn index_of(&self, var: &Var<B>) -> Option<usize> {
+        let node = var.node?;
+        assert_eq!(
+            node.tape, self.id,
+            "a value of another tape was used; pass it through `Tape::leaf`"
+        );
+        Some(node.index)
+    }
+}
+
+fn add_grad<B: Ops>(slot: &mut Option<Float<B>>, grad: Float<B>) {
+    *slot = Some(match slot.take() {
+        None => grad,
+        Some(sum) => B::add(sum, grad),
+    });
+}

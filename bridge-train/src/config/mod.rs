@@ -1,0 +1,56 @@
+//! The configuration of a run: TOML sections with strict keys.
+//!
+//! It passes through two stages. [`ConfigLayers`] is what was written: a recipe, a file over it, `key=value` over that.
+//! [`resolve`] checks it against the schema and itself, fills in every default and reports every problem at once; the
+//! [`ResolvedConfig`] that comes out is what a run uses, prints and saves beside its checkpoints.
+
+pub mod model;
+mod layers;
+mod platform;
+mod resolve;
+mod section;
+mod sections;
+mod suggest;
+mod value;
+
+#[cfg(test)]
+mod tests;
+
+pub use layers::ConfigLayers;
+pub use model::ModelConfig;
+pub use platform::Platform;
+pub use resolve::{ResolveContext, ResolvedConfig, resolve};
+pub use section::{Key, Problem, Problems, Section, SectionSchema};
+pub use sections::*;
+pub use value::{ConfigValue, Kind};
+
+pub(crate) use suggest::unknown_choice;
+pub(crate) use value::choice;
+
+/// Sections in the order they are documented and printed.
+const SECTION_ORDER: &[&str] = &[
+    "model", "train", "optimizer", "scheduler", "parallel", "precision", "data", "tokenizer", "checkpoint", "eval",
+    "logging",
+];
+
+/// Sections that have a meaning elsewhere in the project, and why they are refused here.
+const RESERVED_SECTIONS: &[(&str, &str)] =
+    &[("peft", "adapters belong to fine-tuning; pretraining updates every weight, so remove this section")];
+
+/// Every section with its keys.
+pub fn schema() -> &'static [SectionSchema] {
+    static SCHEMA: &[SectionSchema] = &[
+        model::SCHEMA,
+        TrainConfig::SCHEMA,
+        OptimizerConfig::SCHEMA,
+        SchedulerConfig::SCHEMA,
+        ParallelConfig::SCHEMA,
+        PrecisionConfig::SCHEMA,
+        DataConfig::SCHEMA,
+        TokenizerConfig::SCHEMA,
+        CheckpointConfig::SCHEMA,
+        EvalConfig::SCHEMA,
+        LoggingConfig::SCHEMA,
+    ];
+    SCHEMA
+}

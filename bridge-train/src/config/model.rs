@@ -1,0 +1,167 @@
+//! The `model` section: the words of a Hugging Face `config.json`, or a folder that holds one.
+//!
+//! The section is not interpreted here. It becomes a `config.json` in memory, and the family's own bridge reads that as
+//! it would read one from disk, so a model described in a recipe and a model imported from a folder pass through the
+//! same code.
+
+use std::path::PathBuf;
+
+use bridge_core::{DecoderConfig, HfConfig, ModelBridge, Registry};
+use toml::{Table, Value};
+
+use super::section::{Key, Problems, SectionSchema};
+use super::value::Kind;
+
+/// Name of the section.
+pub const SECTION: &str = "model";
+
+/// The keys of the section.
+pub const SCHEMA: SectionSchema = SectionSchema {
+    name: SECTION,
+    keys: &[
+        key("hf", Kind::String, "Folder or hub id whose config.json describes the model; the other keys change it."),
+        key("architecture", Kind::String, "Hugging Face architecture, for example LlamaForCausalLM."),
+        key("model_type", Kind::String, "Hugging Face model type, where the architecture does not tell."),
+        key("hidden_size", Kind::Integer, "Width of the residual stream."),
+        key("intermediate_size", Kind::Integer, "Inner width of the MLP."),
+        key("num_hidden_layers", Kind::Integer, "Decoder layers."),
+        key("num_attention_heads", Kind::Integer, "Query heads."),
+        key("num_key_value_heads", Kind::Integer, "Key and value heads."),
+        key("head_dim", Kind::Integer, "Width of a head. Default: hidden_size / num_attention_heads."),
+        key("vocab_size", Kind::Integer, "Rows of the embedding."),
+        key("max_position_embeddings", Kind::Integer, "Longest context, in tokens."),
+        key("hidden_act", Kind::String, "Activation of the MLP, for example silu."),
+        key("rms_norm_eps", Kind::Float, "Added to the mean square in RMSNorm."),
+        key("layer_norm_eps", Kind::Float, "Added to the variance in LayerNorm."),
+        key("rope_theta", Kind::Float, "Base of the rotary embedding."),
+        key("rope_scaling", Kind::Table, "Scaling of the rotary embedding: rope_type and its parameters."),
+        key("partial_rotary_factor", Kind::Float, "Share of each head that is rotated."),
+        key("attention_bias", Kind::Bool, "Biases on the attention projections."),
+        key("mlp_bias", Kind::Bool, "Biases on the MLP projections."),
+        key("tie_word_embeddings", Kind::Bool, "Whether the head is the embedding."),
+        key("sliding_window", Kind::Integer, "Tokens a windowed layer sees."),
+        key("initializer_range", Kind::Float, "Standard deviation of fresh weights."),
+        key("bos_token_id", Kind::Integer, "Token that starts a text."),
+        key("eos_token_id", Kind::Integers, "Token or tokens that end a text."),
+        key("pad_token_id", Kind::Integer, "Token that fills up short samples."),
+    ],
+};
+
+const fn key(name: &'static str, kind: Kind, doc: &'static str) -> Key {
+    Key { name, kind, doc }
+}
+
+/// The model of a run.
+#[derive(Clone)]
+pub struct ModelConfig {
+    /// The section as it was merged.
+    pub keys: Table,
+    /// The folder that `model.hf` stands for, if it was given.
+    pub hf_dir: Option<PathBuf>,
+    /// What every weight and every layer follows from.
+    pub decoder: DecoderConfig,
+    /// The family.
+    pub bridge: &'static dyn ModelBridge,
+}
+
+impl std::fmt::Debug for ModelConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModelConfig").field("family", &self.bridge.name()).field("decoder", &self.decoder).finish()
+    }
+}
+
+/// Two models are the same if every fact about their weights and arithmetic is.
+impl PartialEq for ModelConfig {
+    fn eq(&self, other: &Self) -> bool {
+        self.bridge.name() == other.bridge.name() && self.decoder == other.decoder
+    }
+}
+
+/// Reads the section. `hf_folder` turns the value of `model.hf` into a folder.
+pub(crate) fn read(
+    keys: &Table,
+    registry: &Registry,
+    hf_folder: &dyn Fn(&str) -> Result<PathBuf, String>,
+    problems: &mut Problems,
+) -> Option<ModelConfig> {
+    let before = problems.len();
+    for key in SCHEMA.keys {
+        if let Some(value) = keys.get(key.name)
+            && let Err(message) = check(value, key.kind)
+        {
+            problems.add(format!("{SECTION}.{}", key.name), message);
+        }
+    }
+    let hf = keys.get("hf").and_then(Value::as_str);
+    if hf.is_none() && !keys.contains_key("architecture") {
+        problems.add(
+            SECTION,
+            "describes no model; set model.hf, or model.architecture and the words of a config.json",
+        );
+    }
+    if problems.len() > before {
+        return None;
+    }
+    let attempt = || -> Result<ModelConfig, (&'static str, String)> {
+        let in_hf = |message: String| ("model.hf", message);
+        let hf_dir = hf.map(hf_folder).transpose().map_err(in_hf)?;
+        let mut json = match &hf_dir {
+            Some(dir) => HfConfig::load(dir).map_err(|e| in_hf(e.to_string()))?.json().clone(),
+            None => serde_json::Map::new(),
+        };
+        apply(keys, &mut json);
+        let config = HfConfig::from_json(json, "the [model] section");
+        let bridge = registry.detect(&config).map_err(|e| (SECTION, e.to_string()))?;
+        let decoder = bridge.config(&config).map_err(|e| (SECTION, e.to_string()))?;
+        Ok(ModelConfig { keys: keys.clone(), hf_dir, decoder, bridge })
+    };
+    match attempt() {
+        Ok(model) => Some(model),
+        Err((key, message)) => {
+            problems.add(key, message);
+            None
+        }
+    }
+}
+
+/// Puts the section's words over those of a `config.json`.
+fn apply(keys: &Table, json: &mut serde_json::Map<String, serde_json::Value>) {
+    for (name, value) in keys {
+        let value = to_json(value);
+        match name.as_str() {
+            "hf" => {}
+            "architecture" => {
+                json.insert("architectures".into(), serde_json::Value::Array(vec![value]));
+            }
+            _ => {
+                json.insert(name.clone(), value);
+            }
+        }
+    }
+}
+
+fn to_json(value: &Value) -> serde_json::Value {
+    match value {
+        Value::String(text) => text.clone().into(),
+        Value::Integer(n) => (*n).into(),
+        Value::Float(x) => (*x).into(),
+        Value::Boolean(b) => (*b).into(),
+        Value::Datetime(d) => d.to_string().into(),
+        Value::Array(items) => items.iter().map(to_json).collect(),
+        Value::Table(table) => table.iter().map(|(k, v)| (k.clone(), to_json(v))).collect(),
+    }
+}
+
+fn check(value: &Value, kind: Kind) -> Result<(), String> {
+    use super::value::ConfigValue;
+    match kind {
+        Kind::Bool => bool::from_toml(value).map(drop),
+        Kind::Integer => u64::from_toml(value).map(drop),
+        Kind::Float => f64::from_toml(value).map(drop),
+        Kind::String | Kind::Choice(_) => String::from_toml(value).map(drop),
+        Kind::StringList => Vec::<String>::from_toml(value).map(drop),
+        Kind::FloatList => Vec::<f64>::from_toml(value).map(drop),
+        Kind::Integers => Vec::<u64>::from_toml(value).map(drop),
+        Kind::Table => Table::from_toml(value).map(drop),
+    }
+}

@@ -1,0 +1,259 @@
+//! The sections of a configuration, except `model` (see [`super::model`]).
+//!
+//! Training words are Megatron's, since that is what people type in recipes.
+
+use super::section::section;
+use super::value::choice;
+use crate::lr_schedule::{LrDecayStyle, WeightDecayIncrStyle, WsdDecayStyle};
+
+choice! {
+    /// What is kept of a layer's forward pass for its backward pass.
+    pub enum RecomputeGranularity {
+        /// Every activation the backward pass needs.
+        None = "none",
+        /// Only the layer's input; the layer runs again in the backward pass. Less memory, about a third more work.
+        Full = "full",
+    }
+}
+
+choice! {
+    /// What to do when the loss or the gradient norm is NaN or infinite.
+    pub enum NonFinitePolicy {
+        /// Stop with an error that names the iteration.
+        Stop = "stop",
+        /// Leave the weights as they are, count the step as skipped and go on.
+        Skip = "skip",
+    }
+}
+
+section! {
+    /// Length of the run and how its batches are cut.
+    pub struct TrainConfig("train") {
+        /// Samples that go through the model at once, per rank. Changes memory and speed, never the result.
+        micro_batch_size: usize = 1,
+        /// Samples per optimizer step, over all ranks. A multiple of micro_batch_size times the data-parallel size.
+        global_batch_size: usize,
+        /// Optimizer steps of the whole run. Give this or train_samples.
+        train_iters: Option<u64> = None,
+        /// Length of the whole run in samples, rounded down to whole steps. Give this or train_iters.
+        train_samples: Option<u64> = None,
+        /// Stop (with a checkpoint) after this many minutes; the run can be continued later.
+        exit_duration_in_mins: Option<f64> = None,
+        /// Seed of the initial weights, and of the data order unless data.seed is given.
+        seed: u64 = 1234,
+        /// Trade time for memory: `full` keeps only the input of every layer.
+        recompute_granularity: RecomputeGranularity = RecomputeGranularity::None,
+        /// What a NaN or an infinity in the loss or the gradients does.
+        on_non_finite: NonFinitePolicy = NonFinitePolicy::Stop,
+        /// With on_non_finite = "skip": how many steps in a row may be skipped before the run stops with an error.
+        max_skipped_in_a_row: u64 = 10,
+    }
+}
+
+choice! {
+    /// The optimizer.
+    pub enum OptimizerKind {
+        /// Adam with decoupled weight decay (AdamW).
+        Adam = "adam",
+    }
+}
+
+section! {
+    /// The optimizer.
+    pub struct OptimizerConfig("optimizer") {
+        /// Which optimizer.
+        optimizer: OptimizerKind = OptimizerKind::Adam,
+        /// Peak learning rate.
+        lr: f64,
+        /// Learning rate at the end of the decay.
+        min_lr: f64 = 0.0,
+        /// Decay of the running mean of the gradient.
+        adam_beta1: f64 = 0.9,
+        /// Decay of the running mean of the squared gradient.
+        adam_beta2: f64 = 0.95,
+        /// Added to the root of the squared-gradient mean.
+        adam_eps: f64 = 1e-8,
+        /// Decoupled weight decay. scheduler.start_weight_decay and end_weight_decay can let it grow over the run.
+        weight_decay: f64 = 0.1,
+        /// Patterns (with `*`) of canonical weight names that are not decayed. An empty list decays every weight.
+        no_weight_decay: Vec<String> = vec!["*norm.weight".into(), "*.bias".into()],
+        /// Largest global norm of the gradient; larger gradients are scaled down. 0 disables.
+        clip_grad: f64 = 1.0,
+    }
+}
+
+section! {
+    /// How learning rate and weight decay move over the run.
+    pub struct SchedulerConfig("scheduler") {
+        /// Shape of the decay after the warm-up.
+        lr_decay_style: LrDecayStyle = LrDecayStyle::Cosine,
+        /// Step at which the learning rate reaches min_lr. Default: the last step.
+        lr_decay_iters: Option<u64> = None,
+        /// The same in samples.
+        lr_decay_samples: Option<u64> = None,
+        /// Steps of linear warm-up. Give at most one of the three warm-up keys.
+        lr_warmup_iters: Option<u64> = None,
+        /// Warm-up in samples.
+        lr_warmup_samples: Option<u64> = None,
+        /// Warm-up as a fraction of the decay, from 0 to 1.
+        lr_warmup_fraction: Option<f64> = None,
+        /// Learning rate of the first warm-up step.
+        lr_warmup_init: f64 = 0.0,
+        /// Shape of the last phase of a WSD schedule.
+        lr_wsd_decay_style: WsdDecayStyle = WsdDecayStyle::Exponential,
+        /// Steps of the last phase of a WSD schedule.
+        lr_wsd_decay_iters: Option<u64> = None,
+        /// The same in samples.
+        lr_wsd_decay_samples: Option<u64> = None,
+        /// Weight decay at the start, when it moves. Default: optimizer.weight_decay.
+        start_weight_decay: Option<f64> = None,
+        /// Weight decay at the end, when it moves. Default: optimizer.weight_decay.
+        end_weight_decay: Option<f64> = None,
+        /// Shape of the move.
+        weight_decay_incr_style: WeightDecayIncrStyle = WeightDecayIncrStyle::Constant,
+    }
+}
+
+section! {
+    /// How the work is laid out over ranks. Every degree is 1 unless set.
+    pub struct ParallelConfig("parallel") {
+        /// Ranks that share each layer's matrices.
+        tensor_model_parallel_size: usize = 1,
+        /// Stages the layers are cut into.
+        pipeline_model_parallel_size: usize = 1,
+        /// Chunks of layers per pipeline stage, for the interleaved schedule.
+        virtual_pipeline_model_parallel_size: usize = 1,
+        /// Ranks that share each sequence.
+        context_parallel_size: usize = 1,
+        /// Ranks that share the experts.
+        expert_model_parallel_size: usize = 1,
+        /// Ranks that share each expert's matrices.
+        expert_tensor_parallel_size: usize = 1,
+        /// Copies of the model that see different samples.
+        data_parallel_size: usize = 1,
+        /// Splits norms and residuals over the tensor-parallel ranks as well.
+        sequence_parallel: bool = false,
+    }
+}
+
+choice! {
+    /// Number formats of weights, arithmetic and optimizer.
+    pub enum PrecisionMode {
+        /// [`PrecisionMode::Bf16Mixed`] on a backend that trains in it, else [`PrecisionMode::Fp32`].
+        Auto = "auto",
+        /// Everything in 32 bits.
+        Fp32 = "fp32",
+        /// bf16 weights and activations; gradients, master weights and optimizer state in fp32.
+        Bf16Mixed = "bf16_mixed",
+    }
+}
+
+section! {
+    /// Number formats.
+    pub struct PrecisionConfig("precision") {
+        /// Formats of weights, activations and optimizer state.
+        mode: PrecisionMode = PrecisionMode::Auto,
+    }
+}
+
+choice! {
+    /// Where samples come from.
+    pub enum DataSource {
+        /// The public-domain prose that comes with this project.
+        Corpus = "corpus",
+        /// Text or JSONL files, tokenized at the start.
+        Text = "text",
+        /// Megatron-Core indexed datasets (`.bin` and `.idx`).
+        Indexed = "indexed",
+        /// Made-up tokens, for measuring speed.
+        Mock = "mock",
+    }
+}
+
+section! {
+    /// What the model is trained on.
+    pub struct DataConfig("data") {
+        /// Tokens the model sees per sample. The sample itself holds one more, the last target.
+        seq_length: usize,
+        /// Where samples come from.
+        source: DataSource = DataSource::Corpus,
+        /// Files (source `text`) or path prefixes without `.bin` (source `indexed`).
+        data_path: Vec<String> = Vec::new(),
+        /// Weight of each entry of data_path in the blend. Default: equal.
+        data_weights: Vec<f64> = Vec::new(),
+        /// Shares of the documents for training, validation and test.
+        split: String = "969,30,1".into(),
+        /// Field of a JSONL line that holds the text.
+        json_key: String = "text".into(),
+        /// Seed of the sample order. Default: train.seed.
+        seed: Option<u64> = None,
+    }
+}
+
+choice! {
+    /// Where the tokenizer comes from.
+    pub enum TokenizerKind {
+        /// A Hugging Face folder with `tokenizer.json`.
+        HuggingFace = "hf",
+        /// One token per byte, and a few special ones.
+        Bytes = "bytes",
+        /// A byte-level BPE of model.vocab_size tokens, learnt from the training text at the start.
+        Bpe = "bpe",
+        /// No text at all: ids only. For made-up or already tokenized data.
+        Null = "null",
+    }
+}
+
+section! {
+    /// How text becomes tokens.
+    pub struct TokenizerConfig("tokenizer") {
+        /// Which tokenizer.
+        kind: TokenizerKind = TokenizerKind::HuggingFace,
+        /// Folder with `tokenizer.json`, or a hub id. Default: model.hf.
+        path: Option<String> = None,
+    }
+}
+
+section! {
+    /// Where the run saves itself, and what it starts from.
+    pub struct CheckpointConfig("checkpoint") {
+        /// Folder of the run's checkpoints. A checkpoint already in it is continued. Default: runs/NAME.
+        dir: String,
+        /// Save every so many steps, besides the save at the end. 0 saves only at the end.
+        save_interval: u64 = 0,
+        /// Save at all.
+        save: bool = true,
+        /// Keep only this many of the newest checkpoints. 0 keeps all.
+        most_recent_k: usize = 0,
+        /// Save the optimizer state, without which a run cannot be continued exactly.
+        save_optim: bool = true,
+        /// Weights to start from: a native checkpoint, or a Hugging Face folder or hub id.
+        pretrained: Option<String> = None,
+    }
+}
+
+section! {
+    /// Evaluation on held-out samples.
+    pub struct EvalConfig("eval") {
+        /// Evaluate every so many steps, besides the evaluation at the end. 0 disables.
+        eval_interval: u64 = 0,
+        /// Global batches per evaluation.
+        eval_iters: u64 = 8,
+    }
+}
+
+section! {
+    /// What is reported, and where.
+    pub struct LoggingConfig("logging") {
+        /// Report every so many steps.
+        log_interval: u64 = 1,
+        /// Folder of the reports. Default: checkpoint.dir.
+        dir: Option<String> = None,
+        /// Write metrics.jsonl.
+        jsonl: bool = true,
+        /// Write TensorBoard event files.
+        tensorboard: bool = true,
+        /// Draw loss.png at the end.
+        plot: bool = true,
+    }
+}

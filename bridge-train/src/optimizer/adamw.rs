@@ -1,0 +1,194 @@
+//! AdamW with fp32 state, and fp32 master weights where the model's are narrower.
+
+use std::collections::HashSet;
+
+use bridge_ops::{AdamWStep, DType, Float, Ops, Param, float_zeros};
+
+use super::pattern::name_matches;
+use crate::error::{Error, Result};
+
+/// What stays the same over a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdamWOptions {
+    /// Decay of the running mean of the gradient.
+    pub beta1: f64,
+    /// Decay of the running mean of the squared gradient.
+    pub beta2: f64,
+    /// Added to the root of the squared-gradient mean.
+    pub eps: f64,
+    /// Patterns of the weights that are not decayed (see [`super::name_matches`]).
+    pub no_weight_decay: Vec<String>,
+}
+
+impl Default for AdamWOptions {
+    /// The values of most Llama recipes; norms and biases are not decayed.
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, no_weight_decay: vec!["*norm.weight".into(), "*.bias".into()] }
+    }
+}
+
+/// A parameter with its optimizer state. All state is fp32.
+pub struct ParamState<B: Ops> {
+    /// The parameter, as the model uses it.
+    pub param: Param<B>,
+    /// Whether weight decay applies to it.
+    pub decayed: bool,
+    /// The weight in fp32, when the model's is narrower.
+    master: Option<Float<B>>,
+    /// Running means of the gradient and of its square. `None` only while a kernel owns them.
+    moments: Option<(Float<B>, Float<B>)>,
+}
+
+/// The AdamW optimizer.
+///
+/// ```
+/// use bridge_ops::{Param, float_from_f32, to_f32_vec};
+/// use bridge_train::optimizer::{AdamW, AdamWOptions};
+/// use burn::backend::Flex;
+///
+/// let device = Default::default();
+/// let tensor = |values: &[f32]| float_from_f32::<Flex>(values, &[values.len()], &device);
+/// let weight = Param::<Flex>::new("weight", tensor(&[1.0, -1.0]));
+/// let mut optimizer = AdamW::new(vec![weight.clone()], &AdamWOptions::default())?;
+///
+/// weight.accumulate_grad(tensor(&[0.5, -2.0]));
+/// optimizer.step(0.1, 0.0, 1.0);
+/// // The first step moves every weight by the learning rate, against the sign of its gradient.
+/// let moved = to_f32_vec::<Flex>(weight.value());
+/// assert!((moved[0] - 0.9).abs() < 1e-6 && (moved[1] + 0.9).abs() < 1e-6);
+/// # Ok::<(), bridge_train::Error>(())
+/// ```
+pub struct AdamW<B: Ops> {
+    states: Vec<ParamState<B>>,
+    betas: (f64, f64),
+    eps: f64,
+    steps: u64,
+}
+
+impl<B: Ops> AdamW<B> {
+    /// An optimizer with zeroed state over those of `params` that require a gradient.
+    ///
+    /// # Errors
+    /// If two parameters have the same name: a weight used in two places (a tied head) must be given once.
+    pub fn new(params: Vec<Param<B>>, options: &AdamWOptions) -> Result<Self> {
+        let mut names = HashSet::new();
+        if let Some(twice) = params.iter().find(|param| !names.insert(param.name().to_owned())) {
+            return Err(Error::DuplicateParameter { name: twice.name().to_owned() });
+        }
+        let states = params
+            .into_iter()
+            .filter(Param::requires_grad)
+            .map(|param| {
+                let zeros = || float_zeros::<B>(&param.shape(), DType::F32, &param.device());
+                ParamState {
+                    decayed: !options.no_weight_decay.iter().any(|pattern| name_matches(pattern, param.name())),
+                    master: (param.dtype() != DType::F32).then(|| B::cast(param.value(), DType::F32)),
+                    moments: Some((zeros(), zeros())),
+                    param,
+                }
+            })
+            .collect();
+        Ok(Self { states, betas: (options.beta1, options.beta2), eps: options.eps, steps: 0 })
+    }
+
+    /// One update from the gradients in the parameters' slots, which are then cleared. A parameter without a gradient
+    /// stays as it is.
+    ///
+    /// `grad_scale` multiplies every gradient (see [`super::clip_coefficient`]).
+    pub fn step(&mut self, lr: f64, weight_decay: f64, grad_scale: f64) {
+        self.steps += 1;
+        let step = AdamWStep { grad_scale, ..AdamWStep::new(self.steps, lr, self.betas, self.eps, weight_decay) };
+        for state in &mut self.states {
+            let Some(grad) = state.param.grad() else { continue };
+            let step = if state.decayed { step } else { AdamWStep { weight_decay: 0.0, ..step } };
+            state.update(grad, &step);
+            state.param.clear_grad();
+        }
+    }
+
+    /// Forgets the gradients.
+    pub fn clear_grads(&self) {
+        self.states.iter().for_each(|state| state.param.clear_grad());
+    }
+
+    /// The parameters it updates.
+    pub fn params(&self) -> Vec<Param<B>> {
+        self.states.iter().map(|state| state.param.clone()).collect()
+    }
+
+    /// Updates done, which the bias correction depends on.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Sets the number of updates done, when state is restored.
+    pub fn set_steps(&mut self, steps: u64) {
+        self.steps = steps;
+    }
+
+    /// The parameters with their state, in the order they were given.
+    pub fn states(&self) -> &[ParamState<B>] {
+        &self.states
+    }
+
+    /// The parameters with their state, to restore it.
+    pub fn states_mut(&mut self) -> &mut [ParamState<B>] {
+        &mut self.states
+    }
+}
+
+impl<B: Ops> ParamState<B> {
+    /// Running mean of the gradient; shares the buffer.
+    pub fn exp_avg(&self) -> Float<B> {
+        self.moments().0.clone()
+    }
+
+    /// Running mean of the squared gradient; shares the buffer.
+    pub fn exp_avg_sq(&self) -> Float<B> {
+        self.moments().1.clone()
+    }
+
+    /// The weight in fp32, if the model's is narrower; shares the buffer.
+    pub fn master(&self) -> Option<Float<B>> {
+        self.master.clone()
+    }
+
+    /// Restores the running means, fp32 and shaped like the parameter.
+    pub fn set_moments(&mut self, exp_avg: Float<B>, exp_avg_sq: Float<B>) {
+        self.moments = Some((exp_avg, exp_avg_sq));
+    }
+
+    /// Sets the weight from fp32, in the model's precision as well.
+    pub fn set_weight(&mut self, weight: Float<B>) {
+        match &mut self.master {
+            None => self.param.set_value(weight),
+            Some(master) => {
+                self.param.set_value(B::cast(weight.clone(), self.param.dtype()));
+                *master = weight;
+            }
+        }
+    }
+
+    fn moments(&self) -> &(Float<B>, Float<B>) {
+        self.moments.as_ref().expect("the moments are back after every update")
+    }
+
+    fn update(&mut self, grad: Float<B>, step: &AdamWStep) {
+        // The moments are moved out and back, so that the kernel owns its buffers and can work in place.
+        let (m, v) = self.moments.take().expect("the moments are back after every update");
+        let moments = &mut self.moments;
+        let kernel = |weight: Float<B>| {
+            let (weight, m, v) = B::adamw_step(weight, grad, m, v, step);
+            *moments = Some((m, v));
+            weight
+        };
+        match self.master.take() {
+            None => self.param.update(kernel),
+            Some(master) => {
+                let master = kernel(master);
+                self.param.set_value(B::cast(master.clone(), self.param.dtype()));
+                self.master = Some(master);
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! A made-up Llama checkpoint of any size, quickly.
+
+use std::path::Path;
+
+use bridge_core::checkpoint::{ShardedWriter, TensorSpec, WriterOptions};
+use bridge_core::dtype::DType;
+use bridge_core::plan::plan_from_shapes;
+use bridge_core::{HfConfig, LayoutSpec};
+use serde_json::json;
+
+use crate::failure::{Failure, Result};
+use crate::progress::ByteProgress;
+
+/// Bytes written at a time.
+const BLOCK: usize = 8 << 20;
+
+/// Writes a Llama-shaped bf16 checkpoint of about `bytes` to `folder` and returns its exact size in tensor bytes.
+pub(crate) fn write(folder: &Path, bytes: u64) -> Result<u64> {
+    let config = config(bytes)?;
+    let bridge = bridge_models::registry().detect(&config)?;
+    let plan = plan_from_shapes(bridge, &config, DType::BF16, &LayoutSpec::default())?;
+    let tensors: Vec<TensorSpec> = plan
+        .mapping()
+        .foreign
+        .iter()
+        .map(|t| TensorSpec::new(t.name.as_str(), DType::BF16, t.shape.as_slice()))
+        .collect();
+    let sizes: Vec<u64> = tensors.iter().map(|t| t.shape.iter().product::<usize>() as u64 * 2).collect();
+    let total: u64 = sizes.iter().sum();
+    let writer = ShardedWriter::create(folder, tensors, WriterOptions::default())?;
+    let progress = ByteProgress::new("making the checkpoint");
+    let mut block = random_bf16(BLOCK);
+    let mut done = 0u64;
+    for (tensor, size) in sizes.into_iter().enumerate() {
+        let mut offset = 0;
+        while offset < size {
+            let n = (size - offset).min(BLOCK as u64);
+            // No two blocks are alike, so that nothing below can store one for many.
+            block[..8].copy_from_slice(&(done | 0x3c00_3c00_3c00_3c00).to_le_bytes());
+            writer.write_at(tensor, offset, &block[..n as usize])?;
+            offset += n;
+            done += n;
+            progress.update(done, total, "");
+        }
+    }
+    writer.add_file("config.json", config.raw())?;
+    writer.finish()?;
+    Ok(total)
+}
+
+/// A Llama whose bf16 weights come as near to `bytes` as whole layers allow.
+fn config(bytes: u64) -> Result<HfConfig> {
+    // Of the widths that leave at least four layers, the largest.
+    let widths = [4096u64, 2048, 1024, 512, 256, 128, 64];
+    let layer = |h: u64| 2 * 13 * h * h;
+    let ends = |h: u64| 2 * 2 * vocab(h) * h;
+    let hidden = widths.into_iter().find(|h| bytes >= ends(*h) + 4 * layer(*h));
+    let hidden = hidden.ok_or_else(|| {
+        Failure::input(format!("--synthetic: the smallest checkpoint has {} bytes", ends(64) + 4 * layer(64)))
+    })?;
+    let layers = (bytes - ends(hidden)) / layer(hidden);
+    // Four groups at least, heads of 128 at most.
+    let heads = (hidden / 128).max(4);
+    let json = json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 7 / 2,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads / 4,
+        "head_dim": hidden / heads,
+        "vocab_size": vocab(hidden),
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16",
+    });
+    Ok(HfConfig::from_slice(json.to_string().as_bytes(), "the synthetic checkpoint")?)
+}
+
+fn vocab(hidden: u64) -> u64 {
+    hidden * 8
+}
+
+/// Bytes of bf16 numbers of either sign between 2^-7 and 2^-3.
+fn random_bf16(bytes: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut block = Vec::with_capacity(bytes);
+    while block.len() < bytes {
+        // xorshift64, Marsaglia 2003.
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        block.extend_from_slice(&((state & 0x81ff_81ff_81ff_81ff) | 0x3c00_3c00_3c00_3c00).to_le_bytes());
+    }
+    block.truncate(bytes);
+    block
+}
