@@ -240,6 +240,11 @@ impl LayoutSpec {
         if !problems.is_empty() {
             return;
         }
+        // Plans list every rank.
+        const MAX_RANKS: usize = 1 << 20;
+        if self.world_size() > MAX_RANKS {
+            problems.push(format!("it has {} ranks, more than {MAX_RANKS}; lower dp or cp", self.world_size()));
+        }
         if self.pp * self.vpp > num_layers {
             problems.push(format!(
                 "pp={} times vpp={} is more than the model's {num_layers} layers; the most is {}",
@@ -252,7 +257,7 @@ impl LayoutSpec {
             problems.push(format!("vpp={} needs pipeline stages to interleave; set pp above 1, or vpp=1", self.vpp));
         }
         let experts = self.etp * self.ep;
-        if self.stage_size() % experts != 0 {
+        if !self.stage_size().is_multiple_of(experts) {
             problems.push(format!(
                 "etp={} times ep={} does not divide the {} ranks of a pipeline stage (tp*cp*dp); the nearest is dp={}",
                 self.etp,
@@ -366,9 +371,9 @@ pub fn local_slice(
                 cut(*dim, if parts_fit { layout.tp } else { 0 }, coords.tp)?;
                 slice.owner = first_copy;
             } else {
-                let copies = if *heads > 0 && layout.tp % heads == 0 { layout.tp / heads } else { 0 };
+                let copies = if *heads > 0 && layout.tp.is_multiple_of(*heads) { layout.tp / heads } else { 0 };
                 cut(*dim, if copies > 0 { *heads } else { 0 }, coords.tp / copies.max(1))?;
-                slice.owner = first_copy && coords.tp % copies.max(1) == 0;
+                slice.owner = first_copy && coords.tp.is_multiple_of(copies.max(1));
             }
         }
         ShardRule::Vocab { dim, multiple } => {

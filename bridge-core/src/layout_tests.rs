@@ -86,6 +86,10 @@ fn illegal_layouts_are_refused_with_advice() {
     );
     check_refused(LayoutSpec { tp: 0, ..LayoutSpec::default() }, "layout tp=0: tp is 0, expected 1 to 16384");
     check_refused(
+        LayoutSpec { dp: 16384, cp: 16384, ..LayoutSpec::default() },
+        "layout cp=16384 dp=16384: it has 268435456 ranks, more than 1048576; lower dp or cp",
+    );
+    check_refused(
         LayoutSpec { dp: usize::MAX, ..LayoutSpec::default() },
         "layout dp=18446744073709551615: dp is 18446744073709551615, expected 1 to 16384",
     );

@@ -40,7 +40,9 @@ fn queue(entry: &'static str, out: &CudaTensor, input: &CudaTensor, geometry: Ge
     if total == 0 {
         return;
     }
-    let kernel = gpu.kernel("conv", &[("TYPE", type_name(out.dtype()))], entry).or_panic();
+    let kernel = gpu
+        .kernel("conv", &[("TYPE", type_name(out.dtype()))], entry)
+        .or_panic();
     // SAFETY: packed operands whose sizes follow from the geometry.
     unsafe {
         launch!(gpu, kernel, Launch::linear(blocks(gpu, total, 1), 256); out.address(), input.address(), geometry, total as i64)
@@ -72,7 +74,10 @@ pub(crate) fn conv<const N: usize>(
         .map(|d| {
             let reach = options.dilation[d] * (kernel[d] - 1) + 1;
             let padded = x.dims()[2 + d] + 2 * options.padding[d];
-            assert!(padded >= reach, "conv: the kernel reaches beyond the padded input in dimension {d}");
+            assert!(
+                padded >= reach,
+                "conv: the kernel reaches beyond the padded input in dimension {d}"
+            );
             (padded - reach) / options.stride[d] + 1
         })
         .collect();
@@ -87,9 +92,15 @@ pub(crate) fn conv<const N: usize>(
     };
     let positions: usize = spatial.iter().product();
     let taps: usize = kernel.iter().product();
-    let columns = CudaTensor::empty(x.gpu(), &[batch, groups, per_group * taps, positions], x.dtype());
+    let columns = CudaTensor::empty(
+        x.gpu(),
+        &[batch, groups, per_group * taps, positions],
+        x.dtype(),
+    );
     queue("im2col", &columns, &x, geometry);
-    let weight = weight.packed().reshape(&[1, groups, out_channels / groups, per_group * taps]);
+    let weight = weight
+        .packed()
+        .reshape(&[1, groups, out_channels / groups, per_group * taps]);
     let shape = [&[batch, out_channels], spatial.as_slice()].concat();
     add_bias(matmul(weight, columns).reshape(&shape), bias)
 }
@@ -107,7 +118,10 @@ pub(crate) fn conv_transpose<const N: usize>(
     let kernel = weight.dims()[2..].to_vec();
     let spatial: Vec<usize> = (0..N)
         .map(|d| {
-            (x.dims()[2 + d] - 1) * options.stride[d] + options.dilation[d] * (kernel[d] - 1) + options.padding_out[d] + 1
+            (x.dims()[2 + d] - 1) * options.stride[d]
+                + options.dilation[d] * (kernel[d] - 1)
+                + options.padding_out[d]
+                + 1
                 - 2 * options.padding[d]
         })
         .collect();
@@ -122,10 +136,19 @@ pub(crate) fn conv_transpose<const N: usize>(
     };
     let positions: usize = x.dims()[2..].iter().product();
     let taps: usize = kernel.iter().product();
-    let weight = weight.packed().reshape(&[1, groups, channels / groups, out_channels / groups * taps]).swap_dims(2, 3);
-    let x = x.packed().reshape(&[batch, groups, channels / groups, positions]);
+    let weight = weight
+        .packed()
+        .reshape(&[1, groups, channels / groups, out_channels / groups * taps])
+        .swap_dims(2, 3);
+    let x = x
+        .packed()
+        .reshape(&[batch, groups, channels / groups, positions]);
     let columns = matmul(weight, x);
-    let out = CudaTensor::empty(columns.gpu(), &[&[batch, out_channels], spatial.as_slice()].concat(), columns.dtype());
+    let out = CudaTensor::empty(
+        columns.gpu(),
+        &[&[batch, out_channels], spatial.as_slice()].concat(),
+        columns.dtype(),
+    );
     queue("col2im", &out, &columns, geometry);
     add_bias(out, bias)
 }

@@ -1,6 +1,7 @@
 //! Matrix products through cuBLASLt: layouts instead of copies, cached plans, bias and accumulation.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,11 +85,19 @@ unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
 
-fn check(call: &'static str, status: sys::cublasStatus_t, what: impl FnOnce() -> String) -> Result<()> {
+fn check(
+    call: &'static str,
+    status: sys::cublasStatus_t,
+    what: impl FnOnce() -> String,
+) -> Result<()> {
     if status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS {
         return Ok(());
     }
-    Err(Error::Blas { call, status: format!("{status:?}"), what: what() })
+    Err(Error::Blas {
+        call,
+        status: format!("{status:?}"),
+        what: what(),
+    })
 }
 
 fn data_type(dtype: DType) -> sys::cudaDataType {
@@ -106,9 +115,16 @@ impl Blas {
         Library::CublasLt.load()?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: the library is open and a context is current; the call writes to a local.
-        check("cublasLtCreate", unsafe { sys::cublasLtCreate(&mut handle) }, || gpu.name.clone())?;
+        let status = unsafe { sys::cublasLtCreate(&mut handle) };
+        check("cublasLtCreate", status, || gpu.name.clone())?;
         let (workspace, _) = gpu.allocate(WORKSPACE)?;
-        Ok(Self { gpu, handle, workspace, plans: Mutex::default(), tf32: AtomicBool::new(false) })
+        Ok(Self {
+            gpu,
+            handle,
+            workspace,
+            plans: Mutex::default(),
+            tf32: AtomicBool::new(false),
+        })
     }
 
     /// Whether products of f32 may round their inputs to tf32. Off at the start.
@@ -119,7 +135,11 @@ impl Blas {
     fn key(&self, product: &Product, at: &Operands) -> Key {
         let alignment = |address: u64| 1 << address.trailing_zeros().min(8);
         let tf32 = product.a.dtype == DType::F32 && self.tf32.load(Ordering::Relaxed);
-        Key { product: *product, alignment: [alignment(at.a), alignment(at.b), alignment(at.d)], tf32 }
+        Key {
+            product: *product,
+            alignment: [alignment(at.a), alignment(at.b), alignment(at.d)],
+            tf32,
+        }
     }
 
     /// Queues a product.
@@ -128,31 +148,46 @@ impl Blas {
     /// The operands must be device memory that the layouts fit in; `d` must not overlap the others.
     pub(crate) unsafe fn run(&self, product: &Product, at: &Operands) -> Result<()> {
         let key = self.key(product, at);
-        let mut plans = self.plans.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if !plans.contains_key(&key) {
-            plans.insert(key, self.plan(&key)?);
-        }
-        let plan = &plans[&key];
+        let mut plans = self
+            .plans
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let plan = match plans.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let plan = self.plan(entry.key())?;
+                entry.insert(plan)
+            }
+        };
         // SAFETY: as the caller promises.
         unsafe { self.queue(plan, plan.chosen, product, at) }
     }
 
     /// # Safety
     /// As [`Self::run`].
-    unsafe fn queue(&self, plan: &Plan, candidate: usize, product: &Product, at: &Operands) -> Result<()> {
+    unsafe fn queue(
+        &self,
+        plan: &Plan,
+        candidate: usize,
+        product: &Product,
+        at: &Operands,
+    ) -> Result<()> {
         let (one, zero) = (Scale::one(product), Scale::zero(product));
         let beta = if product.accumulate { &one } else { &zero };
         // SAFETY: descriptors belong to the plan; operands as the caller promises.
         unsafe {
             if product.bias.is_some() {
-                let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+                let attribute =
+                    sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
                 let status = sys::cublasLtMatmulDescSetAttribute(
                     plan.operation,
                     attribute,
                     std::ptr::from_ref(&at.bias).cast(),
                     size_of::<u64>(),
                 );
-                check("cublasLtMatmulDescSetAttribute", status, || format!("{product:?}"))?;
+                check("cublasLtMatmulDescSetAttribute", status, || {
+                    format!("{product:?}")
+                })?;
             }
             let status = sys::cublasLtMatmul(
                 self.handle,
@@ -185,10 +220,15 @@ impl Blas {
         let key = self.key(product, at);
         // SAFETY: as the caller promises.
         unsafe { self.run(product, at)? };
-        let mut plans = self.plans.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut plans = self
+            .plans
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         let plan = plans.get_mut(&key).expect("the run above made the plan");
         let mut best = (0, f32::INFINITY);
-        let device = crate::device::CudaDevice { ordinal: self.gpu.ordinal };
+        let device = crate::device::CudaDevice {
+            ordinal: self.gpu.ordinal,
+        };
         for candidate in 0..plan.candidates.len() {
             // SAFETY: as the caller promises.
             let queue = || unsafe { self.queue(plan, candidate, product, at).or_panic() };
@@ -215,22 +255,43 @@ impl Blas {
         // SAFETY: descriptors are made here and kept in the plan; attributes have the sizes the library documents.
         unsafe {
             let mut operation = std::ptr::null_mut();
-            check("cublasLtMatmulDescCreate", sys::cublasLtMatmulDescCreate(&mut operation, compute, scale), what)?;
+            check(
+                "cublasLtMatmulDescCreate",
+                sys::cublasLtMatmulDescCreate(&mut operation, compute, scale),
+                what,
+            )?;
             use sys::cublasLtMatmulDescAttributes_t as Attribute;
             let set = |attribute, value: i32| {
                 let pointer = std::ptr::from_ref(&value).cast();
                 check(
                     "cublasLtMatmulDescSetAttribute",
-                    sys::cublasLtMatmulDescSetAttribute(operation, attribute, pointer, size_of::<i32>()),
+                    sys::cublasLtMatmulDescSetAttribute(
+                        operation,
+                        attribute,
+                        pointer,
+                        size_of::<i32>(),
+                    ),
                     what,
                 )
             };
             // CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
-            set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, product.transpose_a.into())?;
-            set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, product.transpose_b.into())?;
+            set(
+                Attribute::CUBLASLT_MATMUL_DESC_TRANSA,
+                product.transpose_a.into(),
+            )?;
+            set(
+                Attribute::CUBLASLT_MATMUL_DESC_TRANSB,
+                product.transpose_b.into(),
+            )?;
             if let Some(bias) = product.bias {
-                set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as i32)?;
-                set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, data_type(bias) as i32)?;
+                set(
+                    Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                    sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as i32,
+                )?;
+                set(
+                    Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
+                    data_type(bias) as i32,
+                )?;
             }
             let layout = |layout: &Layout| {
                 let mut descriptor = std::ptr::null_mut();
@@ -262,8 +323,19 @@ impl Blas {
                 }
                 Ok(descriptor)
             };
-            let (a, b, d) = (layout(&product.a)?, layout(&product.b)?, layout(&product.d)?);
-            let mut plan = Plan { operation, a, b, d, candidates: Vec::new(), chosen: 0 };
+            let (a, b, d) = (
+                layout(&product.a)?,
+                layout(&product.b)?,
+                layout(&product.d)?,
+            );
+            let mut plan = Plan {
+                operation,
+                a,
+                b,
+                d,
+                candidates: Vec::new(),
+                chosen: 0,
+            };
             self.search(key, &mut plan)?;
             Ok(plan)
         }
@@ -278,7 +350,11 @@ impl Blas {
         // SAFETY: the preference is made, used and destroyed here; the result array has the length given.
         unsafe {
             let mut preference = std::ptr::null_mut();
-            check("cublasLtMatmulPreferenceCreate", sys::cublasLtMatmulPreferenceCreate(&mut preference), what)?;
+            check(
+                "cublasLtMatmulPreferenceCreate",
+                sys::cublasLtMatmulPreferenceCreate(&mut preference),
+                what,
+            )?;
             use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
             let workspace = WORKSPACE;
             let status = sys::cublasLtMatmulPreferenceSetAttribute(
@@ -296,11 +372,17 @@ impl Blas {
                 (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
             ] {
                 let pointer = std::ptr::from_ref(&alignment).cast();
-                let status = sys::cublasLtMatmulPreferenceSetAttribute(preference, attribute, pointer, size_of::<u32>());
+                let status = sys::cublasLtMatmulPreferenceSetAttribute(
+                    preference,
+                    attribute,
+                    pointer,
+                    size_of::<u32>(),
+                );
                 check("cublasLtMatmulPreferenceSetAttribute", status, what)?;
             }
             let mut found = 0;
-            let mut results: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] = std::mem::zeroed();
+            let mut results: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] =
+                std::mem::zeroed();
             let status = sys::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
                 plan.operation,
@@ -319,7 +401,11 @@ impl Blas {
         }
         if plan.candidates.is_empty() {
             let status = "no algorithm".into();
-            return Err(Error::Blas { call: "cublasLtMatmulAlgoGetHeuristic", status, what: what() });
+            return Err(Error::Blas {
+                call: "cublasLtMatmulAlgoGetHeuristic",
+                status,
+                what: what(),
+            });
         }
         Ok(())
     }
@@ -333,7 +419,11 @@ enum Scale {
 
 impl Scale {
     fn of(product: &Product, value: f32) -> Self {
-        if product.a.dtype == DType::F64 { Self::Double(value.into()) } else { Self::Single(value) }
+        if product.a.dtype == DType::F64 {
+            Self::Double(value.into())
+        } else {
+            Self::Single(value)
+        }
     }
 
     fn one(product: &Product) -> Self {

@@ -14,7 +14,7 @@ use crate::pool::{MemoryStats, Pool};
 use crate::staging::Staging;
 
 /// Oldest compute capability the kernels are written for: bf16 matrix instructions and `cp.async`.
-const OLDEST: (i32, i32) = (8, 0);
+pub(crate) const OLDEST: (i32, i32) = (8, 0);
 
 /// A CUDA device, by the driver's ordinal. The default is device 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -90,7 +90,10 @@ impl CudaDevice {
             work();
             check("cuEventRecord", sys::cuEventRecord(end, gpu.stream))?;
             check("cuEventSynchronize", sys::cuEventSynchronize(end))?;
-            check("cuEventElapsedTime", sys::cuEventElapsedTime_v2(&mut milliseconds, start, end))?;
+            check(
+                "cuEventElapsedTime",
+                sys::cuEventElapsedTime_v2(&mut milliseconds, start, end),
+            )?;
             sys::cuEventDestroy_v2(start);
             sys::cuEventDestroy_v2(end);
         }
@@ -100,11 +103,16 @@ impl CudaDevice {
 
 impl Device for CudaDevice {
     fn from_id(id: DeviceId) -> Self {
-        Self { ordinal: usize::from(id.index_id) }
+        Self {
+            ordinal: usize::from(id.index_id),
+        }
     }
 
     fn to_id(&self) -> DeviceId {
-        DeviceId::new(0, u16::try_from(self.ordinal).expect("fewer than 65536 devices"))
+        DeviceId::new(
+            0,
+            u16::try_from(self.ordinal).expect("fewer than 65536 devices"),
+        )
     }
 }
 
@@ -114,7 +122,6 @@ impl DeviceOps for CudaDevice {}
 pub(crate) struct Gpu {
     pub(crate) ordinal: usize,
     pub(crate) name: String,
-    pub(crate) capability: (i32, i32),
     pub(crate) multiprocessors: usize,
     pub(crate) stream: sys::CUstream,
     /// Seed, and how many Philox blocks have been used.
@@ -163,21 +170,41 @@ pub(crate) fn describe(ordinal: usize) -> Result<(sys::CUdevice, String, (i32, i
     // SAFETY: the calls write to locals of the sizes given.
     unsafe {
         check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal as i32))?;
-        check("cuDeviceGetName", sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as i32, device))?;
-        check("cuDeviceTotalMem", sys::cuDeviceTotalMem_v2(&mut bytes, device))?;
+        check(
+            "cuDeviceGetName",
+            sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as i32, device),
+        )?;
+        check(
+            "cuDeviceTotalMem",
+            sys::cuDeviceTotalMem_v2(&mut bytes, device),
+        )?;
     }
-    let length = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+    let length = name
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(name.len());
     let name = String::from_utf8_lossy(&name[..length]).into_owned();
     use sys::CUdevice_attribute as Attribute;
-    let major = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-    let minor = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let major = attribute(
+        device,
+        Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+    )?;
+    let minor = attribute(
+        device,
+        Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+    )?;
     Ok((device, name, (major, minor), bytes as u64))
 }
 
 fn attribute(device: sys::CUdevice, attribute: sys::CUdevice_attribute) -> Result<i32> {
     let mut value = 0;
     // SAFETY: writes to a local.
-    unsafe { check("cuDeviceGetAttribute", sys::cuDeviceGetAttribute(&mut value, attribute, device))? };
+    unsafe {
+        check(
+            "cuDeviceGetAttribute",
+            sys::cuDeviceGetAttribute(&mut value, attribute, device),
+        )?
+    };
     Ok(value)
 }
 
@@ -185,7 +212,9 @@ impl Gpu {
     /// The device at `ordinal`, started on first use and kept.
     pub(crate) fn get(ordinal: usize) -> Result<&'static Gpu> {
         static DEVICES: Mutex<Vec<Option<&'static Gpu>>> = Mutex::new(Vec::new());
-        let mut devices = DEVICES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut devices = DEVICES
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(Some(gpu)) = devices.get(ordinal) {
             return Ok(gpu);
         }
@@ -200,13 +229,24 @@ impl Gpu {
     fn start(ordinal: usize) -> Result<Self> {
         let (device, name, capability, _) = describe(ordinal)?;
         if capability < OLDEST {
-            return Err(Error::Unsupported { ordinal, name, major: capability.0, minor: capability.1 });
+            return Err(Error::Unsupported {
+                ordinal,
+                name,
+                major: capability.0,
+                minor: capability.1,
+            });
         }
-        let count = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let count = attribute(
+            device,
+            sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        )?;
         let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: the calls write to locals; the primary context is shared with cuBLASLt, cuDNN and NCCL.
         unsafe {
-            check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut context, device))?;
+            check(
+                "cuDevicePrimaryCtxRetain",
+                sys::cuDevicePrimaryCtxRetain(&mut context, device),
+            )?;
             check("cuCtxSetCurrent", sys::cuCtxSetCurrent(context))?;
             let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("cuStreamCreate", sys::cuStreamCreate(&mut stream, flags))?;
@@ -214,7 +254,6 @@ impl Gpu {
         Ok(Self {
             ordinal,
             name,
-            capability,
             multiprocessors: usize::try_from(count).unwrap_or(1),
             stream,
             random: Mutex::new((0x5eed, 0)),
@@ -233,7 +272,9 @@ impl Gpu {
     }
 
     pub(crate) fn pool(&self) -> MutexGuard<'_, Pool> {
-        self.pool.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.pool
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// A block of device memory: (address, size). The content is whatever was there.
@@ -261,7 +302,10 @@ impl Gpu {
     /// `[address, address + bytes.len())` must be device memory of this GPU.
     pub(crate) unsafe fn upload(&self, bytes: &[u8], address: u64) -> Result<()> {
         self.bind()?;
-        let mut staging = self.staging.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut staging = self
+            .staging
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         // SAFETY: as the caller promises.
         unsafe { staging.upload(self.stream, bytes, address) }
     }
@@ -272,7 +316,10 @@ impl Gpu {
     /// `[address, address + bytes.len())` must be device memory of this GPU.
     pub(crate) unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
         self.bind()?;
-        let mut staging = self.staging.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut staging = self
+            .staging
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         // SAFETY: as the caller promises.
         unsafe { staging.download(self.stream, address, bytes) }
     }
@@ -284,7 +331,12 @@ impl Gpu {
     pub(crate) unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: as the caller promises.
-        unsafe { check("cuMemsetD8Async", sys::cuMemsetD8Async(address, 0, bytes, self.stream)) }
+        unsafe {
+            check(
+                "cuMemsetD8Async",
+                sys::cuMemsetD8Async(address, 0, bytes, self.stream),
+            )
+        }
     }
 
     /// Queues a copy between two ranges of this GPU.
@@ -294,11 +346,21 @@ impl Gpu {
     pub(crate) unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: as the caller promises.
-        unsafe { check("cuMemcpyDtoDAsync", sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream)) }
+        unsafe {
+            check(
+                "cuMemcpyDtoDAsync",
+                sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream),
+            )
+        }
     }
 
     /// The kernel `entry` of `kernels/<file>.cu`, compiled with the given definitions on first use.
-    pub(crate) fn kernel(&self, file: &'static str, defines: &[Define], entry: &'static str) -> Result<Kernel> {
+    pub(crate) fn kernel(
+        &self,
+        file: &'static str,
+        defines: &[Define],
+        entry: &'static str,
+    ) -> Result<Kernel> {
         self.bind()?;
         self.kernels.get(file, defines, entry)
     }
@@ -308,7 +370,12 @@ impl Gpu {
     /// # Safety
     /// The arguments must match the kernel's parameters in number, order and size, and the addresses among them must be
     /// valid for what the kernel does at this launch shape.
-    pub(crate) unsafe fn launch(&self, kernel: Kernel, shape: Launch, arguments: &mut [*mut c_void]) -> Result<()> {
+    pub(crate) unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        shape: Launch,
+        arguments: &mut [*mut c_void],
+    ) -> Result<()> {
         if shape.grid.contains(&0) {
             return Ok(());
         }
@@ -316,9 +383,14 @@ impl Gpu {
         let [bx, by, bz] = shape.block;
         // SAFETY: as the caller promises.
         let code = unsafe {
-            if shape.shared > 48 << 10 {
-                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                check("cuFuncSetAttribute", sys::cuFuncSetAttribute(kernel.0, attribute, shape.shared as i32))?;
+            // Above 48 KiB in all, static shared memory included, a kernel has to ask.
+            if shape.shared > 32 << 10 {
+                let attribute =
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                check(
+                    "cuFuncSetAttribute",
+                    sys::cuFuncSetAttribute(kernel.0, attribute, shape.shared as i32),
+                )?;
             }
             sys::cuLaunchKernel(
                 kernel.0,
@@ -340,7 +412,10 @@ impl Gpu {
     /// The matrix-product library, started on first use.
     pub(crate) fn blas(&'static self) -> Result<&'static Blas> {
         self.bind()?;
-        self.blas.get_or_init(|| Blas::new(self)).as_ref().map_err(Clone::clone)
+        self.blas
+            .get_or_init(|| Blas::new(self))
+            .as_ref()
+            .map_err(Clone::clone)
     }
 }
 
@@ -356,13 +431,22 @@ impl Launch {
     /// `blocks` blocks of `threads` threads.
     pub(crate) fn linear(blocks: usize, threads: u32) -> Self {
         let blocks = u32::try_from(blocks).expect("launch grids stay below 2^31 blocks");
-        Self { grid: [blocks, 1, 1], block: [threads, 1, 1], shared: 0 }
+        Self {
+            grid: [blocks, 1, 1],
+            block: [threads, 1, 1],
+            shared: 0,
+        }
     }
 
     /// A grid of up to three dimensions.
     pub(crate) fn grid(grid: [usize; 3], threads: u32) -> Self {
-        let grid = grid.map(|blocks| u32::try_from(blocks).expect("launch grids stay below 2^31 blocks"));
-        Self { grid, block: [threads, 1, 1], shared: 0 }
+        let grid =
+            grid.map(|blocks| u32::try_from(blocks).expect("launch grids stay below 2^31 blocks"));
+        Self {
+            grid,
+            block: [threads, 1, 1],
+            shared: 0,
+        }
     }
 
     /// With dynamic shared memory.

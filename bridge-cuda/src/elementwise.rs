@@ -24,14 +24,18 @@ pub(crate) fn type_name(dtype: DType) -> &'static str {
         DType::U32 => "u32",
         DType::U16 => "u16",
         DType::U8 | DType::Bool(BoolStore::Native | BoolStore::U8) => "u8",
-        DType::Bool(BoolStore::U32) | DType::QFloat(_) => panic!("dtype {dtype:?} is not supported on cuda"),
+        DType::Bool(BoolStore::U32) | DType::QFloat(_) => {
+            panic!("dtype {dtype:?} is not supported on cuda")
+        }
     }
 }
 
 /// The 8 bytes in which a scalar travels to a kernel whose first input has type `dtype`.
 fn scalar_bits(scalar: Scalar, dtype: DType) -> u64 {
     match dtype {
-        DType::F64 | DType::F32 | DType::Flex32 | DType::F16 | DType::BF16 => scalar.elem::<f64>().to_bits(),
+        DType::F64 | DType::F32 | DType::Flex32 | DType::F16 | DType::BF16 => {
+            scalar.elem::<f64>().to_bits()
+        }
         DType::U64 => scalar.elem::<u64>(),
         _ => match scalar {
             Scalar::UInt(value) => value,
@@ -42,15 +46,30 @@ fn scalar_bits(scalar: Scalar, dtype: DType) -> u64 {
 
 /// Blocks for `count` elements at `per_thread` each: enough to fill the GPU several times, then a loop.
 pub(crate) fn blocks(gpu: &Gpu, count: usize, per_thread: usize) -> usize {
-    count.div_ceil(per_thread * THREADS as usize).clamp(1, gpu.multiprocessors * 32)
+    count
+        .div_ceil(per_thread * THREADS as usize)
+        .clamp(1, gpu.multiprocessors * 32)
 }
 
 /// `out = op(inputs...; scalars)`. All operands have `out`'s shape; `out` may be one of the inputs.
 #[track_caller]
-pub(crate) fn run(op: &'static str, out: &CudaTensor, inputs: &[&CudaTensor], scalars: [Scalar; 2]) {
+pub(crate) fn run(
+    op: &'static str,
+    out: &CudaTensor,
+    inputs: &[&CudaTensor],
+    scalars: [Scalar; 2],
+) {
     for input in inputs {
-        assert_eq!(input.dims(), out.dims(), "{op}: operands have the output's shape");
-        assert_eq!(input.device(), out.device(), "{op}: operands are on one device");
+        assert_eq!(
+            input.dims(),
+            out.dims(),
+            "{op}: operands have the output's shape"
+        );
+        assert_eq!(
+            input.device(),
+            out.device(),
+            "{op}: operands are on one device"
+        );
     }
     let count = out.count();
     if count == 0 {
@@ -70,10 +89,18 @@ pub(crate) fn run(op: &'static str, out: &CudaTensor, inputs: &[&CudaTensor], sc
     ];
     let [s0, s1] = scalars.map(|scalar| scalar_bits(scalar, first));
     let address = |position: usize| inputs.get(position).map_or(0, |input| input.address());
-    let widest = inputs.iter().map(|input| input.dtype().size()).chain([out.dtype().size()]).max().unwrap_or(1);
+    let widest = inputs
+        .iter()
+        .map(|input| input.dtype().size())
+        .chain([out.dtype().size()])
+        .max()
+        .unwrap_or(1);
     let vector = 16 / widest;
     let fits = |tensor: &CudaTensor| {
-        tensor.is_packed() && tensor.address().is_multiple_of((vector * tensor.dtype().size()) as u64)
+        tensor.is_packed()
+            && tensor
+                .address()
+                .is_multiple_of((vector * tensor.dtype().size()) as u64)
     };
     // SAFETY: the kernels read `count` elements of each input and write as many of the output, at the views' offsets,
     // all of which lie inside their buffers.
@@ -104,15 +131,24 @@ const NONE: [Scalar; 2] = [Scalar::Int(0), Scalar::Int(0)];
 /// Copies `from` into the view `to` of equal shape, converting if the dtypes differ.
 #[track_caller]
 pub(crate) fn copy_into(to: &CudaTensor, from: &CudaTensor) {
-    if to.dtype().size() == from.dtype().size() && type_name(to.dtype()) == type_name(from.dtype()) && to.is_packed() && from.is_packed() {
-        assert_eq!(to.dims(), from.dims(), "a copy keeps the shape");
+    assert_eq!(to.dims(), from.dims(), "a copy keeps the shape");
+    let op = if to.dtype().is_bool() && !from.dtype().is_bool() {
+        "IsTrue"
+    } else {
+        "Copy"
+    };
+    let same_type = op == "Copy" && type_name(to.dtype()) == type_name(from.dtype());
+    if same_type && to.is_packed() && from.is_packed() {
         if to.count() > 0 {
             // SAFETY: both are packed, of one size, and distinct tensors.
-            unsafe { to.gpu().copy(from.address(), to.address(), to.count() * to.dtype().size()).or_panic() };
+            unsafe {
+                to.gpu()
+                    .copy(from.address(), to.address(), to.count() * to.dtype().size())
+                    .or_panic()
+            };
         }
         return;
     }
-    let op = if to.dtype().is_bool() && !from.dtype().is_bool() { "IsTrue" } else { "Copy" };
     run(op, to, &[from], NONE);
 }
 
@@ -139,7 +175,12 @@ pub(crate) fn scalar(op: &'static str, x: CudaTensor, scalar: Scalar) -> CudaTen
 
 /// One input, two scalars, and a result of `dtype` (of the input's type if `None`).
 #[track_caller]
-pub(crate) fn unary_to(op: &'static str, x: CudaTensor, scalars: [Scalar; 2], dtype: Option<DType>) -> CudaTensor {
+pub(crate) fn unary_to(
+    op: &'static str,
+    x: CudaTensor,
+    scalars: [Scalar; 2],
+    dtype: Option<DType>,
+) -> CudaTensor {
     let out = result_like(&x, dtype.unwrap_or(x.dtype()));
     run(op, &out, &[&x], scalars);
     out
@@ -147,11 +188,20 @@ pub(crate) fn unary_to(op: &'static str, x: CudaTensor, scalars: [Scalar; 2], dt
 
 /// Two inputs, broadcast against each other, and a result of `dtype` (of the first input's type if `None`).
 #[track_caller]
-pub(crate) fn binary(op: &'static str, a: CudaTensor, b: CudaTensor, dtype: Option<DType>) -> CudaTensor {
+pub(crate) fn binary(
+    op: &'static str,
+    a: CudaTensor,
+    b: CudaTensor,
+    dtype: Option<DType>,
+) -> CudaTensor {
     let shape = broadcast(a.dims(), b.dims());
     let (a, b) = (a.expand_if(&shape), b.expand_if(&shape));
     let dtype = dtype.unwrap_or(a.dtype());
-    let out = if a.dtype() == dtype && a.is_unique() && a.is_packed() { a.clone() } else { result_like(&b, dtype) };
+    let out = if a.dtype() == dtype && a.is_unique() && a.is_packed() {
+        a.clone()
+    } else {
+        result_like(&b, dtype)
+    };
     run(op, &out, &[&a, &b], NONE);
     out
 }
@@ -219,7 +269,11 @@ pub(crate) fn concatenate(tensors: &[CudaTensor], d: usize) -> CudaTensor {
 #[track_caller]
 pub(crate) fn broadcast(a: &[usize], b: &[usize]) -> Vec<usize> {
     let rank = a.len().max(b.len());
-    let at = |shape: &[usize], d: usize| (d + shape.len()).checked_sub(rank).map_or(1, |own| shape[own]);
+    let at = |shape: &[usize], d: usize| {
+        (d + shape.len())
+            .checked_sub(rank)
+            .map_or(1, |own| shape[own])
+    };
     (0..rank)
         .map(|d| match (at(a, d), at(b, d)) {
             (x, y) if x == y => x,
@@ -234,6 +288,10 @@ impl CudaTensor {
     /// Expanded to `shape`, untouched if it has it.
     #[track_caller]
     fn expand_if(self, shape: &[usize]) -> Self {
-        if self.dims() == shape { self } else { self.expand(shape) }
+        if self.dims() == shape {
+            self
+        } else {
+            self.expand(shape)
+        }
     }
 }

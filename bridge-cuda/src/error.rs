@@ -116,10 +116,16 @@ pub(crate) fn check(call: &'static str, code: CUresult) -> Result<()> {
         if text.is_null() {
             String::new()
         } else {
-            std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned()
+            std::ffi::CStr::from_ptr(text)
+                .to_string_lossy()
+                .into_owned()
         }
     };
-    Err(Error::Driver { call, code: format!("{code:?}"), text })
+    Err(Error::Driver {
+        call,
+        code: format!("{code:?}"),
+        text,
+    })
 }
 
 /// Unwraps inside Burn operations, which return no `Result`: the panic's message is the error's text.

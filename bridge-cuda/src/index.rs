@@ -11,7 +11,11 @@ const THREADS: u32 = 256;
 
 /// Sizes around dimension `d`: product before, the dimension, product after.
 fn around(shape: &[usize], d: usize) -> (usize, usize, usize) {
-    (shape[..d].iter().product(), shape[d], shape[d + 1..].iter().product())
+    (
+        shape[..d].iter().product(),
+        shape[d],
+        shape[d + 1..].iter().product(),
+    )
 }
 
 /// `out[o, k, i] = x[o, indices[o, k, i], i]`.
@@ -19,8 +23,18 @@ fn around(shape: &[usize], d: usize) -> (usize, usize, usize) {
 pub(crate) fn gather(d: usize, x: CudaTensor, indices: CudaTensor) -> CudaTensor {
     let (outer, size, inner) = around(x.dims(), d);
     let (index_outer, count, index_inner) = around(indices.dims(), d);
-    assert_eq!((outer, inner), (index_outer, index_inner), "gather: indices match the tensor outside dimension {d}");
-    lookup("gather", x, indices.dims().to_vec(), &indices, (size, count, inner))
+    assert_eq!(
+        (outer, inner),
+        (index_outer, index_inner),
+        "gather: indices match the tensor outside dimension {d}"
+    );
+    lookup(
+        "gather",
+        x,
+        indices.dims().to_vec(),
+        &indices,
+        (size, count, inner),
+    )
 }
 
 /// `out[o, k, i] = x[o, indices[k], i]`.
@@ -46,7 +60,10 @@ fn lookup(
     if total == 0 {
         return out;
     }
-    let defines = [("TYPE", type_name(x.dtype())), ("INDEX", type_name(indices.dtype()))];
+    let defines = [
+        ("TYPE", type_name(x.dtype())),
+        ("INDEX", type_name(indices.dtype())),
+    ];
     let kernel = gpu.kernel("index", &defines, entry).or_panic();
     let shape = Launch::linear(blocks(gpu, total, 4), THREADS);
     // SAFETY: packed operands of the sizes given. That the indices lie inside is the caller's contract, as for every
@@ -67,18 +84,42 @@ pub(crate) enum Scatter {
 
 /// `x[o, indices[o, k, i], i] += values[o, k, i]`.
 #[track_caller]
-pub(crate) fn scatter(op: Scatter, d: usize, x: CudaTensor, indices: CudaTensor, values: CudaTensor) -> CudaTensor {
-    assert_eq!(indices.dims(), values.dims(), "scatter: one index for each value");
+pub(crate) fn scatter(
+    op: Scatter,
+    d: usize,
+    x: CudaTensor,
+    indices: CudaTensor,
+    values: CudaTensor,
+) -> CudaTensor {
+    assert_eq!(
+        indices.dims(),
+        values.dims(),
+        "scatter: one index for each value"
+    );
     let (outer, _, inner) = around(x.dims(), d);
     let (index_outer, _, index_inner) = around(indices.dims(), d);
-    assert_eq!((outer, inner), (index_outer, index_inner), "scatter: indices match the tensor outside dimension {d}");
+    assert_eq!(
+        (outer, inner),
+        (index_outer, index_inner),
+        "scatter: indices match the tensor outside dimension {d}"
+    );
     accumulate("scatter", op, d, x, indices, values)
 }
 
 /// `x[o, indices[k], i] += values[o, k, i]`.
 #[track_caller]
-pub(crate) fn select_add(op: Scatter, d: usize, x: CudaTensor, indices: CudaTensor, values: CudaTensor) -> CudaTensor {
-    assert_eq!(indices.count(), values.dims()[d], "select_assign: one index for each slice of the values");
+pub(crate) fn select_add(
+    op: Scatter,
+    d: usize,
+    x: CudaTensor,
+    indices: CudaTensor,
+    values: CudaTensor,
+) -> CudaTensor {
+    assert_eq!(
+        indices.count(),
+        values.dims()[d],
+        "select_assign: one index for each slice of the values"
+    );
     accumulate("select_add", op, d, x, indices, values)
 }
 
@@ -100,7 +141,11 @@ fn accumulate(
     }
     let gpu = out.gpu();
     let op = if op == Scatter::Add { "Plus" } else { "Or" };
-    let defines = [("TYPE", type_name(out.dtype())), ("INDEX", type_name(indices.dtype())), ("OP", op)];
+    let defines = [
+        ("TYPE", type_name(out.dtype())),
+        ("INDEX", type_name(indices.dtype())),
+        ("OP", op),
+    ];
     let kernel = gpu.kernel("index", &defines, entry).or_panic();
     let shape = Launch::linear(lines.div_ceil(THREADS as usize), THREADS);
     // SAFETY: packed operands of the sizes given, `out` owned by nobody else; indices lie inside, as for `lookup`.

@@ -28,8 +28,13 @@ pub enum Library {
 
 impl Library {
     /// Every library, in the order `doctor` lists them.
-    pub const ALL: [Library; 5] =
-        [Library::Driver, Library::Nvrtc, Library::CublasLt, Library::Cudnn, Library::Nccl];
+    pub const ALL: [Library; 5] = [
+        Library::Driver,
+        Library::Nvrtc,
+        Library::CublasLt,
+        Library::Cudnn,
+        Library::Nccl,
+    ];
 
     /// File names accepted, the most preferred first.
     fn file_names(self) -> &'static [&'static str] {
@@ -49,23 +54,37 @@ impl Library {
                 "install the NVIDIA driver (https://www.nvidia.com/drivers) or start the container with the GPU \
                  (`--gpus all`)"
             }
-            Library::Nvrtc => "run `pip install nvidia-cuda-nvrtc`, or install the CUDA toolkit and set CUDA_HOME",
-            Library::CublasLt => "run `pip install nvidia-cublas`, or install the CUDA toolkit and set CUDA_HOME",
-            Library::Cudnn => "run `pip install nvidia-cudnn-cu13` (or -cu12, to match the other libraries)",
-            Library::Nccl => "run `pip install nvidia-nccl-cu13` (or -cu12); it is needed for several GPUs only",
+            Library::Nvrtc => {
+                "run `pip install nvidia-cuda-nvrtc`, or install the CUDA toolkit and set CUDA_HOME"
+            }
+            Library::CublasLt => {
+                "run `pip install nvidia-cublas`, or install the CUDA toolkit and set CUDA_HOME"
+            }
+            Library::Cudnn => {
+                "run `pip install nvidia-cudnn-cu13` (or -cu12, to match the other libraries)"
+            }
+            Library::Nccl => {
+                "run `pip install nvidia-nccl-cu13` (or -cu12); it is needed for several GPUs only"
+            }
         }
     }
 
     /// Opens the library if that has not happened yet, and says where it was found.
     pub fn load(self) -> Result<PathBuf> {
-        static LOADED: OnceLock<Mutex<HashMap<Library, (PathBuf, &'static libloading::Library)>>> = OnceLock::new();
-        let mut loaded = LOADED.get_or_init(Mutex::default).lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        static LOADED: OnceLock<Mutex<HashMap<Library, (PathBuf, &'static libloading::Library)>>> =
+            OnceLock::new();
+        let mut loaded = LOADED
+            .get_or_init(Mutex::default)
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some((path, _)) = loaded.get(&self) {
             return Ok(path.clone());
         }
         let folders = search_folders();
         let mut reason = String::from("no such file");
-        let in_folders = folders.iter().flat_map(|dir| self.file_names().iter().map(move |name| dir.join(name)));
+        let in_folders = folders
+            .iter()
+            .flat_map(|dir| self.file_names().iter().map(move |name| dir.join(name)));
         let by_loader = self.file_names().iter().map(PathBuf::from);
         for candidate in in_folders.filter(|path| path.exists()).chain(by_loader) {
             // SAFETY: running the initialisers of NVIDIA's libraries is what the caller asks for; they are never closed.
@@ -81,7 +100,11 @@ impl Library {
         Err(Error::Library {
             library: self.file_names()[0],
             reason,
-            searched: folders.iter().map(|path| path.display().to_string()).chain(["the loader's path".into()]).collect(),
+            searched: folders
+                .iter()
+                .map(|path| path.display().to_string())
+                .chain(["the loader's path".into()])
+                .collect(),
             advice: self.advice(),
         })
     }
@@ -91,13 +114,25 @@ impl Library {
 fn search_folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();
     let variable = |name: &str| std::env::var_os(name).unwrap_or_default();
-    folders.extend(std::env::split_paths(&variable("LD_LIBRARY_PATH")).filter(|path| path.is_absolute()));
-    for root in ["CUDA_HOME", "CUDA_PATH"].map(variable).iter().filter(|value| !value.is_empty()) {
-        folders.extend(["lib64", "lib", "targets/x86_64-linux/lib"].map(|sub| Path::new(root).join(sub)));
+    folders.extend(
+        std::env::split_paths(&variable("LD_LIBRARY_PATH")).filter(|path| path.is_absolute()),
+    );
+    for root in ["CUDA_HOME", "CUDA_PATH"]
+        .map(variable)
+        .iter()
+        .filter(|value| !value.is_empty())
+    {
+        folders.extend(
+            ["lib64", "lib", "targets/x86_64-linux/lib"].map(|sub| Path::new(root).join(sub)),
+        );
     }
     // A Python on PATH or an active environment shows where pip put NVIDIA's packages.
-    let mut prefixes: Vec<PathBuf> =
-        ["VIRTUAL_ENV", "CONDA_PREFIX"].map(variable).iter().filter(|v| !v.is_empty()).map(PathBuf::from).collect();
+    let mut prefixes: Vec<PathBuf> = ["VIRTUAL_ENV", "CONDA_PREFIX"]
+        .map(variable)
+        .iter()
+        .filter(|v| !v.is_empty())
+        .map(PathBuf::from)
+        .collect();
     prefixes.extend(
         std::env::split_paths(&variable("PATH"))
             .filter(|dir| dir.join("python3").exists())
@@ -111,8 +146,13 @@ fn search_folders() -> Vec<PathBuf> {
         folders.extend(pip_folders(&prefix));
     }
     folders.extend(
-        ["/usr/local/cuda/lib64", "/usr/local/nvidia/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib64"]
-            .map(PathBuf::from),
+        [
+            "/usr/local/cuda/lib64",
+            "/usr/local/nvidia/lib64",
+            "/usr/lib/x86_64-linux-gnu",
+            "/usr/lib64",
+        ]
+        .map(PathBuf::from),
     );
     let mut seen = std::collections::HashSet::new();
     folders.retain(|path| path.is_dir() && seen.insert(path.clone()));
@@ -122,16 +162,24 @@ fn search_folders() -> Vec<PathBuf> {
 /// The `nvidia/*/lib` folders of every Python under `prefix`.
 fn pip_folders(prefix: &Path) -> Vec<PathBuf> {
     let entries = |dir: PathBuf| -> Vec<PathBuf> {
-        let mut paths: Vec<_> =
-            std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        let mut paths: Vec<_> = std::fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .collect();
         paths.sort();
         paths
     };
     let pythons = entries(prefix.join("lib")).into_iter().filter(|path| {
-        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("python3"))
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.starts_with("python3"))
     });
     pythons
-        .flat_map(|python| ["site-packages", "dist-packages"].map(|packages| python.join(packages).join("nvidia")))
+        .flat_map(|python| {
+            ["site-packages", "dist-packages"].map(|packages| python.join(packages).join("nvidia"))
+        })
         .flat_map(entries)
         .map(|package| package.join("lib"))
         .filter(|lib| lib.is_dir())

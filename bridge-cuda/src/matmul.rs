@@ -21,17 +21,29 @@ struct Matrix {
 fn matrix(rows: usize, columns: usize, row_stride: i64, column_stride: i64) -> Option<Matrix> {
     let fits = |step: i64, length: usize, other: usize| {
         // A dimension of size 1 has no stride worth the name.
-        if other <= 1 { Some(length.max(1)) } else { usize::try_from(step).ok().filter(|step| *step >= length.max(1)) }
+        if other <= 1 {
+            Some(length.max(1))
+        } else {
+            usize::try_from(step)
+                .ok()
+                .filter(|step| *step >= length.max(1))
+        }
     };
     if (column_stride == 1 || columns <= 1)
         && let Some(ld) = fits(row_stride, columns, rows)
     {
-        return Some(Matrix { transposed: false, ld });
+        return Some(Matrix {
+            transposed: false,
+            ld,
+        });
     }
     if (row_stride == 1 || rows <= 1)
         && let Some(ld) = fits(column_stride, rows, columns)
     {
-        return Some(Matrix { transposed: true, ld });
+        return Some(Matrix {
+            transposed: true,
+            ld,
+        });
     }
     None
 }
@@ -39,7 +51,14 @@ fn matrix(rows: usize, columns: usize, row_stride: i64, column_stride: i64) -> O
 /// The last two dimensions as a matrix, copying the tensor if they have no usable layout.
 fn operand(x: CudaTensor) -> (CudaTensor, Matrix) {
     let rank = x.dims().len();
-    let view = |x: &CudaTensor| matrix(x.dims()[rank - 2], x.dims()[rank - 1], x.strides()[rank - 2], x.strides()[rank - 1]);
+    let view = |x: &CudaTensor| {
+        matrix(
+            x.dims()[rank - 2],
+            x.dims()[rank - 1],
+            x.strides()[rank - 2],
+            x.strides()[rank - 1],
+        )
+    };
     match view(&x) {
         Some(layout) => (x, layout),
         None => {
@@ -53,7 +72,12 @@ fn operand(x: CudaTensor) -> (CudaTensor, Matrix) {
 /// One stride that walks all batch dimensions, if there is one.
 fn batch_stride(shape: &[usize], strides: &[i64]) -> Option<i64> {
     let mut run: Option<(usize, i64)> = None;
-    for (&size, &stride) in shape.iter().zip(strides).rev().filter(|(size, _)| **size != 1) {
+    for (&size, &stride) in shape
+        .iter()
+        .zip(strides)
+        .rev()
+        .filter(|(size, _)| **size != 1)
+    {
         run = match run {
             None => Some((size, stride)),
             Some((count, step)) if stride == step * count as i64 => Some((count * size, step)),
@@ -69,8 +93,17 @@ pub(crate) fn matmul(a: CudaTensor, b: CudaTensor) -> CudaTensor {
     let rank = a.dims().len().max(b.dims().len());
     let (m, k) = (a.dims()[a.dims().len() - 2], a.dims()[a.dims().len() - 1]);
     let (k_b, n) = (b.dims()[b.dims().len() - 2], b.dims()[b.dims().len() - 1]);
-    assert_eq!(k, k_b, "matmul: {:?} and {:?} disagree on the inner dimension", a.dims(), b.dims());
-    let batch = broadcast(&a.dims()[..a.dims().len() - 2], &b.dims()[..b.dims().len() - 2]);
+    assert_eq!(
+        k,
+        k_b,
+        "matmul: {:?} and {:?} disagree on the inner dimension",
+        a.dims(),
+        b.dims()
+    );
+    let batch = broadcast(
+        &a.dims()[..a.dims().len() - 2],
+        &b.dims()[..b.dims().len() - 2],
+    );
     let full = |rows, columns| [batch.as_slice(), &[rows, columns]].concat();
     let (a, b) = (a.expand(&full(m, k)), b.expand(&full(k, n)));
     let out = CudaTensor::empty(a.gpu(), &full(m, n), a.dtype());
@@ -88,21 +121,48 @@ pub(crate) fn matmul(a: CudaTensor, b: CudaTensor) -> CudaTensor {
     // Leading batch dimensions that do not step evenly with the rest are looped over.
     let batch_rank = rank - 2;
     let from = (0..=batch_rank)
-        .find(|&d| [&a, &b].iter().all(|x| batch_stride(&x.dims()[d..batch_rank], &x.strides()[d..batch_rank]).is_some()))
+        .find(|&d| {
+            [&a, &b].iter().all(|x| {
+                batch_stride(&x.dims()[d..batch_rank], &x.strides()[d..batch_rank]).is_some()
+            })
+        })
         .expect("an empty batch steps evenly");
     let loops: usize = batch[..from].iter().product();
     if loops > 64 {
         return multiply(a.packed(), b.packed(), out);
     }
     let count = batch[from..].iter().product();
-    let strides = |x: &CudaTensor| batch_stride(&x.dims()[from..batch_rank], &x.strides()[from..batch_rank]).unwrap_or(0);
-    let product = Shape { m, n, k, batch: count };
+    let strides = |x: &CudaTensor| {
+        batch_stride(&x.dims()[from..batch_rank], &x.strides()[from..batch_rank]).unwrap_or(0)
+    };
+    let product = Shape {
+        m,
+        n,
+        k,
+        batch: count,
+    };
     for step in 0..loops {
-        let at = |x: &CudaTensor| x.address() + (offset(step, &batch[..from], x.strides()) * x.dtype().size() as i64) as u64;
+        let at = |x: &CudaTensor| {
+            x.address()
+                + (offset(step, &batch[..from], x.strides()) * x.dtype().size() as i64) as u64
+        };
         let (a_at, b_at, d_at) = (at(&a), at(&b), at(&out));
-        let inputs = [(a_at, a.dtype(), a_matrix, strides(&a)), (b_at, b.dtype(), b_matrix, strides(&b))];
+        let inputs = [
+            (a_at, a.dtype(), a_matrix, strides(&a)),
+            (b_at, b.dtype(), b_matrix, strides(&b)),
+        ];
         // SAFETY: the layouts come from the views themselves; `out` is new memory.
-        unsafe { gemm(out.gpu(), &product, inputs, (d_at, out.dtype(), (m * n) as i64), false, None).or_panic() };
+        unsafe {
+            gemm(
+                out.gpu(),
+                &product,
+                inputs,
+                (d_at, out.dtype(), (m * n) as i64),
+                false,
+                None,
+            )
+            .or_panic()
+        };
     }
     out
 }
@@ -112,7 +172,8 @@ fn multiply(a: CudaTensor, b: CudaTensor, out: CudaTensor) -> CudaTensor {
     let flat = |x: &CudaTensor| {
         let rank = x.dims().len();
         let batch = x.dims()[..rank - 2].iter().product();
-        x.clone().reshape(&[batch, x.dims()[rank - 2], x.dims()[rank - 1]])
+        x.clone()
+            .reshape(&[batch, x.dims()[rank - 2], x.dims()[rank - 1]])
     };
     matmul(flat(&a), flat(&b)).reshape(&shape)
 }
@@ -142,27 +203,51 @@ struct Shape {
 unsafe fn gemm(
     gpu: &'static crate::device::Gpu,
     shape: &Shape,
-    [(a, a_type, a_matrix, a_stride), (b, b_type, b_matrix, b_stride)]: [(u64, DType, Matrix, i64); 2],
+    [
+        (a, a_type, a_matrix, a_stride),
+        (b, b_type, b_matrix, b_stride),
+    ]: [(u64, DType, Matrix, i64); 2],
     (d, d_type, d_stride): (u64, DType, i64),
     accumulate: bool,
     bias: Option<&CudaTensor>,
 ) -> crate::error::Result<()> {
     let Shape { m, n, k, batch } = *shape;
     let layout = |dtype, rows: usize, columns: usize, matrix: Matrix, batch_stride| {
-        let (rows, columns) = if matrix.transposed { (rows, columns) } else { (columns, rows) };
-        Layout { dtype, rows, columns, ld: matrix.ld, batch_stride }
+        let (rows, columns) = if matrix.transposed {
+            (rows, columns)
+        } else {
+            (columns, rows)
+        };
+        Layout {
+            dtype,
+            rows,
+            columns,
+            ld: matrix.ld,
+            batch_stride,
+        }
     };
     let product = Product {
         a: layout(b_type, k, n, b_matrix, b_stride),
         transpose_a: b_matrix.transposed,
         b: layout(a_type, m, k, a_matrix, a_stride),
         transpose_b: a_matrix.transposed,
-        d: Layout { dtype: d_type, rows: n, columns: m, ld: n, batch_stride: d_stride },
+        d: Layout {
+            dtype: d_type,
+            rows: n,
+            columns: m,
+            ld: n,
+            batch_stride: d_stride,
+        },
         batch,
         accumulate,
         bias: bias.map(|bias| bias.dtype()),
     };
-    let operands = Operands { a: b, b: a, d, bias: bias.map_or(0, CudaTensor::address) };
+    let operands = Operands {
+        a: b,
+        b: a,
+        d,
+        bias: bias.map_or(0, CudaTensor::address),
+    };
     // SAFETY: as the caller promises.
     unsafe { gpu.blas()?.run(&product, &operands) }
 }
@@ -170,10 +255,24 @@ unsafe fn gemm(
 /// `out (+)= a b (+ bias)` for matrices, into a packed tensor that the caller may write. Types may differ as far as
 /// cuBLASLt allows: bf16 inputs with an f32 result accumulate a gradient.
 #[track_caller]
-pub(crate) fn matmul_into(out: &CudaTensor, a: CudaTensor, b: CudaTensor, accumulate: bool, bias: Option<&CudaTensor>) {
+pub(crate) fn matmul_into(
+    out: &CudaTensor,
+    a: CudaTensor,
+    b: CudaTensor,
+    accumulate: bool,
+    bias: Option<&CudaTensor>,
+) {
     let (m, k, n) = (a.dims()[0], a.dims()[1], b.dims()[1]);
-    assert_eq!(b.dims()[0], k, "matmul: operands disagree on the inner dimension");
-    assert_eq!(out.dims(), [m, n], "matmul: the result has the operands' outer dimensions");
+    assert_eq!(
+        b.dims()[0],
+        k,
+        "matmul: operands disagree on the inner dimension"
+    );
+    assert_eq!(
+        out.dims(),
+        [m, n],
+        "matmul: the result has the operands' outer dimensions"
+    );
     assert!(out.is_packed(), "matmul: results are packed");
     if m * n == 0 {
         return;
@@ -186,10 +285,23 @@ pub(crate) fn matmul_into(out: &CudaTensor, a: CudaTensor, b: CudaTensor, accumu
     }
     let ((a, a_matrix), (b, b_matrix)) = (operand(a), operand(b));
     let bias = bias.map(CudaTensor::packed);
-    let inputs = [(a.address(), a.dtype(), a_matrix, 0), (b.address(), b.dtype(), b_matrix, 0)];
+    let inputs = [
+        (a.address(), a.dtype(), a_matrix, 0),
+        (b.address(), b.dtype(), b_matrix, 0),
+    ];
     let shape = Shape { m, n, k, batch: 1 };
     // SAFETY: the layouts come from the views themselves; `out` is packed and the caller's to write.
-    unsafe { gemm(out.gpu(), &shape, inputs, (out.address(), out.dtype(), 0), accumulate, bias.as_ref()).or_panic() };
+    unsafe {
+        gemm(
+            out.gpu(),
+            &shape,
+            inputs,
+            (out.address(), out.dtype(), 0),
+            accumulate,
+            bias.as_ref(),
+        )
+        .or_panic()
+    };
 }
 
 /// Integers: operands packed, one thread per output.
@@ -198,7 +310,9 @@ fn integer(a: CudaTensor, b: CudaTensor, out: CudaTensor) -> CudaTensor {
     let (m, k, n) = (a.dims()[rank - 2], a.dims()[rank - 1], b.dims()[rank - 1]);
     let (a, b) = (a.packed(), cast(b, out.dtype()).packed());
     let gpu = out.gpu();
-    let kernel = gpu.kernel("matmul_int", &[("TYPE", type_name(out.dtype()))], "matmul").or_panic();
+    let kernel = gpu
+        .kernel("matmul_int", &[("TYPE", type_name(out.dtype()))], "matmul")
+        .or_panic();
     let total = out.count();
     let shape = Launch::linear(blocks(gpu, total, 1), 256);
     // SAFETY: packed operands of the sizes given.
@@ -214,7 +328,9 @@ fn integer(a: CudaTensor, b: CudaTensor, out: CudaTensor) -> CudaTensor {
 /// # Errors
 /// The device or cuBLASLt cannot be opened.
 pub fn allow_tf32(device: crate::device::CudaDevice, allow: bool) -> crate::error::Result<()> {
-    crate::device::Gpu::get(device.ordinal)?.blas()?.allow_tf32(allow);
+    crate::device::Gpu::get(device.ordinal)?
+        .blas()?
+        .allow_tf32(allow);
     Ok(())
 }
 
@@ -228,20 +344,41 @@ pub fn tune(a: &CudaTensor, b: &CudaTensor) -> crate::error::Result<(usize, f32)
     let out = CudaTensor::empty(a.gpu(), &[m, n], a.dtype());
     let ((a, a_matrix), (b, b_matrix)) = (operand(a.clone()), operand(b.clone()));
     let layout = |dtype, rows: usize, columns: usize, matrix: Matrix| {
-        let (rows, columns) = if matrix.transposed { (rows, columns) } else { (columns, rows) };
-        Layout { dtype, rows, columns, ld: matrix.ld, batch_stride: 0 }
+        let (rows, columns) = if matrix.transposed {
+            (rows, columns)
+        } else {
+            (columns, rows)
+        };
+        Layout {
+            dtype,
+            rows,
+            columns,
+            ld: matrix.ld,
+            batch_stride: 0,
+        }
     };
     let product = Product {
         a: layout(b.dtype(), k, n, b_matrix),
         transpose_a: b_matrix.transposed,
         b: layout(a.dtype(), m, k, a_matrix),
         transpose_b: a_matrix.transposed,
-        d: Layout { dtype: out.dtype(), rows: n, columns: m, ld: n, batch_stride: 0 },
+        d: Layout {
+            dtype: out.dtype(),
+            rows: n,
+            columns: m,
+            ld: n,
+            batch_stride: 0,
+        },
         batch: 1,
         accumulate: false,
         bias: None,
     };
-    let operands = Operands { a: b.address(), b: a.address(), d: out.address(), bias: 0 };
+    let operands = Operands {
+        a: b.address(),
+        b: a.address(),
+        d: out.address(),
+        bias: 0,
+    };
     // SAFETY: the layouts come from the views themselves; `out` is new memory.
     unsafe { out.gpu().blas()?.tune(&product, &operands) }
 }

@@ -28,12 +28,18 @@ pub const SOURCES: &[(&str, &str)] = &[
     ("adamw", include_str!("../kernels/adamw.cu")),
     ("arange", include_str!("../kernels/arange.cu")),
     ("attention", include_str!("../kernels/attention.cu")),
-    ("attention_generic", include_str!("../kernels/attention_generic.cu")),
+    (
+        "attention_generic",
+        include_str!("../kernels/attention_generic.cu"),
+    ),
     ("conv", include_str!("../kernels/conv.cu")),
     ("cross_entropy", include_str!("../kernels/cross_entropy.cu")),
     ("elementwise", include_str!("../kernels/elementwise.cu")),
     ("embedding", include_str!("../kernels/embedding.cu")),
-    ("gated_activation", include_str!("../kernels/gated_activation.cu")),
+    (
+        "gated_activation",
+        include_str!("../kernels/gated_activation.cu"),
+    ),
     ("index", include_str!("../kernels/index.cu")),
     ("layer_norm", include_str!("../kernels/layer_norm.cu")),
     ("matmul_int", include_str!("../kernels/matmul_int.cu")),
@@ -68,14 +74,31 @@ unsafe impl Send for Kernel {}
 
 impl Kernels {
     pub(crate) fn new(capability: (i32, i32)) -> Self {
-        Self { arch: format!("sm_{}{}", capability.0, capability.1), modules: Mutex::default() }
+        Self {
+            arch: format!("sm_{}{}", capability.0, capability.1),
+            modules: Mutex::default(),
+        }
     }
 
     /// The kernel `entry` of a file under the given definitions. The device's context must be current.
-    pub(crate) fn get(&self, file: &'static str, defines: &[Define], entry: &'static str) -> Result<Kernel> {
-        let key = (file, defines.iter().map(|(name, value)| format!("-D{name}={value}\n")).collect::<String>());
+    pub(crate) fn get(
+        &self,
+        file: &'static str,
+        defines: &[Define],
+        entry: &'static str,
+    ) -> Result<Kernel> {
+        let key = (
+            file,
+            defines
+                .iter()
+                .map(|(name, value)| format!("-D{name}={value}\n"))
+                .collect::<String>(),
+        );
         let module = {
-            let mut modules = self.modules.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut modules = self
+                .modules
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
             match modules.get(&key) {
                 Some(module) => module.clone(),
                 None => {
@@ -85,14 +108,22 @@ impl Kernels {
                 }
             }
         };
-        let mut functions = module.functions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut functions = module
+            .functions
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(kernel) = functions.get(entry) {
             return Ok(*kernel);
         }
         let name = CString::new(entry).expect("entry names are plain identifiers");
         let mut function = std::ptr::null_mut();
         // SAFETY: the module is loaded in the current context; the name ends with a zero byte.
-        unsafe { check("cuModuleGetFunction", driver::cuModuleGetFunction(&mut function, module.handle, name.as_ptr()))? };
+        unsafe {
+            check(
+                "cuModuleGetFunction",
+                driver::cuModuleGetFunction(&mut function, module.handle, name.as_ptr()),
+            )?
+        };
         functions.insert(entry, Kernel(function));
         Ok(Kernel(function))
     }
@@ -103,8 +134,16 @@ impl Module {
         let cubin = cubin(file, defines, arch)?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: the image is a complete cubin for this chip, made by NVRTC.
-        unsafe { check("cuModuleLoadData", driver::cuModuleLoadData(&mut handle, cubin.as_ptr().cast()))? };
-        Ok(Self { handle, functions: Mutex::default() })
+        unsafe {
+            check(
+                "cuModuleLoadData",
+                driver::cuModuleLoadData(&mut handle, cubin.as_ptr().cast()),
+            )?
+        };
+        Ok(Self {
+            handle,
+            functions: Mutex::default(),
+        })
     }
 }
 
@@ -114,11 +153,19 @@ fn cubin(file: &'static str, defines: &[Define], arch: &str) -> Result<Vec<u8>> 
     let options = options(defines, arch);
     let path = version().ok().zip(cache_folder()).map(|(version, folder)| {
         let mut hash = Sha256::new();
-        for part in [COMMON, source, arch, &format!("{version:?}")].into_iter().chain(options.iter().map(String::as_str)) {
+        for part in [COMMON, source, arch, &format!("{version:?}")]
+            .into_iter()
+            .chain(options.iter().map(String::as_str))
+        {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
         }
-        let digest: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        let digest: String = hash
+            .finalize()
+            .iter()
+            .take(16)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         folder.join(format!("{file}-{arch}-{digest}.cubin"))
     });
     if let Some(bytes) = path.as_ref().and_then(|path| std::fs::read(path).ok())
@@ -130,8 +177,14 @@ fn cubin(file: &'static str, defines: &[Define], arch: &str) -> Result<Vec<u8>> 
     // The cache is a convenience: where it cannot be written, the next start compiles again.
     if let Some(path) = path {
         let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-        let written = path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(&temporary, &bytes));
-        if written.and_then(|()| std::fs::rename(&temporary, &path)).is_err() {
+        let written = path
+            .parent()
+            .map_or(Ok(()), std::fs::create_dir_all)
+            .and_then(|()| std::fs::write(&temporary, &bytes));
+        if written
+            .and_then(|()| std::fs::rename(&temporary, &path))
+            .is_err()
+        {
             std::fs::remove_file(&temporary).ok();
         }
     }
@@ -139,12 +192,20 @@ fn cubin(file: &'static str, defines: &[Define], arch: &str) -> Result<Vec<u8>> 
 }
 
 fn source(file: &str) -> &'static str {
-    SOURCES.iter().find(|(name, _)| *name == file).unwrap_or_else(|| panic!("no kernel file {file}.cu")).1
+    SOURCES
+        .iter()
+        .find(|(name, _)| *name == file)
+        .unwrap_or_else(|| panic!("no kernel file {file}.cu"))
+        .1
 }
 
 fn options(defines: &[Define], arch: &str) -> Vec<String> {
     let mut options = vec![format!("--gpu-architecture={arch}"), "--std=c++17".into()];
-    options.extend(defines.iter().map(|(name, value)| format!("-D{name}={value}")));
+    options.extend(
+        defines
+            .iter()
+            .map(|(name, value)| format!("-D{name}={value}")),
+    );
     options
 }
 
@@ -154,11 +215,19 @@ pub(crate) fn version() -> Result<(i32, i32)> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: the library is open; the call writes to locals.
     let code = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
-    if code == sys::nvrtcResult::NVRTC_SUCCESS { Ok((major, minor)) } else { Err(failure("nvrtcVersion", "", code)) }
+    if code == sys::nvrtcResult::NVRTC_SUCCESS {
+        Ok((major, minor))
+    } else {
+        Err(failure("nvrtcVersion", "", code))
+    }
 }
 
 fn failure(kernel: &str, arch: &str, code: sys::nvrtcResult) -> Error {
-    Error::Compile { kernel: kernel.into(), arch: arch.into(), log: format!("{code:?}") }
+    Error::Compile {
+        kernel: kernel.into(),
+        arch: arch.into(),
+        log: format!("{code:?}"),
+    }
 }
 
 /// Compiles `kernels/<file>.cu` for a chip such as `sm_90`. Needs NVRTC but no GPU.
@@ -171,8 +240,12 @@ pub fn compile(file: &'static str, defines: &[(&str, &str)], arch: &str) -> Resu
     let text = |text: &str| CString::new(text).expect("kernel sources hold no zero byte");
     let (program_text, name) = (text(source(file)), text(&format!("{file}.cu")));
     let (header, header_name) = (text(COMMON), c"common.cuh");
-    let options: Vec<CString> = options(defines, arch).iter().map(|option| text(option)).collect();
-    let option_pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+    let options: Vec<CString> = options(defines, arch)
+        .iter()
+        .map(|option| text(option))
+        .collect();
+    let option_pointers: Vec<*const c_char> =
+        options.iter().map(|option| option.as_ptr()).collect();
     let mut program = std::ptr::null_mut();
     let ok = sys::nvrtcResult::NVRTC_SUCCESS;
     // SAFETY: all strings end with a zero byte and outlive the program; sizes come from the library.
@@ -188,7 +261,11 @@ pub fn compile(file: &'static str, defines: &[(&str, &str)], arch: &str) -> Resu
         if code != ok {
             return Err(fail(code));
         }
-        let code = sys::nvrtcCompileProgram(program, option_pointers.len() as i32, option_pointers.as_ptr());
+        let code = sys::nvrtcCompileProgram(
+            program,
+            option_pointers.len() as i32,
+            option_pointers.as_ptr(),
+        );
         let result = if code == ok {
             let mut size = 0;
             let mut code = sys::nvrtcGetCUBINSize(program, &mut size);
@@ -196,15 +273,29 @@ pub fn compile(file: &'static str, defines: &[(&str, &str)], arch: &str) -> Resu
             if code == ok {
                 code = sys::nvrtcGetCUBIN(program, bytes.as_mut_ptr().cast());
             }
-            if code == ok { Ok(bytes) } else { Err(fail(code)) }
+            if code == ok {
+                Ok(bytes)
+            } else {
+                Err(fail(code))
+            }
         } else {
             let mut size = 0;
             sys::nvrtcGetProgramLogSize(program, &mut size);
             let mut log = vec![0u8; size.max(1)];
             sys::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
-            let log = String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned();
-            let defines: String = defines.iter().map(|(name, value)| format!(" {name}={value}")).collect();
-            Err(Error::Compile { kernel: format!("{file}.cu{defines}"), arch: arch.into(), log: format!("{code:?}: {log}") })
+            let log = String::from_utf8_lossy(&log)
+                .trim_end_matches('\0')
+                .trim()
+                .to_owned();
+            let defines: String = defines
+                .iter()
+                .map(|(name, value)| format!(" {name}={value}"))
+                .collect();
+            Err(Error::Compile {
+                kernel: format!("{file}.cu{defines}"),
+                arch: arch.into(),
+                log: format!("{code:?}: {log}"),
+            })
         };
         sys::nvrtcDestroyProgram(&mut program);
         result

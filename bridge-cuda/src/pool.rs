@@ -34,7 +34,12 @@ pub struct MemoryStats {
 /// Where the pool's addresses come from.
 enum Backing {
     /// One range of addresses, mapped up to `mapped`.
-    Virtual { base: u64, mapped: u64, limit: u64, properties: sys::CUmemAllocationProp },
+    Virtual {
+        base: u64,
+        mapped: u64,
+        limit: u64,
+        properties: sys::CUmemAllocationProp,
+    },
     /// Separate allocations.
     Separate,
 }
@@ -59,10 +64,20 @@ impl Pool {
     /// A pool on the device whose context is current.
     pub(crate) fn new(ordinal: usize, device: sys::CUdevice) -> Result<Self> {
         let mut supported = 0;
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED;
+        let attribute =
+            sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED;
         // SAFETY: plain queries that write to locals.
-        unsafe { check("cuDeviceGetAttribute", sys::cuDeviceGetAttribute(&mut supported, attribute, device))? };
-        let backing = if supported == 1 { Self::reserve(device)? } else { Backing::Separate };
+        unsafe {
+            check(
+                "cuDeviceGetAttribute",
+                sys::cuDeviceGetAttribute(&mut supported, attribute, device),
+            )?
+        };
+        let backing = if supported == 1 {
+            Self::reserve(device)?
+        } else {
+            Backing::Separate
+        };
         Ok(Self {
             ordinal,
             backing,
@@ -77,14 +92,25 @@ impl Pool {
         let (mut total, mut base) = (0, 0);
         // SAFETY: the structure is plain data for which zero means "not set"; the calls write to locals.
         unsafe {
-            check("cuDeviceTotalMem", sys::cuDeviceTotalMem_v2(&mut total, device))?;
+            check(
+                "cuDeviceTotalMem",
+                sys::cuDeviceTotalMem_v2(&mut total, device),
+            )?;
             let limit = (total as u64).next_multiple_of(CHUNK);
-            check("cuMemAddressReserve", sys::cuMemAddressReserve(&mut base, limit as usize, CHUNK as usize, 0, 0))?;
+            check(
+                "cuMemAddressReserve",
+                sys::cuMemAddressReserve(&mut base, limit as usize, CHUNK as usize, 0, 0),
+            )?;
             let mut properties: sys::CUmemAllocationProp = std::mem::zeroed();
             properties.type_ = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
             properties.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
             properties.location.id = device;
-            Ok(Backing::Virtual { base, mapped: 0, limit, properties })
+            Ok(Backing::Virtual {
+                base,
+                mapped: 0,
+                limit,
+                properties,
+            })
         }
     }
 
@@ -144,7 +170,12 @@ impl Pool {
     /// Takes more memory from the GPU; returns (size, address) of a free block that fits `size`.
     fn grow(&mut self, size: u64) -> Result<(u64, u64)> {
         let (address, added) = match &mut self.backing {
-            Backing::Virtual { base, mapped, limit, properties } => {
+            Backing::Virtual {
+                base,
+                mapped,
+                limit,
+                properties,
+            } => {
                 let end = *base + *mapped;
                 // A free block at the end counts, since what is added joins it.
                 let tail = match self.free.last_key_value() {
@@ -180,9 +211,13 @@ impl Pool {
 
     /// Gives free memory at the end of the range back to the GPU. The stream must be idle.
     pub(crate) fn trim(&mut self) -> Result<()> {
-        let Backing::Virtual { base, mapped, .. } = &mut self.backing else { return Ok(()) };
+        let Backing::Virtual { base, mapped, .. } = &mut self.backing else {
+            return Ok(());
+        };
         let end = *base + *mapped;
-        let Some((&address, &size)) = self.free.last_key_value() else { return Ok(()) };
+        let Some((&address, &size)) = self.free.last_key_value() else {
+            return Ok(());
+        };
         let keep = (address - *base).next_multiple_of(CHUNK);
         if address + size != end || keep >= *mapped {
             return Ok(());
@@ -213,7 +248,12 @@ impl Pool {
         // SAFETY: writes to locals; if it fails they stay 0.
         unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) };
         let largest = self.by_size.last().map_or(0, |block| block.0);
-        let MemoryStats { current, peak, reserved, .. } = self.stats;
+        let MemoryStats {
+            current,
+            peak,
+            reserved,
+            ..
+        } = self.stats;
         Error::OutOfMemory {
             ordinal: self.ordinal,
             requested: requested as usize,
@@ -235,9 +275,15 @@ unsafe fn map(address: u64, size: u64, properties: &sys::CUmemAllocationProp) ->
         let mut handle = 0;
         // SAFETY: as the caller promises; a handle may be released once mapped, the mapping keeps the memory.
         let mapped = unsafe {
-            check("cuMemCreate", sys::cuMemCreate(&mut handle, CHUNK as usize, properties, 0)).and_then(|()| {
-                let result =
-                    check("cuMemMap", sys::cuMemMap(address + done, CHUNK as usize, 0, handle, 0));
+            check(
+                "cuMemCreate",
+                sys::cuMemCreate(&mut handle, CHUNK as usize, properties, 0),
+            )
+            .and_then(|()| {
+                let result = check(
+                    "cuMemMap",
+                    sys::cuMemMap(address + done, CHUNK as usize, 0, handle, 0),
+                );
                 sys::cuMemRelease(handle);
                 result
             })
@@ -256,5 +302,10 @@ unsafe fn map(address: u64, size: u64, properties: &sys::CUmemAllocationProp) ->
         flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
     };
     // SAFETY: the whole range is mapped now.
-    unsafe { check("cuMemSetAccess", sys::cuMemSetAccess(address, size as usize, &access, 1)) }
+    unsafe {
+        check(
+            "cuMemSetAccess",
+            sys::cuMemSetAccess(address, size as usize, &access, 1),
+        )
+    }
 }

@@ -46,8 +46,14 @@ fn accumulator(dtype: DType) -> DType {
 /// Shape and strides without dimension `d`.
 fn outputs(x: &CudaTensor, d: usize) -> (usize, Views) {
     let keep = |position: &usize| *position != d;
-    let shape: Vec<usize> = (0..x.dims().len()).filter(keep).map(|i| x.dims()[i]).collect();
-    let strides: Vec<i64> = (0..x.dims().len()).filter(keep).map(|i| x.strides()[i]).collect();
+    let shape: Vec<usize> = (0..x.dims().len())
+        .filter(keep)
+        .map(|i| x.dims()[i])
+        .collect();
+    let strides: Vec<i64> = (0..x.dims().len())
+        .filter(keep)
+        .map(|i| x.strides()[i])
+        .collect();
     (shape.iter().product(), Views::new(&shape, &[&strides]))
 }
 
@@ -59,27 +65,61 @@ pub(crate) fn reduce(op: Reduction, x: &CudaTensor, d: usize, dtype: DType) -> C
     shape[d] = 1;
     let (count, views) = outputs(x, d);
     let gpu = x.gpu();
-    let scale = if op == Reduction::Mean { 1.0 / n as f64 } else { 1.0 };
+    let scale = if op == Reduction::Mean {
+        1.0 / n as f64
+    } else {
+        1.0
+    };
     let (entry, blocks) = if x.strides()[d].abs() == 1 || count < 256 {
-        if n <= 1024 && count >= 64 { ("warps", count.div_ceil(THREADS as usize / 32)) } else { ("rows", count) }
+        if n <= 1024 && count >= 64 {
+            ("warps", count.div_ceil(THREADS as usize / 32))
+        } else {
+            ("rows", count)
+        }
     } else {
         ("columns", count.div_ceil(THREADS as usize))
     };
     // Too few blocks to fill the GPU: split the reduced dimension and finish in a second launch.
-    let splits = (gpu.multiprocessors * 2 / blocks.max(1)).min(n / 512).max(1);
+    let splits = (gpu.multiprocessors * 2 / blocks.max(1))
+        .min(n / 512)
+        .max(1);
     if splits > 1 {
         let partial_type = accumulator(x.dtype());
         let partial = CudaTensor::empty(gpu, &[splits, count], partial_type);
-        queue(op, entry, &partial, x, &views, (count, n, x.strides()[d], splits, blocks), 1.0);
+        queue(
+            op,
+            entry,
+            &partial,
+            x,
+            &views,
+            (count, n, x.strides()[d], splits, blocks),
+            1.0,
+        );
         let out = CudaTensor::empty(gpu, &[1, count], dtype);
         let (_, views) = outputs(&partial, 0);
         let blocks = count.div_ceil(THREADS as usize);
         // The partial results of |x| are not negative, so that their maximum is that of their absolute values.
-        queue(op, "columns", &out, &partial, &views, (count, splits, count as i64, 1, blocks), scale);
+        queue(
+            op,
+            "columns",
+            &out,
+            &partial,
+            &views,
+            (count, splits, count as i64, 1, blocks),
+            scale,
+        );
         return out.reshape(&shape);
     }
     let out = CudaTensor::empty(gpu, &shape, dtype);
-    queue(op, entry, &out, x, &views, (count, n, x.strides()[d], 1, blocks), scale);
+    queue(
+        op,
+        entry,
+        &out,
+        x,
+        &views,
+        (count, n, x.strides()[d], 1, blocks),
+        scale,
+    );
     out
 }
 
@@ -96,7 +136,11 @@ fn queue(
         return;
     }
     let gpu = x.gpu();
-    let defines = [("TYPE", type_name(x.dtype())), ("TYPE_O", type_name(out.dtype())), ("OP", op.name())];
+    let defines = [
+        ("TYPE", type_name(x.dtype())),
+        ("TYPE_O", type_name(out.dtype())),
+        ("OP", op.name()),
+    ];
     let kernel = gpu.kernel("reduce", &defines, entry).or_panic();
     let shape = Launch::grid([blocks, splits, 1], THREADS);
     // SAFETY: the kernel reads inside the view and writes `splits * count` elements, which `out` holds.
@@ -125,8 +169,12 @@ pub(crate) fn arg_reduce(op: Reduction, x: &CudaTensor, d: usize, dtype: DType) 
     }
     assert!(n > 0, "an arg-reduction needs at least one element");
     let gpu = x.gpu();
-    let defines =
-        [("TYPE", type_name(x.dtype())), ("TYPE_O", type_name(dtype)), ("OP", op.name()), ("ARG", "1")];
+    let defines = [
+        ("TYPE", type_name(x.dtype())),
+        ("TYPE_O", type_name(dtype)),
+        ("OP", op.name()),
+        ("ARG", "1"),
+    ];
     let kernel = gpu.kernel("reduce", &defines, "arg_warps").or_panic();
     let launch = Launch::linear(count.div_ceil(THREADS as usize / 32), THREADS);
     // SAFETY: the kernel reads inside the view and writes `count` elements.

@@ -20,9 +20,15 @@ pub(crate) fn scan(op: &'static str, x: CudaTensor, d: usize) -> CudaTensor {
     let n = x.dims()[d];
     let inner: usize = x.dims()[d + 1..].iter().product();
     let lines = x.count() / n;
-    let (entry, per_block) = if inner == 1 { ("rows", THREADS as usize / 32) } else { ("lines", THREADS as usize) };
+    let (entry, per_block) = if inner == 1 {
+        ("rows", THREADS as usize / 32)
+    } else {
+        ("lines", THREADS as usize)
+    };
     let gpu = x.gpu();
-    let kernel = gpu.kernel("scan", &[("TYPE", type_name(x.dtype())), ("OP", op)], entry).or_panic();
+    let kernel = gpu
+        .kernel("scan", &[("TYPE", type_name(x.dtype())), ("OP", op)], entry)
+        .or_panic();
     let shape = Launch::linear(lines.div_ceil(per_block), THREADS);
     // SAFETY: packed operands of the sizes given.
     unsafe {

@@ -27,7 +27,10 @@ pub(crate) fn sort(x: CudaTensor, d: usize, descending: bool) -> (CudaTensor, Cu
     let total = rows * padded;
     let keys = CudaTensor::empty(gpu, &[rows, padded], moved.dtype());
     let places = CudaTensor::empty(gpu, &[rows, padded], DType::I32);
-    let defines = [("TYPE", type_name(moved.dtype())), ("DESCENDING", if descending { "1" } else { "0" })];
+    let defines = [
+        ("TYPE", type_name(moved.dtype())),
+        ("DESCENDING", if descending { "1" } else { "0" }),
+    ];
     let kernel = |entry| gpu.kernel("sort", &defines, entry).or_panic();
     let n_places = i32::try_from(n).expect("rows of fewer than 2^31 elements");
     let tiles = |first: usize, last: usize| {
@@ -61,7 +64,13 @@ pub(crate) fn sort(x: CudaTensor, d: usize, descending: bool) -> (CudaTensor, Cu
         tiles(run, run);
         run *= 2;
     }
-    let take = |sorted: CudaTensor| sorted.narrow(1, 0, n).packed().reshape(&shape).swap_dims(d, last);
+    let take = |sorted: CudaTensor| {
+        sorted
+            .narrow(1, 0, n)
+            .packed()
+            .reshape(&shape)
+            .swap_dims(d, last)
+    };
     (take(keys), take(places))
 }
 

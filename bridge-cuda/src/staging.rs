@@ -31,14 +31,25 @@ impl Staging {
     /// A block of at least `bytes` whose last transfer is over.
     fn take(&mut self, bytes: usize) -> Result<Block> {
         let size = bytes.next_power_of_two().clamp(SMALLEST, LARGEST);
-        // SAFETY: the events are alive; a query has no effect.
-        let idle = |block: &Block| block.size == size && unsafe { sys::cuEventQuery(block.event) } == sys::CUresult::CUDA_SUCCESS;
+        let idle = |block: &Block| {
+            // SAFETY: the event is alive; a query has no effect.
+            let code = unsafe { sys::cuEventQuery(block.event) };
+            block.size == size && code == sys::CUresult::CUDA_SUCCESS
+        };
         if let Some(position) = self.blocks.iter().position(idle) {
-            return Ok(self.blocks.remove(position).expect("the position was just found"));
+            return Ok(self
+                .blocks
+                .remove(position)
+                .expect("the position was just found"));
         }
-        let same: Vec<usize> = (0..self.blocks.len()).filter(|&i| self.blocks[i].size == size).collect();
+        let same: Vec<usize> = (0..self.blocks.len())
+            .filter(|&i| self.blocks[i].size == size)
+            .collect();
         if same.len() >= 4 {
-            let block = self.blocks.remove(same[0]).expect("the position was just found");
+            let block = self
+                .blocks
+                .remove(same[0])
+                .expect("the position was just found");
             // SAFETY: the event is alive.
             unsafe { check("cuEventSynchronize", sys::cuEventSynchronize(block.event))? };
             return Ok(block);
@@ -50,19 +61,31 @@ impl Staging {
             let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
             check("cuEventCreate", sys::cuEventCreate(&mut event, flags))?;
         }
-        Ok(Block { pointer, size, event })
+        Ok(Block {
+            pointer,
+            size,
+            event,
+        })
     }
 
     /// # Safety
     /// `[address, address + bytes.len())` must be device memory of the current context.
-    pub(crate) unsafe fn upload(&mut self, stream: sys::CUstream, bytes: &[u8], address: u64) -> Result<()> {
+    pub(crate) unsafe fn upload(
+        &mut self,
+        stream: sys::CUstream,
+        bytes: &[u8],
+        address: u64,
+    ) -> Result<()> {
         for (index, piece) in bytes.chunks(LARGEST).enumerate() {
             let block = self.take(piece.len())?;
             let to = address + (index * LARGEST) as u64;
             // SAFETY: the block holds at least `piece.len()` bytes and no transfer uses it; the target is as promised.
             unsafe {
                 std::ptr::copy_nonoverlapping(piece.as_ptr(), block.pointer.cast(), piece.len());
-                check("cuMemcpyHtoDAsync", sys::cuMemcpyHtoDAsync_v2(to, block.pointer, piece.len(), stream))?;
+                check(
+                    "cuMemcpyHtoDAsync",
+                    sys::cuMemcpyHtoDAsync_v2(to, block.pointer, piece.len(), stream),
+                )?;
                 check("cuEventRecord", sys::cuEventRecord(block.event, stream))?;
             }
             self.blocks.push_back(block);
@@ -72,16 +95,28 @@ impl Staging {
 
     /// # Safety
     /// `[address, address + bytes.len())` must be device memory of the current context.
-    pub(crate) unsafe fn download(&mut self, stream: sys::CUstream, address: u64, bytes: &mut [u8]) -> Result<()> {
+    pub(crate) unsafe fn download(
+        &mut self,
+        stream: sys::CUstream,
+        address: u64,
+        bytes: &mut [u8],
+    ) -> Result<()> {
         for (index, piece) in bytes.chunks_mut(LARGEST).enumerate() {
             let block = self.take(piece.len())?;
             let from = address + (index * LARGEST) as u64;
             // SAFETY: as in `upload`; the stream is waited for before the bytes are read.
             unsafe {
-                check("cuMemcpyDtoHAsync", sys::cuMemcpyDtoHAsync_v2(block.pointer, from, piece.len(), stream))?;
+                check(
+                    "cuMemcpyDtoHAsync",
+                    sys::cuMemcpyDtoHAsync_v2(block.pointer, from, piece.len(), stream),
+                )?;
                 check("cuEventRecord", sys::cuEventRecord(block.event, stream))?;
                 check("cuEventSynchronize", sys::cuEventSynchronize(block.event))?;
-                std::ptr::copy_nonoverlapping(block.pointer.cast(), piece.as_mut_ptr(), piece.len());
+                std::ptr::copy_nonoverlapping(
+                    block.pointer.cast(),
+                    piece.as_mut_ptr(),
+                    piece.len(),
+                );
             }
             self.blocks.push_back(block);
         }

@@ -17,7 +17,11 @@ pub(crate) struct Buffer {
 impl Buffer {
     /// A block of at least `bytes`, its content arbitrary. No memory is taken for 0 bytes.
     fn new(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
-        let (address, size) = if bytes == 0 { (0, 0) } else { gpu.allocate(bytes)? };
+        let (address, size) = if bytes == 0 {
+            (0, 0)
+        } else {
+            gpu.allocate(bytes)?
+        };
         Ok(Self { gpu, address, size })
     }
 }
@@ -82,7 +86,9 @@ pub(crate) fn packed_strides(shape: &[usize]) -> Vec<i64> {
 pub(crate) fn storage_dtype(dtype: DType) -> DType {
     match dtype {
         DType::Flex32 => DType::F32,
-        DType::Bool(BoolStore::U32) | DType::QFloat(_) => panic!("dtype {dtype:?} is not supported on cuda"),
+        DType::Bool(BoolStore::U32) | DType::QFloat(_) => {
+            panic!("dtype {dtype:?} is not supported on cuda")
+        }
         other => other,
     }
 }
@@ -94,7 +100,13 @@ impl CudaTensor {
         let dtype = storage_dtype(dtype);
         let bytes = shape.iter().product::<usize>() * dtype.size();
         let buffer = Arc::new(Buffer::new(gpu, bytes).or_panic());
-        Self { buffer, offset: 0, shape: shape.to_vec(), strides: packed_strides(shape), dtype }
+        Self {
+            buffer,
+            offset: 0,
+            shape: shape.to_vec(),
+            strides: packed_strides(shape),
+            dtype,
+        }
     }
 
     /// A packed tensor of zeros.
@@ -103,17 +115,29 @@ impl CudaTensor {
         let tensor = Self::empty(gpu, shape, dtype);
         if tensor.count() > 0 {
             // SAFETY: the whole of a buffer that was just allocated.
-            unsafe { gpu.zero(tensor.address(), tensor.count() * tensor.dtype.size()).or_panic() };
+            unsafe {
+                gpu.zero(tensor.address(), tensor.count() * tensor.dtype.size())
+                    .or_panic()
+            };
         }
         tensor
     }
 
     /// A packed tensor holding `bytes`.
     #[track_caller]
-    pub(crate) fn from_bytes(gpu: &'static Gpu, bytes: &[u8], shape: &[usize], dtype: DType) -> Self {
+    pub(crate) fn from_bytes(
+        gpu: &'static Gpu,
+        bytes: &[u8],
+        shape: &[usize],
+        dtype: DType,
+    ) -> Self {
         let tensor = Self::empty(gpu, shape, dtype);
         let expected = tensor.count() * tensor.dtype.size();
-        assert_eq!(bytes.len(), expected, "{dtype:?} data of shape {shape:?} takes {expected} bytes");
+        assert_eq!(
+            bytes.len(),
+            expected,
+            "{dtype:?} data of shape {shape:?} takes {expected} bytes"
+        );
         if expected > 0 {
             // SAFETY: the whole of a buffer that was just allocated.
             unsafe { gpu.upload(bytes, tensor.address()).or_panic() };
@@ -138,7 +162,9 @@ impl CudaTensor {
 
     /// The device that holds the tensor.
     pub fn device(&self) -> CudaDevice {
-        CudaDevice { ordinal: self.buffer.gpu.ordinal }
+        CudaDevice {
+            ordinal: self.buffer.gpu.ordinal,
+        }
     }
 
     /// Shape, as a slice.
@@ -180,7 +206,11 @@ impl CudaTensor {
     /// This tensor if it is packed, else a packed copy.
     #[track_caller]
     pub(crate) fn packed(&self) -> Self {
-        if self.is_packed() { self.with_packed_strides() } else { self.copied() }
+        if self.is_packed() {
+            self.with_packed_strides()
+        } else {
+            self.copied()
+        }
     }
 
     /// A packed copy with a buffer of its own.
@@ -194,18 +224,29 @@ impl CudaTensor {
     /// This tensor if it is packed and owns its buffer alone, else a copy: in either case safe to write.
     #[track_caller]
     pub(crate) fn into_writable(self) -> Self {
-        if self.is_packed() && self.is_unique() { self } else { self.copied() }
+        if self.is_packed() && self.is_unique() {
+            self
+        } else {
+            self.copied()
+        }
     }
 
     /// Strides of size-1 dimensions are arbitrary in a view; this makes them those of a packed tensor.
     fn with_packed_strides(&self) -> Self {
-        Self { strides: packed_strides(&self.shape), ..self.clone() }
+        Self {
+            strides: packed_strides(&self.shape),
+            ..self.clone()
+        }
     }
 
     /// The same bytes under another dtype of the same size.
     pub(crate) fn reinterpret(mut self, dtype: DType) -> Self {
         let dtype = storage_dtype(dtype);
-        assert_eq!(dtype.size(), self.dtype.size(), "reinterpreting keeps the element size");
+        assert_eq!(
+            dtype.size(),
+            self.dtype.size(),
+            "reinterpreting keeps the element size"
+        );
         self.dtype = dtype;
         self
     }
@@ -219,10 +260,18 @@ impl CudaTensor {
             self.shape
         );
         match reshaped_strides(&self.shape, &self.strides, shape) {
-            Some(strides) => Self { shape: shape.to_vec(), strides, ..self },
+            Some(strides) => Self {
+                shape: shape.to_vec(),
+                strides,
+                ..self
+            },
             None => {
                 let copy = self.copied();
-                Self { shape: shape.to_vec(), strides: packed_strides(shape), ..copy }
+                Self {
+                    shape: shape.to_vec(),
+                    strides: packed_strides(shape),
+                    ..copy
+                }
             }
         }
     }
@@ -241,7 +290,10 @@ impl CudaTensor {
 
     pub(crate) fn flip(mut self, axes: &[usize]) -> Self {
         for &axis in axes {
-            self.offset = shift(self.offset, self.strides[axis] * self.shape[axis].saturating_sub(1) as i64);
+            self.offset = shift(
+                self.offset,
+                self.strides[axis] * self.shape[axis].saturating_sub(1) as i64,
+            );
             self.strides[axis] = -self.strides[axis];
         }
         self
@@ -250,19 +302,31 @@ impl CudaTensor {
     /// A view of `shape`, whose trailing dimensions match or expand this tensor's size-1 dimensions.
     #[track_caller]
     pub(crate) fn expand(self, shape: &[usize]) -> Self {
-        assert!(shape.len() >= self.shape.len(), "cannot expand {:?} to {shape:?}: too few dimensions", self.shape);
+        assert!(
+            shape.len() >= self.shape.len(),
+            "cannot expand {:?} to {shape:?}: too few dimensions",
+            self.shape
+        );
         let added = shape.len() - self.shape.len();
         let strides = (0..shape.len())
             .map(|d| match d.checked_sub(added) {
                 None => 0,
                 Some(own) if self.shape[own] == shape[d] => self.strides[own],
                 Some(own) => {
-                    assert_eq!(self.shape[own], 1, "cannot expand {:?} to {shape:?}", self.shape);
+                    assert_eq!(
+                        self.shape[own], 1,
+                        "cannot expand {:?} to {shape:?}",
+                        self.shape
+                    );
                     0
                 }
             })
             .collect();
-        Self { shape: shape.to_vec(), strides, ..self }
+        Self {
+            shape: shape.to_vec(),
+            strides,
+            ..self
+        }
     }
 
     pub(crate) fn slice(mut self, slices: &[Slice]) -> Self {
@@ -283,7 +347,10 @@ impl CudaTensor {
 
     /// `length` elements of dimension `d` from `start`.
     pub(crate) fn narrow(mut self, d: usize, start: usize, length: usize) -> Self {
-        assert!(start + length <= self.shape[d], "narrowing stays inside the dimension");
+        assert!(
+            start + length <= self.shape[d],
+            "narrowing stays inside the dimension"
+        );
         if length > 0 {
             self.offset = shift(self.offset, start as i64 * self.strides[d]);
         }
@@ -294,7 +361,11 @@ impl CudaTensor {
     /// Sliding windows of `size` elements every `step` along dimension `d`: that dimension becomes the number of windows,
     /// and a last dimension of `size` is added.
     pub(crate) fn unfold(mut self, d: usize, size: usize, step: usize) -> Self {
-        let windows = if self.shape[d] >= size { (self.shape[d] - size) / step + 1 } else { 0 };
+        let windows = if self.shape[d] >= size {
+            (self.shape[d] - size) / step + 1
+        } else {
+            0
+        };
         self.shape[d] = windows;
         self.shape.push(size);
         self.strides.push(self.strides[d]);
@@ -304,7 +375,7 @@ impl CudaTensor {
 
     /// On another device, through the host.
     #[track_caller]
-    pub(crate) fn to_device(self, device: CudaDevice) -> Self {
+    pub(crate) fn on_device(self, device: CudaDevice) -> Self {
         if device == self.device() {
             return self;
         }
@@ -327,7 +398,9 @@ fn reshaped_strides(shape: &[usize], strides: &[i64], target: &[usize]) -> Optio
     let mut runs: Vec<(usize, i64)> = Vec::new();
     for (&size, &stride) in shape.iter().zip(strides).filter(|(size, _)| **size != 1) {
         match runs.last_mut() {
-            Some((run, step)) if *step == stride * size as i64 => (*run, *step) = (*run * size, stride),
+            Some((run, step)) if *step == stride * size as i64 => {
+                (*run, *step) = (*run * size, stride)
+            }
             _ => runs.push((size, stride)),
         }
     }
@@ -344,7 +417,11 @@ fn reshaped_strides(shape: &[usize], strides: &[i64], target: &[usize]) -> Optio
         }
         out[d] = step;
         let left = left / target[d];
-        run = if left == 1 { runs.pop() } else { Some((left, step * target[d] as i64)) };
+        run = if left == 1 {
+            runs.pop()
+        } else {
+            Some((left, step * target[d] as i64))
+        };
     }
     Some(out)
 }
@@ -356,17 +433,35 @@ mod tests {
     #[test]
     fn reshape_of_views() {
         // A packed tensor takes any shape.
-        assert_eq!(reshaped_strides(&[4, 6], &[6, 1], &[2, 2, 3, 2]), Some(vec![12, 6, 2, 1]));
+        assert_eq!(
+            reshaped_strides(&[4, 6], &[6, 1], &[2, 2, 3, 2]),
+            Some(vec![12, 6, 2, 1])
+        );
         // A transposed one can split its dimensions but not merge them.
-        assert_eq!(reshaped_strides(&[6, 4], &[1, 6], &[3, 2, 4]), Some(vec![2, 1, 6]));
+        assert_eq!(
+            reshaped_strides(&[6, 4], &[1, 6], &[3, 2, 4]),
+            Some(vec![2, 1, 6])
+        );
         assert_eq!(reshaped_strides(&[6, 4], &[1, 6], &[24]), None);
         // Every second row: rows stay apart.
-        assert_eq!(reshaped_strides(&[2, 6], &[12, 1], &[2, 3, 2]), Some(vec![12, 2, 1]));
+        assert_eq!(
+            reshaped_strides(&[2, 6], &[12, 1], &[2, 3, 2]),
+            Some(vec![12, 2, 1])
+        );
         assert_eq!(reshaped_strides(&[2, 6], &[12, 1], &[12]), None);
         // Expanded dimensions merge with each other only.
-        assert_eq!(reshaped_strides(&[2, 3, 5], &[0, 0, 1], &[6, 5]), Some(vec![0, 1]));
-        assert_eq!(reshaped_strides(&[2, 1, 5], &[5, 77, 1], &[10, 1]), Some(vec![1, 1]));
-        assert_eq!(reshaped_strides(&[0, 3], &[3, 1], &[3, 0]), Some(vec![1, 1]));
+        assert_eq!(
+            reshaped_strides(&[2, 3, 5], &[0, 0, 1], &[6, 5]),
+            Some(vec![0, 1])
+        );
+        assert_eq!(
+            reshaped_strides(&[2, 1, 5], &[5, 77, 1], &[10, 1]),
+            Some(vec![1, 1])
+        );
+        assert_eq!(
+            reshaped_strides(&[0, 3], &[3, 1], &[3, 0]),
+            Some(vec![1, 1])
+        );
         assert_eq!(reshaped_strides(&[1, 1], &[1, 1], &[]), Some(vec![]));
     }
 }

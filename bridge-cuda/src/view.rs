@@ -33,7 +33,12 @@ impl Views {
             }
             let strides: Vec<i64> = operands.iter().map(|strides| strides[d]).collect();
             match dims.last_mut() {
-                Some((run, steps)) if steps.iter().zip(&strides).all(|(step, stride)| *step == stride * size as i64) => {
+                Some((run, steps))
+                    if steps
+                        .iter()
+                        .zip(&strides)
+                        .all(|(step, stride)| *step == stride * size as i64) =>
+                {
                     (*run, *steps) = (*run * size, strides);
                 }
                 _ => dims.push((size, strides)),

@@ -147,5 +147,5 @@ mod tests {
         let values: Vec<u64> = (0..10).map(|index| order.get(index)).collect();
         assert_eq!(values, PINNED);
     }
-    const PINNED: [u64; 10] = [0; 10];
+    const PINNED: [u64; 10] = [6, 1, 0, 2, 4, 5, 8, 9, 7, 3];
 }

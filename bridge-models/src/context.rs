@@ -79,7 +79,11 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     pub fn with_positions(mut self, positions: Positions) -> Self {
         if let Positions::Explicit(given) = &positions {
             let (found, expected) = (given.len(), self.batch * self.seq);
-            assert_eq!(found, expected, "one position per token of [{}, {}]", self.batch, self.seq);
+            assert_eq!(
+                found, expected,
+                "one position per token of [{}, {}]",
+                self.batch, self.seq
+            );
         }
         self.positions = positions;
         self.tables = Mutex::default();
@@ -98,7 +102,10 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     /// values are added to it.
     pub fn with_cache(self, cache: &'a DecoderCache<B>) -> Self {
         let start = cache.len();
-        Self { cache: Some(cache), ..self.with_positions(Positions::From(start)) }
+        Self {
+            cache: Some(cache),
+            ..self.with_positions(Positions::From(start))
+        }
     }
 
     /// Token ids: `[batch, seq]`.
@@ -130,7 +137,9 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     pub fn last_position(&self) -> usize {
         match &self.positions {
             Positions::From(start) => start + self.seq - 1,
-            Positions::Explicit(positions) => positions.iter().max().map_or(0, |last| *last as usize),
+            Positions::Explicit(positions) => {
+                positions.iter().max().map_or(0, |last| *last as usize)
+            }
         }
     }
 
@@ -147,15 +156,26 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     /// Cosines and sines for this context's positions.
     ///
     /// The first call for a combination computes the table (on the host, in f64 from f32 angles); later calls share it.
-    pub fn rotary_table(&self, rope: &RopeConfig, rotary_dim: usize, style: RopeStyle) -> RotaryTable<B> {
+    pub fn rotary_table(
+        &self,
+        rope: &RopeConfig,
+        rotary_dim: usize,
+        style: RopeStyle,
+    ) -> RotaryTable<B> {
         let mut tables = lock(&self.tables);
-        let known =
-            tables.iter().find(|t| t.rotary_dim == rotary_dim && t.style == style && t.rope == *rope);
+        let known = tables
+            .iter()
+            .find(|t| t.rotary_dim == rotary_dim && t.style == style && t.rope == *rope);
         if let Some(known) = known {
             return known.table.clone();
         }
         let table = rotary_table(self, rope, rotary_dim, style);
-        tables.push(CachedTable { rope: rope.clone(), rotary_dim, style, table: table.clone() });
+        tables.push(CachedTable {
+            rope: rope.clone(),
+            rotary_dim,
+            style,
+            table: table.clone(),
+        });
         table
     }
 }
@@ -170,7 +190,10 @@ pub struct DecoderCache<B: Ops> {
 impl<B: Ops> DecoderCache<B> {
     /// An empty cache for `layers` layers and `capacity` tokens. Memory is taken when the first tokens come.
     pub fn new(layers: usize, capacity: usize) -> Self {
-        Self { layers: (0..layers).map(|_| Mutex::default()).collect(), capacity }
+        Self {
+            layers: (0..layers).map(|_| Mutex::default()).collect(),
+            capacity,
+        }
     }
 
     /// Number of tokens in the cache. Not meaningful while a forward pass runs, when some layers are ahead of others.
@@ -219,13 +242,19 @@ pub const IGNORED_TARGET: i64 = -100;
 impl<B: Ops> Targets<B> {
     /// Targets whose weight in the total loss is not known yet.
     pub fn new(ids: &[i64], device: &B::Device) -> Self {
-        Self { ids: int_from_i64::<B>(ids, &[ids.len()], device), loss_gradient: None }
+        Self {
+            ids: int_from_i64::<B>(ids, &[ids.len()], device),
+            loss_gradient: None,
+        }
     }
 
     /// Targets of a step that minimises `sum of losses * weight`, `weight` usually being one over the number of
     /// targets that count in the whole step.
     pub fn weighted(ids: &[i64], weight: f32, device: &B::Device) -> Self {
         let loss_gradient = float_from_f32::<B>(&vec![weight; ids.len()], &[ids.len()], device);
-        Self { loss_gradient: Some(loss_gradient), ..Self::new(ids, device) }
+        Self {
+            loss_gradient: Some(loss_gradient),
+            ..Self::new(ids, device)
+        }
     }
 }

@@ -43,7 +43,11 @@ impl<B: Ops> Decoder<B> {
     ///
     /// # Errors
     /// If the config does not hold together, or the source lacks a weight or has it in another shape.
-    pub fn build(config: DecoderConfig, source: &mut dyn WeightSource<B>, device: &B::Device) -> Result<Self> {
+    pub fn build(
+        config: DecoderConfig,
+        source: &mut dyn WeightSource<B>,
+        device: &B::Device,
+    ) -> Result<Self> {
         config.validate("model config")?;
         let mut params = ParamBuilder::new(source, device);
         let table = [config.vocab_size, config.hidden_size];
@@ -52,9 +56,19 @@ impl<B: Ops> Decoder<B> {
             .map(|layer| DecoderLayer::build(&mut params, &config, layer))
             .collect::<Result<_>>()?;
         let final_norm = Norm::build(&mut params, "final_norm", config.hidden_size, &config.norm)?;
-        let lm_head =
-            if config.tie_word_embeddings { None } else { Some(params.param("lm_head.weight", &table)?) };
-        Ok(Self { embedding, layers, final_norm, lm_head, device: device.clone(), config })
+        let lm_head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(params.param("lm_head.weight", &table)?)
+        };
+        Ok(Self {
+            embedding,
+            layers,
+            final_norm,
+            lm_head,
+            device: device.clone(),
+            config,
+        })
     }
 
     /// What the model is.
@@ -100,9 +114,11 @@ impl<B: Ops> Decoder<B> {
         let vocab_size = self.config.vocab_size;
         match ids.iter().position(|id| *id as usize >= vocab_size) {
             None => Ok(()),
-            Some(position) => {
-                Err(Error::TokenOutOfVocabulary { id: i64::from(ids[position]), position, vocab_size })
-            }
+            Some(position) => Err(Error::TokenOutOfVocabulary {
+                id: i64::from(ids[position]),
+                position,
+                vocab_size,
+            }),
         }
     }
 
@@ -118,7 +134,9 @@ impl<B: Ops> Decoder<B> {
     /// Every segment up to the head: `[batch, seq, hidden]` before the final norm.
     pub fn hidden_states(&self, tape: &Tape<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
         let embedded = self.embed(tape, ctx);
-        self.layers.iter().fold(embedded, |x, layer| layer.forward(tape, &x, ctx))
+        self.layers
+            .iter()
+            .fold(embedded, |x, layer| layer.forward(tape, &x, ctx))
     }
 
     /// The head: `[batch, seq, hidden]` before the final norm -> logits `[batch, seq, vocab]`.
@@ -149,34 +167,73 @@ impl<B: Ops> Decoder<B> {
 }
 
 impl<B: Ops> DecoderLayer<B> {
-    fn build(params: &mut ParamBuilder<'_, B>, config: &DecoderConfig, layer: usize) -> Result<Self> {
+    fn build(
+        params: &mut ParamBuilder<'_, B>,
+        config: &DecoderConfig,
+        layer: usize,
+    ) -> Result<Self> {
         let prefix = format!("layers.{layer}");
         let hidden = config.hidden_size;
         let norm = |params: &mut ParamBuilder<'_, B>, name: &str| {
             Norm::build(params, &format!("{prefix}.{name}"), hidden, &config.norm)
         };
         let output_norm = |params: &mut ParamBuilder<'_, B>, name: &str, wanted: bool| {
-            if wanted { norm(params, name).map(Some) } else { Ok(None) }
+            if wanted {
+                norm(params, name).map(Some)
+            } else {
+                Ok(None)
+            }
         };
         let input_norm = norm(params, "input_norm")?;
         let attention = match &config.layers[layer].mixer {
-            Mixer::Attention(own) => Attention::build(params, &format!("{prefix}.attention"), config, layer, own)?,
-            other => return Err(unsupported(layer, other)),
+            Mixer::Attention(own) => {
+                Attention::build(params, &format!("{prefix}.attention"), config, layer, own)?
+            }
+            other => {
+                return Err(Error::UnsupportedLayer {
+                    layer,
+                    part: "mixer",
+                    found: format!("{other:?}"),
+                });
+            }
         };
-        let attention_output_norm = output_norm(params, "attention_output_norm", config.attention_output_norm)?;
+        let attention_output_norm = output_norm(
+            params,
+            "attention_output_norm",
+            config.attention_output_norm,
+        )?;
         let mlp_norm = norm(params, "mlp_norm")?;
         let mlp = match &config.layers[layer].ffn {
             Ffn::Mlp(_) => Mlp::build(params, &format!("{prefix}.mlp"), config, layer)?,
-            other => return Err(unsupported(layer, other)),
+            other => {
+                return Err(Error::UnsupportedLayer {
+                    layer,
+                    part: "feed-forward part",
+                    found: format!("{other:?}"),
+                });
+            }
         };
         let mlp_output_norm = output_norm(params, "mlp_output_norm", config.mlp_output_norm)?;
-        Ok(Self { input_norm, attention, attention_output_norm, mlp_norm, mlp, mlp_output_norm })
+        Ok(Self {
+            input_norm,
+            attention,
+            attention_output_norm,
+            mlp_norm,
+            mlp,
+            mlp_output_norm,
+        })
     }
 
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
-        let attended = self.attention.forward(tape, &self.input_norm.forward(tape, x), ctx);
-        let x = add(tape, x, &normed(tape, attended, self.attention_output_norm.as_ref()));
+        let attended = self
+            .attention
+            .forward(tape, &self.input_norm.forward(tape, x), ctx);
+        let x = add(
+            tape,
+            x,
+            &normed(tape, attended, self.attention_output_norm.as_ref()),
+        );
         let fed = self.mlp.forward(tape, &self.mlp_norm.forward(tape, &x));
         add(tape, &x, &normed(tape, fed, self.mlp_output_norm.as_ref()))
     }
@@ -221,10 +278,23 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
         }
     }
 
-    fn head_loss(&self, tape: &Tape<B>, input: &Var<B>, targets: &Targets<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
+    fn head_loss(
+        &self,
+        tape: &Tape<B>,
+        input: &Var<B>,
+        targets: &Targets<B>,
+        ctx: &ForwardContext<'_, B>,
+    ) -> Var<B> {
         let x = self.final_norm.forward(tape, input);
-        let x = reshape(tape, &x, &[ctx.batch() * ctx.seq(), self.config.hidden_size]);
-        let spec = CrossEntropySpec { logit_softcap: self.config.final_logit_softcap, ..CrossEntropySpec::default() };
+        let x = reshape(
+            tape,
+            &x,
+            &[ctx.batch() * ctx.seq(), self.config.hidden_size],
+        );
+        let spec = CrossEntropySpec {
+            logit_softcap: self.config.final_logit_softcap,
+            ..CrossEntropySpec::default()
+        };
         let (head, ids) = (self.head_weight(), &targets.ids);
         match &targets.loss_gradient {
             Some(known) => linear_cross_entropy_weighted(tape, &x, head, ids, known.clone(), spec),
@@ -245,3 +315,7 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
         params
     }
 }
+
+#[cfg(test)]
+#[path = "decoder_tests.rs"]
+mod tests;

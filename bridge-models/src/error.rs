@@ -2,8 +2,6 @@
 
 use std::path::PathBuf;
 
-use bridge_core::Problems;
-
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -27,7 +25,9 @@ pub enum Error {
     },
 
     /// A weight has another shape than the model's config leads to.
-    #[error("{origin}: weight `{name}` has shape {found:?}, expected {expected:?} from the model's config")]
+    #[error(
+        "{origin}: weight `{name}` has shape {found:?}, expected {expected:?} from the model's config"
+    )]
     WeightShape {
         /// What was read.
         origin: String,
@@ -53,8 +53,21 @@ pub enum Error {
         found: String,
     },
 
+    /// A config asks for a kind of layer that the decoder does not have.
+    #[error("layer {layer} has a {part} of a kind that this decoder does not run: {found}")]
+    UnsupportedLayer {
+        /// Which layer.
+        layer: usize,
+        /// "mixer" or "feed-forward part".
+        part: &'static str,
+        /// What the config says.
+        found: String,
+    },
+
     /// A token id lies outside the vocabulary.
-    #[error("token id {id} at position {position} lies outside the vocabulary of {vocab_size} tokens")]
+    #[error(
+        "token id {id} at position {position} lies outside the vocabulary of {vocab_size} tokens"
+    )]
     TokenOutOfVocabulary {
         /// The id.
         id: i64,
@@ -92,7 +105,9 @@ pub enum Error {
     },
 
     /// A model produced a number that is not finite, so that no token can be chosen.
-    #[error("the model's logits at position {position} hold {found}; its weights are damaged or its dtype overflows")]
+    #[error(
+        "the model's logits at position {position} hold {found}; its weights are damaged or its dtype overflows"
+    )]
     NonFiniteLogits {
         /// Position of the token whose successor was to be chosen.
         position: usize,
@@ -121,25 +136,21 @@ pub enum Error {
         /// All known names, comma separated.
         known: String,
     },
-
-    /// Several things are wrong with one request.
-    #[error("{what}: {problems}")]
-    Invalid {
-        /// What was asked.
-        what: String,
-        /// Every finding.
-        problems: Problems,
-    },
 }
 
 fn nearest_hint(nearest: Option<&str>) -> String {
-    nearest.map(|name| format!("; did you mean {name}?")).unwrap_or_default()
+    nearest
+        .map(|name| format!("; did you mean {name}?"))
+        .unwrap_or_default()
 }
 
 impl Error {
     /// An [`Error::Reference`].
     pub(crate) fn reference(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
-        Error::Reference { path: path.into(), problem: problem.into() }
+        Error::Reference {
+            path: path.into(),
+            problem: problem.into(),
+        }
     }
 
     /// Whether the fault lies in what was given (exit code 2) rather than in the run (exit code 3).

@@ -31,18 +31,26 @@ pub fn loss_and_gradients<B: Ops>(
     ctx: &ForwardContext<'_, B>,
     targets: &[i64],
 ) -> StepLoss {
-    let num_tokens = targets.iter().filter(|target| **target != IGNORED_TARGET).count();
+    let num_tokens = targets
+        .iter()
+        .filter(|target| **target != IGNORED_TARGET)
+        .count();
     let head = model.num_segments() - 1;
     // Per hidden segment: its tape, its input (none for the first), its output.
     let mut segments: Vec<(Tape<B>, Option<Var<B>>, Var<B>)> = Vec::with_capacity(head);
     for index in 0..head {
         let tape = Tape::new();
-        let input = segments.last().map(|(_, _, output)| tape.leaf(output.value()));
+        let input = segments
+            .last()
+            .map(|(_, _, output)| tape.leaf(output.value()));
         let output = model.forward_segment(index, &tape, input.as_ref(), ctx);
         segments.push((tape, input, output));
     }
     let tape = Tape::new();
-    let input = segments.last().map(|(_, _, output)| tape.leaf(output.value())).expect("a model has hidden segments");
+    let input = segments
+        .last()
+        .map(|(_, _, output)| tape.leaf(output.value()))
+        .expect("a model has hidden segments");
     let losses = model.head_loss(&tape, &input, &Targets::new(targets, ctx.device()), ctx);
 
     let token_losses = to_f32_vec::<B>(losses.value());
@@ -54,5 +62,8 @@ pub fn loss_and_gradients<B: Ops>(
         let leaves: Vec<&Var<B>> = input.iter().collect();
         gradient = tape.backward(vec![(output, seed)], &leaves).pop().flatten();
     }
-    StepLoss { token_losses, num_tokens }
+    StepLoss {
+        token_losses,
+        num_tokens,
+    }
 }

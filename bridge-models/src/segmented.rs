@@ -92,7 +92,13 @@ pub trait SegmentedModel<B: Ops>: Send + Sync {
 
     /// Runs the last segment: the loss of each token, `[batch * seq]` in f32, 0 where the target is
     /// [`IGNORED_TARGET`](crate::IGNORED_TARGET).
-    fn head_loss(&self, tape: &Tape<B>, input: &Var<B>, targets: &Targets<B>, ctx: &ForwardContext<'_, B>) -> Var<B>;
+    fn head_loss(
+        &self,
+        tape: &Tape<B>,
+        input: &Var<B>,
+        targets: &Targets<B>,
+        ctx: &ForwardContext<'_, B>,
+    ) -> Var<B>;
 
     /// The weights that segment `index` uses, in a fixed order.
     ///
@@ -104,7 +110,8 @@ pub trait SegmentedModel<B: Ops>: Send + Sync {
     fn params(&self) -> Vec<Param<B>> {
         let mut seen = HashSet::new();
         let all = (0..self.num_segments()).flat_map(|index| self.segment_params(index));
-        all.filter(|param| seen.insert(param.name().to_owned())).collect()
+        all.filter(|param| seen.insert(param.name().to_owned()))
+            .collect()
     }
 
     /// What a weight does in the model, for rules such as "no weight decay on norms and biases". The default goes by

@@ -271,3 +271,99 @@ fn gelu_inner<B: Ops>(x: Tensor<B, 1>) -> Tensor<B, 1> {
     let cubic = x.clone().square().mul_scalar(GELU_CUBIC).add_scalar(1.0);
     (x * cubic).mul_scalar(GELU_LINEAR)
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{ROUNDING, assert_close, assert_fast, check, random};
+
+    /// Values from -6 to 6, so that the tails are seen, and an odd number of them.
+    fn wide(seed: u64) -> Float<Flex> {
+        Flex::scale(random(&[5, 7, 13], seed), 6.0)
+    }
+
+    #[test]
+    fn values_and_slopes_match_autodiff() {
+        for act in Activation::ALL {
+            check(
+                act.as_str(),
+                &[wide(1)],
+                &[],
+                |tape, x, _| activation(tape, &x[0], act),
+                |x, _| formula(x[0].tensor::<3>(), act),
+            );
+            check(
+                &format!("gated {act}"),
+                &[wide(1), random(&[5, 7, 13], 2)],
+                &[],
+                |tape, x, _| gated_activation(tape, &x[0], &x[1], act),
+                |x, _| formula(x[0].tensor::<3>(), act) * x[1].tensor::<3>(),
+            );
+            assert_fast(&[
+                "activation_forward",
+                "activation_backward",
+                "gated_activation_forward",
+                "gated_activation_backward",
+            ]);
+        }
+    }
+
+    /// As Burn or the definition has them.
+    fn formula<B: burn_backend::Backend>(x: Tensor<B, 3>, act: Activation) -> Tensor<B, 3> {
+        match act {
+            Activation::Silu => burn_activation::silu(x),
+            Activation::Gelu => burn_activation::gelu(x),
+            Activation::GeluTanh => {
+                let inner = (x.clone() + x.clone().powi_scalar(3).mul_scalar(0.044715))
+                    .mul_scalar((2.0 / PI).sqrt());
+                x.mul_scalar(0.5) * inner.tanh().add_scalar(1.0)
+            }
+            Activation::QuickGelu => x.clone() * burn_activation::sigmoid(x.mul_scalar(1.702)),
+            Activation::Relu => burn_activation::relu(x),
+            Activation::Relu2 => burn_activation::relu(x).powi_scalar(2),
+            Activation::Sigmoid => burn_activation::sigmoid(x),
+            Activation::Tanh => x.tanh(),
+        }
+    }
+
+    #[test]
+    fn kernels_agree_with_portable_bodies() {
+        for act in Activation::ALL {
+            let (x, up, dy) = (wide(1), random(&[5, 7, 13], 2), random(&[5, 7, 13], 3));
+            let found = Flex::activation_forward(x.clone(), act);
+            assert_close("y", &found, &portable::<Flex>(x.clone(), act), ROUNDING);
+            let found = Flex::activation_backward(x.clone(), dy.clone(), act);
+            assert_close(
+                "dx",
+                &found,
+                &portable_backward::<Flex>(x.clone(), dy.clone(), act),
+                ROUNDING,
+            );
+            let found = Flex::gated_activation_backward(x.clone(), up.clone(), dy.clone(), act);
+            let expected = portable_gated_backward::<Flex>(x, up, dy, act);
+            assert_close("dgate", &found.0, &expected.0, ROUNDING);
+            assert_close("dup", &found.1, &expected.1, ROUNDING);
+        }
+    }
+
+    #[test]
+    fn names_are_those_of_hugging_face() {
+        for act in Activation::ALL {
+            assert_eq!(act.as_str().parse(), Ok(act));
+            assert_eq!(serde_json::to_string(&act).unwrap(), format!("\"{act}\""));
+            assert_eq!(
+                serde_json::from_str::<Activation>(&format!("\"{act}\"")).unwrap(),
+                act
+            );
+        }
+        assert_eq!("swish".parse(), Ok(Activation::Silu));
+        assert_eq!("gelu_new".parse(), Ok(Activation::GeluTanh));
+        let error = "mish".parse::<Activation>().unwrap_err().to_string();
+        assert!(
+            error.contains("`mish`") && error.contains("silu"),
+            "{error}"
+        );
+    }
+}

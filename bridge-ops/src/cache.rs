@@ -145,3 +145,78 @@ pub(crate) fn portable_write<B: Ops>(cache: Float<B>, x: Float<B>, start: usize)
     let end = start + dims(&x)[1];
     B::float_slice_assign(cache, &slices_along(4, 1, start..end), x)
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{assert_close, assert_fast, random};
+    use crate::to_f32_vec;
+
+    fn part(x: &Float<Flex>, range: std::ops::Range<usize>) -> Float<Flex> {
+        Flex::float_slice(x.clone(), &slices_along(4, 1, range))
+    }
+
+    use burn_backend::ops::FloatTensorOps;
+
+    #[test]
+    fn appends_in_place_and_grows() {
+        let (k, v) = (random(&[2, 9, 3, 4], 1), random(&[2, 9, 3, 5], 2));
+        let tape = Tape::<Flex>::inference();
+        let mut cache = KvCache::new();
+        let mut address = None;
+        // Six positions at first, then one at a time; the capacity of eight is exceeded at the last.
+        for range in [0..6, 6..7, 7..8, 8..9] {
+            let (new_k, new_v) = (
+                tape.constant(part(&k, range.clone())),
+                tape.constant(part(&v, range.clone())),
+            );
+            let (keys, _) = cache.append(&tape, new_k, new_v, 8);
+            assert_fast(&["cache_write"]);
+            if range.end <= 8 {
+                let at = keys.value().bytes().as_ptr();
+                assert_eq!(
+                    *address.get_or_insert(at),
+                    at,
+                    "positions {range:?} were written in place"
+                );
+            }
+        }
+        assert_eq!(
+            (cache.len(), cache.capacity(), cache.is_empty()),
+            (9, 16, false)
+        );
+        let (keys, values) = cache.tensors.clone().unwrap();
+        assert_close("keys", &part(&keys, 0..9), &k, 0.0);
+        assert_close("values", &part(&values, 0..9), &v, 0.0);
+    }
+
+    #[test]
+    fn a_view_that_is_alive_keeps_its_content() {
+        let tape = Tape::<Flex>::inference();
+        let token = |seed| tape.constant(random(&[1, 1, 2, 4], seed));
+        let mut cache = KvCache::new();
+        let (before, _) = cache.append(&tape, token(1), token(2), 4);
+        let content = to_f32_vec::<Flex>(before.value());
+        cache.append(&tape, token(3), token(4), 4);
+        assert_eq!(to_f32_vec::<Flex>(before.value()), content);
+    }
+
+    #[test]
+    fn positions_can_be_taken_back() {
+        let tape = Tape::<Flex>::inference();
+        let token = |seed| tape.constant(random(&[1, 1, 2, 4], seed));
+        let mut cache = KvCache::new();
+        cache.append(&tape, token(1), token(2), 4);
+        cache.append(&tape, token(3), token(4), 4);
+        cache.truncate(1);
+        let (keys, _) = cache.append(&tape, token(5), token(6), 4);
+        assert_close(
+            "second key",
+            &part(&keys.value(), 1..2),
+            &random(&[1, 1, 2, 4], 5),
+            0.0,
+        );
+    }
+}

@@ -146,3 +146,86 @@ impl<B: Ops> Targets<B> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{DEVICE, ROUNDING, assert_close, assert_fast, check, random};
+    use crate::{int_from_i64, to_f32_vec};
+
+    const TARGETS: [i64; 5] = [3, -100, 0, 130, 7];
+
+    fn targets() -> Int<Flex> {
+        int_from_i64::<Flex>(&TARGETS, &[5], &DEVICE)
+    }
+
+    fn logits() -> Float<Flex> {
+        Flex::scale(random(&[5, 131], 1), 8.0)
+    }
+
+    #[test]
+    fn matches_autodiff() {
+        for logit_softcap in [None, Some(5.0)] {
+            let spec = CrossEntropySpec {
+                logit_softcap,
+                ..Default::default()
+            };
+            check(
+                &format!("{spec:?}"),
+                &[logits()],
+                &[],
+                |tape, x, _| cross_entropy(tape, &x[0], &targets(), spec.clone()),
+                |x, _| {
+                    let mut z = x[0].tensor::<2>();
+                    if let Some(cap) = logit_softcap {
+                        z = z.div_scalar(cap).tanh().mul_scalar(cap);
+                    }
+                    let log_p = burn::tensor::activation::log_softmax(z, 1);
+                    let index = TARGETS.map(|t| t.max(0));
+                    let kept = TARGETS.map(|t| if t < 0 { 0.0_f32 } else { 1.0 });
+                    let index = Tensor::<_, 1, IntKind>::from_data(index, &DEVICE).unsqueeze_dim(1);
+                    log_p.gather(1, index).squeeze_dim::<1>(1).neg()
+                        * Tensor::from_data(kept, &DEVICE)
+                },
+            );
+            assert_fast(&["cross_entropy_forward", "cross_entropy_backward"]);
+        }
+    }
+
+    #[test]
+    fn kernels_agree_with_portable_bodies() {
+        for logit_softcap in [None, Some(5.0)] {
+            let spec = CrossEntropySpec {
+                logit_softcap,
+                ..Default::default()
+            };
+            let found = Flex::cross_entropy_forward(logits(), targets(), &spec);
+            let expected = portable::<Flex>(logits(), targets(), &spec);
+            assert_close("loss", &found.loss, &expected.loss, ROUNDING);
+            assert_close("lse", &found.lse, &expected.lse, ROUNDING);
+            let dloss = random(&[5], 2);
+            let found =
+                Flex::cross_entropy_backward(logits(), targets(), found.lse, dloss.clone(), &spec);
+            let expected =
+                portable_backward::<Flex>(logits(), targets(), expected.lse, dloss, &spec);
+            assert_close("dlogits", &found, &expected, ROUNDING);
+        }
+    }
+
+    #[test]
+    fn large_logits_do_not_overflow() {
+        let logits = crate::float_from_f32::<Flex>(&[1000.0, 0.0, -1000.0], &[1, 3], &DEVICE);
+        let target = int_from_i64::<Flex>(&[1], &[1], &DEVICE);
+        let loss = Flex::cross_entropy_forward(logits, target, &CrossEntropySpec::default()).loss;
+        assert_eq!(to_f32_vec::<Flex>(loss), [1000.0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "target 131 at 0 is neither in a vocabulary of 131 nor -100")]
+    fn a_target_out_of_range_is_named() {
+        let target = int_from_i64::<Flex>(&[131], &[1], &DEVICE);
+        Flex::cross_entropy_forward(random(&[1, 131], 1), target, &CrossEntropySpec::default());
+    }
+}

@@ -88,6 +88,22 @@ pub(crate) fn check_alike<B: Ops>(op: &str, a: &Var<B>, b: &Var<B>) {
     );
 }
 
+pub(crate) fn portable_add<B: Ops>(a: Float<B>, b: Float<B>) -> Float<B> {
+    B::float_add(a, b)
+}
+
+pub(crate) fn portable_sub<B: Ops>(a: Float<B>, b: Float<B>) -> Float<B> {
+    B::float_sub(a, b)
+}
+
+pub(crate) fn portable_mul<B: Ops>(a: Float<B>, b: Float<B>) -> Float<B> {
+    B::float_mul(a, b)
+}
+
+pub(crate) fn portable_scale<B: Ops>(x: Float<B>, factor: f64) -> Float<B> {
+    B::float_mul_scalar(x, factor.into())
+}
+
 pub(crate) fn portable_softcap<B: Ops>(x: Float<B>, cap: f64) -> Float<B> {
     let (shape, dtype) = (dims(&x), x.dtype());
     let count = shape.iter().product();
@@ -103,4 +119,123 @@ pub(crate) fn portable_softcap_backward<B: Ops>(x: Float<B>, dy: Float<B>, cap: 
     let dy = tensor::<B, 1>(reshaped::<B>(to_f32::<B>(dy), &[count]));
     let slope = x.div_scalar(cap).tanh().square().neg().add_scalar(1.0);
     reshaped::<B>(to_dtype::<B>(float(dy * slope), dtype), &shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{ROUNDING, assert_close, assert_fast, check, random, run};
+    use crate::to_f32_vec;
+
+    #[test]
+    fn operations_match_autodiff() {
+        let (a, b) = (random(&[3, 5, 7], 1), random(&[3, 5, 7], 2));
+        let both = [a.clone(), b];
+        check(
+            "add",
+            &both,
+            &[],
+            |t, x, _| add(t, &x[0], &x[1]),
+            |x, _| x[0].tensor::<3>() + x[1].tensor(),
+        );
+        check(
+            "sub",
+            &both,
+            &[],
+            |t, x, _| sub(t, &x[0], &x[1]),
+            |x, _| x[0].tensor::<3>() - x[1].tensor(),
+        );
+        check(
+            "mul",
+            &both,
+            &[],
+            |t, x, _| mul(t, &x[0], &x[1]),
+            |x, _| x[0].tensor::<3>() * x[1].tensor(),
+        );
+        let one = [a];
+        check(
+            "scale",
+            &one,
+            &[],
+            |t, x, _| scale(t, &x[0], -2.5),
+            |x, _| x[0].tensor::<3>().mul_scalar(-2.5),
+        );
+        check(
+            "softcap",
+            &one,
+            &[],
+            |t, x, _| softcap(t, &x[0], 0.7),
+            |x, _| x[0].tensor::<3>().div_scalar(0.7).tanh().mul_scalar(0.7),
+        );
+        assert_fast(&["binary", "scale", "softcap_forward", "softcap_backward"]);
+    }
+
+    #[test]
+    fn a_value_used_twice_gets_both_gradients() {
+        check(
+            "x x + x",
+            &[random(&[4, 3], 1)],
+            &[],
+            |t, x, _| add(t, &mul(t, &x[0], &x[0]), &x[0]),
+            |x, _| x[0].tensor::<2>().square() + x[0].tensor(),
+        );
+    }
+
+    #[test]
+    fn operands_are_left_alone_when_shared_and_reused_when_not() {
+        let (a, b) = (random(&[50], 1), random(&[50], 2));
+        let before = to_f32_vec::<Flex>(a.clone());
+        let sum = Flex::add(a.clone(), b.clone());
+        assert_eq!(to_f32_vec::<Flex>(a.clone()), before);
+        let address = a.bytes().as_ptr();
+        let in_place = Flex::add(a, b);
+        assert_eq!(in_place.bytes().as_ptr(), address);
+        assert_eq!(to_f32_vec::<Flex>(in_place), to_f32_vec::<Flex>(sum));
+    }
+
+    #[test]
+    fn operands_that_are_not_contiguous_are_covered() {
+        use burn_backend::ops::FloatTensorOps;
+        let (a, b) = (random(&[4, 6], 1), random(&[6, 4], 2));
+        let a = Flex::float_swap_dims(a, 0, 1);
+        let found = Flex::sub(a.clone(), b.clone());
+        assert_fast(&["binary"]);
+        assert_close("a^T - b", &found, &portable_sub::<Flex>(a, b), 0.0);
+    }
+
+    #[test]
+    fn softcap_agrees_with_its_portable_body() {
+        let (x, dy) = (Flex::scale(random(&[311], 1), 90.0), random(&[311], 2));
+        assert_close(
+            "y",
+            &Flex::softcap_forward(x.clone(), 30.0),
+            &portable_softcap::<Flex>(x.clone(), 30.0),
+            ROUNDING,
+        );
+        let found = Flex::softcap_backward(x.clone(), dy.clone(), 30.0);
+        assert_close(
+            "dx",
+            &found,
+            &portable_softcap_backward::<Flex>(x, dy, 30.0),
+            ROUNDING,
+        );
+    }
+
+    #[test]
+    fn casts_go_there_and_back() {
+        let outcome = run(&[random(&[3, 4], 1)], &[], |tape, x, _| {
+            let narrow = cast(tape, &x[0], DType::BF16);
+            assert_eq!(narrow.value().dtype(), DType::BF16);
+            cast(tape, &narrow, DType::F32)
+        });
+        assert_eq!(outcome.input_grads[0].dtype(), DType::F32);
+        assert_close(
+            "round trip",
+            &outcome.output,
+            &random(&[3, 4], 1),
+            1.0 / 256.0,
+        );
+    }
 }

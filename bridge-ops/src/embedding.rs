@@ -92,3 +92,68 @@ fn flat_ids<B: Ops>(ids: Int<B>) -> Tensor<B, 1, IntKind> {
     let count = ids.shape().num_elements();
     Tensor::from_primitive(B::int_reshape(ids, Shape::from(vec![count])))
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{DEVICE, ROUNDING, assert_close, assert_fast, random, random_bf16};
+    use crate::{int_from_i64, to_f32_vec};
+
+    fn ids() -> Int<Flex> {
+        int_from_i64::<Flex>(&[4, 0, 12, 4, 4, 7], &[2, 3], &DEVICE)
+    }
+
+    #[test]
+    fn looks_rows_up_and_adds_gradients_to_them() {
+        for weight in [random(&[13, 21], 1), random_bf16(&[13, 21], 1)] {
+            let param = Param::<Flex>::new("w", weight.clone());
+            param.set_grad(Some(random(&[13, 21], 2)));
+            let tape = Tape::new();
+            let y = embedding(&tape, &ids(), &param);
+            assert_eq!((y.shape(), y.value().dtype()), (vec![2, 3, 21], DType::F32));
+            assert_close(
+                "y",
+                &y.value(),
+                &portable::<Flex>(ids(), weight, DType::F32),
+                0.0,
+            );
+            let dy = random(&[2, 3, 21], 3);
+            tape.backward(vec![(y, dy.clone())], &[]);
+            let slot = GradSlot::Sum(random(&[13, 21], 2));
+            let expected = portable_accumulate_grad::<Flex>(ids(), dy, 13, slot);
+            assert_close("dW", &param.grad().unwrap(), &expected, ROUNDING);
+            assert_fast(&["embedding_forward", "embedding_accumulate_grad"]);
+        }
+    }
+
+    #[test]
+    fn a_stale_slot_is_overwritten() {
+        let dy = random(&[2, 3, 21], 3);
+        let slot = || GradSlot::Stale(random(&[13, 21], 2));
+        let found = Flex::embedding_accumulate_grad(ids(), dy.clone(), 13, slot());
+        assert_close(
+            "dW",
+            &found,
+            &portable_accumulate_grad::<Flex>(ids(), dy.clone(), 13, slot()),
+            ROUNDING,
+        );
+        let row = &to_f32_vec::<Flex>(found)[12 * 21..];
+        assert_eq!(row, &to_f32_vec::<Flex>(dy)[2 * 21..3 * 21]);
+    }
+
+    #[test]
+    fn a_frozen_weight_records_nothing() {
+        let param = Param::<Flex>::new("w", random(&[13, 21], 1));
+        param.set_requires_grad(false);
+        let tape = Tape::new();
+        assert!(!embedding(&tape, &ids(), &param).is_tracked());
+    }
+
+    #[test]
+    #[should_panic(expected = "id 12 at 2 is not in a vocabulary of 12")]
+    fn an_id_out_of_range_is_named() {
+        Flex::embedding_forward(ids(), random(&[12, 4], 1), DType::F32);
+    }
+}

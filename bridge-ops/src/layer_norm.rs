@@ -102,3 +102,59 @@ fn normalize<B: Ops>(x: Tensor<B, 2>, spec: NormSpec) -> (Tensor<B, 2>, Tensor<B
         .recip();
     (centred * r.clone(), r)
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{ROUNDING, assert_close, assert_fast, check, random, random_bf16};
+
+    #[test]
+    fn matches_autodiff() {
+        for hidden in [5, 37, 64, 131] {
+            for weight in [random(&[hidden], 2), random_bf16(&[hidden], 2)] {
+                check(
+                    &format!("hidden {hidden}"),
+                    &[random(&[2, 7, hidden], 1)],
+                    &[weight, random(&[hidden], 3)],
+                    |tape, x, p| layer_norm(tape, &x[0], &p[0], Some(&p[1]), NormSpec::new(1e-3)),
+                    |x, p| {
+                        let (x, w, b) =
+                            (x[0].tensor::<3>(), p[0].tensor::<1>(), p[1].tensor::<1>());
+                        let centred = x.clone() - x.mean_dim(2);
+                        let deviation =
+                            centred.clone().square().mean_dim(2).add_scalar(1e-3).sqrt();
+                        centred / deviation * w.unsqueeze() + b.unsqueeze()
+                    },
+                );
+                assert_fast(&["layer_norm_forward", "layer_norm_backward"]);
+            }
+        }
+    }
+
+    #[test]
+    fn kernels_agree_with_portable_bodies() {
+        let spec = NormSpec {
+            eps: 1e-5,
+            unit_offset: true,
+        };
+        let (x, w, dy) = (
+            random(&[300, 131], 1),
+            random(&[131], 2),
+            random(&[300, 131], 3),
+        );
+        let found = Flex::layer_norm_forward(x.clone(), w.clone(), None, spec);
+        assert_close(
+            "y",
+            &found,
+            &portable::<Flex>(x.clone(), w.clone(), None, spec),
+            ROUNDING,
+        );
+        let found = Flex::layer_norm_backward(x.clone(), w.clone(), dy.clone(), spec);
+        let expected = portable_backward::<Flex>(x, w, dy, spec);
+        assert_close("dx", &found.0, &expected.0, ROUNDING);
+        assert_close("dw", &found.1, &expected.1, ROUNDING);
+        assert_close("db", &found.2, &expected.2, ROUNDING);
+    }
+}

@@ -102,3 +102,163 @@ pub(crate) fn portable_accumulate_bias_grad<B: Ops>(dy: Float<B>, slot: GradSlot
     let sum = matrix::<B>(to_f32::<B>(dy)).sum_dim(0); // [1, out]
     slot.accumulate(reshaped::<B>(float(sum), &[out]))
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{ROUNDING, assert_close, assert_fast, check, random, random_bf16, run};
+    use crate::{DType, to_f32_vec};
+
+    #[test]
+    fn matches_autodiff() {
+        // Few rows take the matrix-vector kernel, many the matrix product.
+        for rows in [1, 3, 7, 50] {
+            check(
+                &format!("{rows} rows"),
+                &[random(&[1, rows, 37], 1)],
+                &[random(&[45, 37], 2), random(&[45], 3)],
+                |tape, x, p| linear(tape, &x[0], &p[0], Some(&p[1])),
+                |x, p| {
+                    let (x, w) = (x[0].tensor::<3>(), p[0].tensor::<2>());
+                    x.matmul(w.transpose().unsqueeze()) + p[1].tensor::<1>().unsqueeze()
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn kernels_agree_with_portable_bodies() {
+        for (rows, inner, out) in [(1, 64, 48), (5, 131, 33), (70, 33, 131)] {
+            for weight in [random(&[out, inner], 2), random_bf16(&[out, inner], 2)] {
+                let (x, dy) = (random(&[2, rows, inner], 1), random(&[2, rows, out], 3));
+                let bias = Some(random_bf16(&[out], 4));
+                let sum = random(&[out, inner], 5);
+
+                let found = Flex::linear_forward(x.clone(), weight.clone(), bias.clone());
+                assert_close(
+                    "forward",
+                    &found,
+                    &portable::<Flex>(x.clone(), weight.clone(), bias),
+                    ROUNDING,
+                );
+                let found = Flex::linear_backward_input(dy.clone(), weight.clone());
+                assert_close(
+                    "dx",
+                    &found,
+                    &portable_backward_input::<Flex>(dy.clone(), weight),
+                    ROUNDING,
+                );
+                let slots: [fn(Float<Flex>) -> GradSlot<Flex>; 3] =
+                    [|_| GradSlot::Empty, GradSlot::Stale, GradSlot::Sum];
+                for slot in slots {
+                    let (x, dy) = (x.clone(), dy.clone());
+                    let found = Flex::linear_accumulate_weight_grad(
+                        x.clone(),
+                        dy.clone(),
+                        slot(sum.clone()),
+                    );
+                    let expected =
+                        portable_accumulate_weight_grad::<Flex>(x, dy, slot(sum.clone()));
+                    assert_close("dW", &found, &expected, ROUNDING);
+                }
+                let found = Flex::linear_accumulate_bias_grad(dy.clone(), GradSlot::Empty);
+                let expected = portable_accumulate_bias_grad::<Flex>(dy, GradSlot::Empty);
+                assert_close("db", &found, &expected, ROUNDING);
+                assert_fast(&[
+                    "linear_forward",
+                    "linear_backward_input",
+                    "linear_accumulate_weight_grad",
+                    "linear_accumulate_bias_grad",
+                ]);
+            }
+        }
+    }
+
+    #[test]
+    fn half_precision_weights_give_the_result_of_widened_ones() {
+        let weight = random_bf16(&[40, 65], 1);
+        let wide = to_f32::<Flex>(weight.clone());
+        for rows in [2, 30] {
+            let x = random(&[rows, 65], 2);
+            let found = Flex::linear_forward(x.clone(), weight.clone(), None);
+            assert_eq!(found.dtype(), DType::F32);
+            let expected = Flex::linear_forward(x, wide.clone(), None);
+            assert_eq!(to_f32_vec::<Flex>(found), to_f32_vec::<Flex>(expected));
+        }
+    }
+
+    #[test]
+    fn other_dtypes_take_the_portable_body() {
+        let narrow = |x| to_dtype::<Flex>(x, DType::F64);
+        let (x, weight) = (narrow(random(&[3, 4], 1)), narrow(random(&[5, 4], 2)));
+        let y = Flex::linear_forward(x, weight, None);
+        assert_eq!((y.dtype(), dims(&y)), (DType::F64, vec![3, 5]));
+    }
+
+    #[test]
+    fn gradients_accumulate_in_place_over_micro_batches() {
+        let (x, weight) = (random(&[8, 6], 1), random(&[5, 6], 2));
+        let whole = run(&[x.clone()], &[weight.clone()], |tape, x, p| {
+            linear(tape, &x[0], &p[0], None)
+        });
+
+        let param = Param::<Flex>::new("w", weight);
+        let seed = random(&[8, 5], 999);
+        let half = |x: &Float<Flex>, range: std::ops::Range<usize>| {
+            Flex::float_slice(x.clone(), &crate::shape::slices_along(2, 0, range))
+        };
+        use burn_backend::ops::FloatTensorOps;
+        for range in [0..4, 4..8] {
+            let tape = Tape::new();
+            let y = linear(&tape, &tape.leaf(half(&x, range.clone())), &param, None);
+            tape.backward(vec![(y, half(&seed, range))], &[]);
+        }
+        assert_close(
+            "dW",
+            &param.grad().unwrap(),
+            &whole.param_grads[0],
+            ROUNDING,
+        );
+
+        let address = |grad: &Float<Flex>| grad.bytes().as_ptr();
+        let before = address(&param.grad().unwrap());
+        param.clear_grad();
+        assert!(param.grad().is_none());
+        let tape = Tape::new();
+        let y = linear(&tape, &tape.leaf(x), &param, None);
+        tape.backward(vec![(y, seed)], &[]);
+        assert_eq!(
+            address(&param.grad().unwrap()),
+            before,
+            "the buffer is used again"
+        );
+        assert_close(
+            "dW",
+            &param.grad().unwrap(),
+            &whole.param_grads[0],
+            ROUNDING,
+        );
+    }
+
+    #[test]
+    fn frozen_weights_get_no_gradient_but_pass_one_on() {
+        let weight = Param::<Flex>::new("w", random(&[5, 6], 2));
+        let bias = Param::<Flex>::new("b", random(&[5], 3));
+        weight.set_requires_grad(false);
+        let tape = Tape::new();
+        let x = tape.leaf(random(&[2, 6], 1));
+        let y = linear(&tape, &x, &weight, Some(&bias));
+        let grads = tape.backward(vec![(y, random(&[2, 5], 4))], &[&x]);
+        assert!(grads[0].is_some() && weight.grad().is_none() && bias.grad().is_some());
+    }
+
+    #[test]
+    #[should_panic(expected = "does not fit an input of shape [2, 7]")]
+    fn shapes_are_checked() {
+        let weight = Param::<Flex>::new("w", random(&[5, 6], 2));
+        let tape = Tape::inference();
+        linear(&tape, &tape.constant(random(&[2, 7], 1)), &weight, None);
+    }
+}

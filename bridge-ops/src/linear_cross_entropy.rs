@@ -298,3 +298,145 @@ fn by_piece<B: Ops>(
     };
     (output, grads)
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{DEVICE, Outcome, ROUNDING, assert_close, random, random_bf16, run};
+    use crate::{cross_entropy, int_from_i64, linear};
+
+    const TOKENS: usize = 11;
+    const VOCAB: usize = 131;
+
+    fn targets() -> Int<Flex> {
+        let targets: Vec<i64> = (0..TOKENS as i64)
+            .map(|t| if t % 4 == 1 { -100 } else { t * 13 % 131 })
+            .collect();
+        int_from_i64::<Flex>(&targets, &[TOKENS], &DEVICE)
+    }
+
+    /// The seed that `run` uses.
+    fn dloss() -> Float<Flex> {
+        random(&[TOKENS], 999)
+    }
+
+    #[track_caller]
+    fn assert_same(found: &Outcome, expected: &Outcome) {
+        assert_close("loss", &found.output, &expected.output, ROUNDING);
+        assert_close(
+            "dx",
+            &found.input_grads[0],
+            &expected.input_grads[0],
+            ROUNDING,
+        );
+        assert_close(
+            "dW",
+            &found.param_grads[0],
+            &expected.param_grads[0],
+            ROUNDING,
+        );
+    }
+
+    #[test]
+    fn both_ways_match_linear_then_cross_entropy() {
+        for (logit_softcap, weight) in [
+            (None, random(&[VOCAB, 24], 2)),
+            (Some(2.0), random_bf16(&[VOCAB, 24], 2)),
+        ] {
+            let spec = CrossEntropySpec {
+                logit_softcap,
+                ..Default::default()
+            };
+            let (x, w) = ([random(&[TOKENS, 24], 1)], [weight]);
+            let expected = run(&x, &w, |tape, x, p| {
+                cross_entropy(
+                    tape,
+                    &linear(tape, &x[0], &p[0], None),
+                    &targets(),
+                    spec.clone(),
+                )
+            });
+            let recomputing = run(&x, &w, |tape, x, p| {
+                linear_cross_entropy(tape, &x[0], &p[0], &targets(), spec.clone())
+            });
+            assert_same(&recomputing, &expected);
+            let at_once = run(&x, &w, |tape, x, p| {
+                linear_cross_entropy_weighted(tape, &x[0], &p[0], &targets(), dloss(), spec.clone())
+            });
+            assert_same(&at_once, &expected);
+        }
+    }
+
+    #[test]
+    fn tokens_are_taken_in_pieces_of_like_size() {
+        assert_eq!(tokens_per_piece(512, 49152), 256);
+        assert_eq!(tokens_per_piece(100, 49152), 100);
+        assert_eq!(tokens_per_piece(1, 1 << 30), 1);
+        let pieces: Vec<_> = pieces(1000, 128_256).collect();
+        assert_eq!(pieces.last().unwrap().end, 1000);
+        assert!(
+            pieces
+                .iter()
+                .all(|piece| piece.len() * 128_256 * 4 <= 64 << 20)
+        );
+    }
+
+    #[test]
+    fn several_pieces_give_the_result_of_one() {
+        // A vocabulary so large that a piece is the least of 16 tokens.
+        let (tokens, vocab) = (37, 1 << 20);
+        assert_eq!(pieces(tokens, vocab).count(), 3);
+        let targets: Vec<i64> = (0..tokens as i64).collect();
+        let targets = int_from_i64::<Flex>(&targets, &[tokens], &DEVICE);
+        let (x, w) = ([random(&[tokens, 2], 1)], [random(&[vocab, 2], 2)]);
+        let spec = CrossEntropySpec::default();
+        let found = run(&x, &w, |tape, x, p| {
+            linear_cross_entropy(tape, &x[0], &p[0], &targets, spec.clone())
+        });
+        let expected = run(&x, &w, |tape, x, p| {
+            cross_entropy(
+                tape,
+                &linear(tape, &x[0], &p[0], None),
+                &targets,
+                spec.clone(),
+            )
+        });
+        assert_same(&found, &expected);
+    }
+
+    #[test]
+    fn a_frozen_weight_still_passes_a_gradient_on() {
+        let param = Param::<Flex>::new("w", random(&[VOCAB, 24], 2));
+        param.set_requires_grad(false);
+        for weighted in [false, true] {
+            let tape = Tape::new();
+            let x = tape.leaf(random(&[TOKENS, 24], 1));
+            let spec = CrossEntropySpec::default();
+            let loss = if weighted {
+                linear_cross_entropy_weighted(&tape, &x, &param, &targets(), dloss(), spec)
+            } else {
+                linear_cross_entropy(&tape, &x, &param, &targets(), spec)
+            };
+            let grads = tape.backward(vec![(loss, dloss())], &[&x]);
+            assert!(grads[0].is_some() && param.grad().is_none());
+        }
+    }
+
+    #[test]
+    fn inference_accumulates_nothing() {
+        let param = Param::<Flex>::new("w", random(&[VOCAB, 24], 2));
+        let tape = Tape::inference();
+        let x = tape.constant(random(&[TOKENS, 24], 1));
+        linear_cross_entropy_weighted(
+            &tape,
+            &x,
+            &param,
+            &targets(),
+            dloss(),
+            CrossEntropySpec::default(),
+        );
+        assert!(param.grad().is_none());
+    }
+}

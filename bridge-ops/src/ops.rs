@@ -240,22 +240,22 @@ pub trait Ops: Backend {
 
     /// `a + b` of equal shapes and dtypes.
     fn add(a: Float<Self>, b: Float<Self>) -> Float<Self> {
-        Self::float_add(a, b)
+        elementwise::portable_add::<Self>(a, b)
     }
 
     /// `a - b` of equal shapes and dtypes.
     fn sub(a: Float<Self>, b: Float<Self>) -> Float<Self> {
-        Self::float_sub(a, b)
+        elementwise::portable_sub::<Self>(a, b)
     }
 
     /// `a * b`, elementwise, of equal shapes and dtypes.
     fn mul(a: Float<Self>, b: Float<Self>) -> Float<Self> {
-        Self::float_mul(a, b)
+        elementwise::portable_mul::<Self>(a, b)
     }
 
     /// `factor * x`.
     fn scale(x: Float<Self>, factor: f64) -> Float<Self> {
-        Self::float_mul_scalar(x, factor.into())
+        elementwise::portable_scale::<Self>(x, factor)
     }
 
     /// `cap * tanh(x / cap)`.

@@ -236,3 +236,67 @@ impl<B: Ops> fmt::Debug for Param<B> {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{random, random_bf16};
+    use crate::to_f32_vec;
+
+    #[test]
+    fn handles_share_value_and_gradient() {
+        let param = Param::<Flex>::new("w", random(&[2, 3], 1));
+        let other = param.clone();
+        other.accumulate_grad(random(&[2, 3], 2));
+        other.accumulate_grad(random(&[2, 3], 2));
+        let twice: Vec<f32> = to_f32_vec::<Flex>(random(&[2, 3], 2))
+            .iter()
+            .map(|x| 2.0 * x)
+            .collect();
+        assert_eq!(to_f32_vec::<Flex>(param.grad().unwrap()), twice);
+        assert!(param.take_grad().is_some() && other.grad().is_none());
+        other.set_requires_grad(false);
+        assert!(!param.requires_grad());
+        assert_eq!(
+            (param.name(), param.shape(), param.numel()),
+            ("w", vec![2, 3], 6)
+        );
+    }
+
+    #[test]
+    fn gradients_are_fp32_whatever_the_value_is() {
+        let param = Param::<Flex>::new("w", random_bf16(&[4], 1));
+        param.accumulate_grad(random_bf16(&[4], 2));
+        assert_eq!(param.grad().unwrap().dtype(), DType::F32);
+        assert_eq!(param.dtype(), DType::BF16);
+    }
+
+    #[test]
+    fn update_gets_the_only_handle() {
+        let param = Param::<Flex>::new("w", random(&[4], 1));
+        param.update(|value| {
+            assert!(value.is_unique());
+            value
+        });
+        let held = param.value();
+        param.update(|value| {
+            assert!(!value.is_unique());
+            value
+        });
+        drop(held);
+    }
+
+    #[test]
+    #[should_panic(expected = "parameter `w` has shape [4], the new value [5]")]
+    fn values_of_another_shape_are_refused() {
+        Param::<Flex>::new("w", random(&[4], 1)).set_value(random(&[5], 1));
+    }
+
+    #[test]
+    #[should_panic(expected = "must be fp32")]
+    fn gradients_of_another_dtype_are_refused() {
+        Param::<Flex>::new("w", random(&[4], 1)).set_grad(Some(random_bf16(&[4], 2)));
+    }
+}

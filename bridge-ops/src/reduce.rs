@@ -22,3 +22,45 @@ pub(crate) fn portable_sum_squares<B: Ops>(x: Float<B>) -> Float<B> {
     let x = tensor::<B, 1>(reshaped::<B>(to_f32::<B>(x), &[count]));
     float(x.square().sum())
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{assert_fast, check, random};
+    use crate::{to_f32_vec, to_scalar};
+
+    #[test]
+    fn sum_matches_autodiff() {
+        check(
+            "sum",
+            &[random(&[3, 4, 5], 1)],
+            &[],
+            |t, x, _| sum(t, &x[0]),
+            |x, _| x[0].tensor::<3>().sum(),
+        );
+    }
+
+    #[test]
+    fn sum_of_squares_is_that_of_f64() {
+        for len in [1, 31, 1000, 200_003] {
+            let x = random(&[len], 1);
+            let exact: f64 = to_f32_vec::<Flex>(x.clone())
+                .iter()
+                .map(|&x| f64::from(x).powi(2))
+                .sum();
+            let found = f64::from(to_scalar::<Flex>(Flex::sum_squares(x.clone())));
+            assert_fast(&["sum_squares"]);
+            assert!(
+                (found - exact).abs() <= 1e-6 * exact,
+                "{len}: {found}, expected {exact}"
+            );
+            let portable = f64::from(to_scalar::<Flex>(portable_sum_squares::<Flex>(x)));
+            assert!(
+                (portable - exact).abs() <= 1e-4 * exact,
+                "{len}: {portable}, expected {exact}"
+            );
+        }
+    }
+}

@@ -120,3 +120,80 @@ pub(crate) fn effective_weight<B: Ops>(
         weight
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{ROUNDING, assert_close, assert_fast, check, random, random_bf16};
+    use crate::{Tape, float_from_f32, to_f32_vec};
+
+    #[test]
+    fn matches_autodiff() {
+        // 37 and 131 are no multiples of a vector; 5 is shorter than one.
+        for (hidden, unit_offset) in [(5, false), (37, true), (131, false), (64, true)] {
+            for weight in [random(&[hidden], 2), random_bf16(&[hidden], 2)] {
+                check(
+                    &format!("hidden {hidden}"),
+                    &[random(&[3, 7, hidden], 1)],
+                    &[weight],
+                    |tape, x, p| {
+                        rms_norm(
+                            tape,
+                            &x[0],
+                            &p[0],
+                            NormSpec {
+                                eps: 1e-3,
+                                unit_offset,
+                            },
+                        )
+                    },
+                    |x, p| {
+                        let (x, w) = (x[0].tensor::<3>(), p[0].tensor::<1>());
+                        let w = if unit_offset { w.add_scalar(1.0) } else { w };
+                        let rms = x.clone().square().mean_dim(2).add_scalar(1e-3).sqrt();
+                        x / rms * w.unsqueeze()
+                    },
+                );
+                assert_fast(&["rms_norm_forward", "rms_norm_backward"]);
+            }
+        }
+    }
+
+    #[test]
+    fn kernels_agree_with_portable_bodies() {
+        let spec = NormSpec::new(1e-5);
+        // Enough rows for several blocks of partial sums.
+        let (x, w, dy) = (
+            random(&[300, 131], 1),
+            random(&[131], 2),
+            random(&[300, 131], 3),
+        );
+        let found = Flex::rms_norm_forward(x.clone(), w.clone(), spec);
+        assert_close(
+            "y",
+            &found,
+            &portable::<Flex>(x.clone(), w.clone(), spec),
+            ROUNDING,
+        );
+        let found = Flex::rms_norm_backward(x.clone(), w.clone(), dy.clone(), spec);
+        let expected = portable_backward::<Flex>(x, w, dy, spec);
+        assert_close("dx", &found.0, &expected.0, ROUNDING);
+        assert_close("dw", &found.1, &expected.1, ROUNDING);
+    }
+
+    #[test]
+    fn known_values() {
+        let device = Default::default();
+        let w = Param::<Flex>::new("w", float_from_f32::<Flex>(&[1.0, 2.0], &[2], &device));
+        let tape = Tape::inference();
+        let x = tape.constant(float_from_f32::<Flex>(&[3.0, 4.0], &[1, 2], &device));
+        let y = to_f32_vec::<Flex>(rms_norm(&tape, &x, &w, NormSpec::new(0.0)).into_value());
+        // rms(3, 4) = sqrt(12.5)
+        assert!(
+            (y[0] - 0.848_528_1).abs() < 1e-6 && (y[1] - 2.262_741_7).abs() < 1e-6,
+            "{y:?}"
+        );
+    }
+}

@@ -188,3 +188,107 @@ pub(crate) fn portable<B: Ops>(
     };
     to_dtype::<B>(float(y), dtype)
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{DEVICE, ROUNDING, assert_close, assert_fast, random, run};
+    use crate::to_f32_vec;
+
+    /// Angles for `batch` sequences of `seq` positions.
+    fn table(batch: usize, seq: usize, half: usize, style: RotaryStyle) -> RotaryTable<Flex> {
+        let angles = to_f32_vec::<Flex>(random(&[batch, seq, half], 7));
+        let of = |f: fn(f32) -> f32| {
+            let values: Vec<f32> = angles.iter().map(|&x| f(3.0 * x)).collect();
+            float_from_f32::<Flex>(&values, &[batch, seq, half], &DEVICE)
+        };
+        RotaryTable::new(of(f32::cos), of(f32::sin), style)
+    }
+
+    /// The definition: each pair, read as a complex number, is multiplied by that of its angle.
+    fn reference(x: &Float<Flex>, table: &RotaryTable<Flex>, sign: f32) -> Float<Flex> {
+        let &[batch, seq, heads, d] = dims(x).as_slice() else {
+            panic!("rank")
+        };
+        let &[table_batch, _, half] = dims(&table.cos).as_slice() else {
+            panic!("rank")
+        };
+        let (cos, sin) = (
+            to_f32_vec::<Flex>(table.cos()),
+            to_f32_vec::<Flex>(table.sin()),
+        );
+        let mut y = to_f32_vec::<Flex>(x.clone());
+        for b in 0..batch {
+            for s in 0..seq {
+                for h in 0..heads {
+                    let head = &mut y[((b * seq + s) * heads + h) * d..][..d];
+                    for i in 0..half {
+                        let (first, second) = match table.style {
+                            RotaryStyle::Halves => (i, i + half),
+                            RotaryStyle::Pairs => (2 * i, 2 * i + 1),
+                        };
+                        let angle = ((b % table_batch) * seq + s) * half + i;
+                        let (re, im) = (head[first], head[second]);
+                        head[first] = re * cos[angle] - sign * im * sin[angle];
+                        head[second] = im * cos[angle] + sign * re * sin[angle];
+                    }
+                }
+            }
+        }
+        float_from_f32::<Flex>(&y, &[batch, seq, heads, d], &DEVICE)
+    }
+
+    #[test]
+    fn rotates_forward_and_the_gradient_backward() {
+        for style in [RotaryStyle::Halves, RotaryStyle::Pairs] {
+            // A table for all sequences or one each; all channels or some.
+            for (table_batch, half, d) in [(1, 8, 16), (2, 5, 10), (2, 3, 16)] {
+                let table = table(table_batch, 5, half, style);
+                let x = random(&[2, 5, 3, d], 1);
+                let found = run(&[x.clone()], &[], |tape, x, _| rotary(tape, &x[0], &table));
+                assert_close("y", &found.output, &reference(&x, &table, 1.0), ROUNDING);
+                let seed = random(&[2, 5, 3, d], 999);
+                assert_close(
+                    "dx",
+                    &found.input_grads[0],
+                    &reference(&seed, &table, -1.0),
+                    ROUNDING,
+                );
+                assert_fast(&["rotary"]);
+
+                let portable =
+                    portable::<Flex>(x, table.cos(), table.sin(), style, RotaryDirection::Forward);
+                assert_close("portable", &found.output, &portable, ROUNDING);
+            }
+        }
+    }
+
+    #[test]
+    fn works_in_place_only_when_nobody_else_has_the_buffer() {
+        let table = table(1, 5, 8, RotaryStyle::Halves);
+        let x = random(&[2, 5, 3, 16], 1);
+        let before = to_f32_vec::<Flex>(x.clone());
+        let y = table.apply(x.clone(), RotaryDirection::Forward);
+        assert_eq!(to_f32_vec::<Flex>(x.clone()), before);
+        let address = x.bytes().as_ptr();
+        let in_place = table.apply(x, RotaryDirection::Forward);
+        assert_eq!(in_place.bytes().as_ptr(), address);
+        assert_eq!(to_f32_vec::<Flex>(in_place), to_f32_vec::<Flex>(y));
+    }
+
+    #[test]
+    fn table_of_positions() {
+        let table = RotaryTable::<Flex>::from_positions(
+            &[1.0, 0.25],
+            0.5,
+            3..5,
+            RotaryStyle::Halves,
+            &DEVICE,
+        );
+        assert_eq!((dims(&table.cos()), table.rotary_dim()), (vec![1, 2, 2], 4));
+        let expected = [3.0_f32, 0.75, 4.0, 1.0].map(|angle| 0.5 * angle.sin());
+        assert_eq!(to_f32_vec::<Flex>(table.sin()), expected);
+    }
+}

@@ -132,3 +132,67 @@ pub(crate) fn slices_along(rank: usize, dim: usize, range: Range<usize>) -> Vec<
     slices[dim] = range.into();
     slices
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Tensor;
+
+    use super::*;
+    use crate::testing::{check, random};
+
+    #[test]
+    fn operations_match_autodiff() {
+        let x = [random(&[3, 4, 5], 1)];
+        check(
+            "reshape",
+            &x,
+            &[],
+            |t, x, _| reshape(t, &x[0], &[6, 10]),
+            |x, _| x[0].tensor::<3>().reshape([6, 10]),
+        );
+        check(
+            "slice",
+            &x,
+            &[],
+            |t, x, _| slice(t, &x[0], 1, 1..3),
+            |x, _| x[0].tensor::<3>().narrow(1, 1, 2),
+        );
+        check(
+            "transpose",
+            &x,
+            &[],
+            |t, x, _| transpose(t, &x[0], 0, 2),
+            |x, _| x[0].tensor::<3>().swap_dims(0, 2),
+        );
+        let parts = [random(&[3, 4], 1), random(&[3, 2], 2), random(&[3, 1], 3)];
+        check(
+            "concat",
+            &parts,
+            &[],
+            |t, x, _| concat(t, x, 1),
+            |x, _| Tensor::cat(x.iter().map(|x| x.tensor::<2>()).collect(), 1),
+        );
+        let factors = [random(&[2, 3, 4], 1), random(&[2, 4, 5], 2)];
+        check(
+            "matmul",
+            &factors,
+            &[],
+            |t, x, _| matmul(t, &x[0], &x[1]),
+            |x, _| x[0].tensor::<3>().matmul(x[1].tensor()),
+        );
+    }
+
+    #[test]
+    fn slices_of_one_value_add_up() {
+        check(
+            "halves swapped",
+            &[random(&[2, 6], 1)],
+            &[],
+            |t, x, _| concat(t, &[slice(t, &x[0], 1, 3..6), slice(t, &x[0], 1, 0..3)], 1),
+            |x, _| {
+                let x = x[0].tensor::<2>();
+                Tensor::cat(vec![x.clone().narrow(1, 3, 3), x.narrow(1, 0, 3)], 1)
+            },
+        );
+    }
+}

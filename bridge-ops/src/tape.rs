@@ -254,3 +254,106 @@ fn add_grad<B: Ops>(slot: &mut Option<Float<B>>, grad: Float<B>) {
         Some(sum) => B::add(sum, grad),
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{DEVICE, random};
+    use crate::{add, float_from_f32, mul, scale, to_f32_vec};
+
+    fn number(x: f32) -> Float<Flex> {
+        float_from_f32::<Flex>(&[x], &[1], &DEVICE)
+    }
+
+    #[test]
+    fn gradients_of_several_seeds_and_uses_add_up() {
+        let tape = Tape::<Flex>::new();
+        let (x, unused) = (tape.leaf(number(3.0)), tape.leaf(number(1.0)));
+        let square = mul(&tape, &x, &x); // slope 6
+        let triple = scale(&tape, &x, 3.0); // slope 3
+        let sum = add(&tape, &square, &triple); // slope 9
+        let grads = tape.backward(
+            vec![(sum, number(1.0)), (triple, number(10.0))],
+            &[&x, &unused],
+        );
+        assert_eq!(to_f32_vec::<Flex>(grads[0].clone().unwrap()), [39.0]);
+        assert!(grads[1].is_none());
+    }
+
+    #[test]
+    fn closures_run_in_reverse_order_and_are_dropped_as_they_finish() {
+        let log = Arc::new(Mutex::new(Vec::new()));
+        struct Saved(Arc<Mutex<Vec<String>>>, usize);
+        impl Drop for Saved {
+            fn drop(&mut self) {
+                self.0.lock().unwrap().push(format!("drop {}", self.1));
+            }
+        }
+        let tape = Tape::<Flex>::new();
+        let mut x = tape.leaf(number(1.0));
+        for i in 0..3 {
+            let saved = Saved(Arc::clone(&log), i);
+            x = tape.record(x.value(), &[&x], move |dy| {
+                let saved = &saved;
+                saved.0.lock().unwrap().push(format!("run {}", saved.1));
+                vec![Some(dy)]
+            });
+        }
+        // Not connected to a seed: never run, but dropped.
+        let saved = Saved(Arc::clone(&log), 9);
+        tape.record(x.value(), &[&x], move |_| {
+            let saved = &saved;
+            panic!("no gradient flows here, {}", saved.1)
+        });
+        tape.backward(vec![(x, number(1.0))], &[]);
+        let log = std::mem::take(&mut *log.lock().unwrap());
+        assert_eq!(
+            log,
+            [
+                "drop 9", "run 2", "drop 2", "run 1", "drop 1", "run 0", "drop 0"
+            ]
+        );
+    }
+
+    #[test]
+    fn constants_and_inference_tapes_record_nothing() {
+        let tape = Tape::<Flex>::new();
+        let c = tape.constant(number(1.0));
+        assert!(!add(&tape, &c, &c).is_tracked());
+        assert_eq!(tape.num_nodes(), 0);
+        let tape = Tape::<Flex>::inference();
+        let x = tape.leaf(number(1.0));
+        assert!(!scale(&tape, &x, 2.0).is_tracked() && !tape.is_recording());
+        assert!(tape.backward(vec![(x.clone(), number(1.0))], &[&x])[0].is_none());
+    }
+
+    #[test]
+    fn saved_tensors_live_as_long_as_the_node() {
+        let tape = Tape::<Flex>::new();
+        let x = tape.leaf(random(&[4], 1));
+        let factor = random(&[4], 2);
+        let y = mul(&tape, &x, &tape.constant(factor.clone()));
+        assert!(!factor.is_unique());
+        tape.backward(vec![(y, random(&[4], 3))], &[&x]);
+        assert!(factor.is_unique());
+    }
+
+    #[test]
+    #[should_panic(expected = "another tape")]
+    fn values_of_another_tape_are_refused() {
+        let (one, other) = (Tape::<Flex>::new(), Tape::<Flex>::new());
+        scale(&one, &other.leaf(number(1.0)), 2.0);
+    }
+
+    #[test]
+    #[should_panic(expected = "the output has shape [1], its seed [4]")]
+    fn seeds_must_have_the_shape_of_their_output() {
+        let tape = Tape::<Flex>::new();
+        let x = tape.leaf(number(1.0));
+        tape.backward(vec![(x, random(&[4], 1))], &[]);
+    }
+}

@@ -16,6 +16,8 @@ pub struct RunInfo {
     pub num_parameters: u64,
     /// Tokens of a full global batch.
     pub tokens_per_step: u64,
+    /// What a person should hear before the run begins; usually nothing.
+    pub notes: Vec<String>,
 }
 
 /// One optimizer step.

@@ -5,8 +5,8 @@
 //! (recomputation), a pipeline can hold some segments here and others elsewhere, and a layer's gradients are complete,
 //! and can travel, while the layers before it still work.
 
-use bridge_models::{ForwardContext, SegmentedModel};
-use bridge_ops::{Float, Int, Ops, Tape, Var, float_from_f32};
+use bridge_models::{ForwardContext, SegmentedModel, Targets};
+use bridge_ops::{Float, Ops, Tape, Var};
 
 use crate::config::RecomputeGranularity;
 
@@ -21,11 +21,12 @@ enum Kept<B: Ops> {
 /// Runs one micro-batch forward and backward, and adds the gradients of `loss_scale` times the sum of the token losses
 /// to the parameters' slots.
 ///
-/// Returns the loss of each token, `[batch * seq]` fp32, not scaled, 0 where `targets` says -100.
+/// `labels` are the tokens to predict, `[batch * seq]`, -100 where there is no loss. Returns the loss of each token,
+/// `[batch * seq]` fp32, not scaled, 0 where there is none.
 pub fn forward_backward<B: Ops>(
     model: &dyn SegmentedModel<B>,
     ctx: &ForwardContext<'_, B>,
-    targets: &Int<B>,
+    labels: &[i64],
     loss_scale: f64,
     recompute: RecomputeGranularity,
 ) -> Float<B> {
@@ -52,10 +53,11 @@ pub fn forward_backward<B: Ops>(
 
     let tape = Tape::new();
     let input = tape.leaf(hidden.expect("a segmented model has at least one segment before its head"));
-    let losses = model.head_loss(&tape, &input, targets, ctx);
+    // The head is told what its losses will be seeded with, so that it can do forward and backward in one.
+    let targets = Targets::weighted(labels, loss_scale as f32, ctx.device());
+    let losses = model.head_loss(&tape, &input, &targets, ctx);
     let token_losses = losses.value();
-    let tokens = ctx.batch() * ctx.seq();
-    let seed = float_from_f32::<B>(&vec![loss_scale as f32; tokens], &[tokens], ctx.device());
+    let seed = targets.loss_gradient.expect("weighted targets have a gradient");
     let mut gradient = tape.backward(vec![(losses, seed)], &[&input]).pop().flatten();
     drop(input);
 
@@ -85,8 +87,8 @@ fn record<B: Ops>(
     (tape, input, output)
 }
 
-/// Runs one micro-batch forward only. Returns the loss of each token, `[batch * seq]` fp32, 0 where `targets` says -100.
-pub fn forward_loss<B: Ops>(model: &dyn SegmentedModel<B>, ctx: &ForwardContext<'_, B>, targets: &Int<B>) -> Float<B> {
+/// Runs one micro-batch forward only. Returns the loss of each token, `[batch * seq]` fp32, 0 where `labels` says -100.
+pub fn forward_loss<B: Ops>(model: &dyn SegmentedModel<B>, ctx: &ForwardContext<'_, B>, labels: &[i64]) -> Float<B> {
     let tape = Tape::inference();
     let head = model.num_segments() - 1;
     let mut hidden: Option<Var<B>> = None;
@@ -94,5 +96,5 @@ pub fn forward_loss<B: Ops>(model: &dyn SegmentedModel<B>, ctx: &ForwardContext<
         hidden = Some(model.forward_segment(index, &tape, hidden.as_ref(), ctx));
     }
     let hidden = hidden.expect("a segmented model has at least one segment before its head");
-    model.head_loss(&tape, &hidden, targets, ctx).into_value()
+    model.head_loss(&tape, &hidden, &Targets::new(labels, ctx.device()), ctx).into_value()
 }

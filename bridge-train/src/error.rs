@@ -49,22 +49,6 @@ pub enum Error {
     #[error(transparent)]
     Model(#[from] bridge_models::Error),
 
-    /// A sample holds a token that the model does not know.
-    #[error(
-        "sample {sample} of {dataset} holds token {id}, but the model's vocabulary has {vocab_size}; \
-         was the data made with another tokenizer?"
-    )]
-    TokenOutOfVocabulary {
-        /// The token.
-        id: i64,
-        /// Global index of the sample.
-        sample: u64,
-        /// The dataset.
-        dataset: String,
-        /// Rows of the model's embedding.
-        vocab_size: usize,
-    },
-
     /// The tokenizer has more tokens than the model's embedding has rows.
     #[error(
         "the tokenizer ({tokenizer}) has {tokens} tokens, but model.vocab_size is {vocab_size}; \
@@ -89,6 +73,49 @@ pub enum Error {
         iteration: u64,
         /// What is not finite.
         what: String,
+    },
+
+    /// `train_state.json` of a checkpoint is broken.
+    #[error("{origin}: {problem}")]
+    TrainState {
+        /// The file.
+        origin: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+
+    /// A checkpoint lacks what continuing a run needs.
+    #[error(
+        "{} holds no {missing}, so no run can be continued from it; to start from its weights, set \
+         checkpoint.pretrained to it and checkpoint.dir to another folder",
+        path.display()
+    )]
+    NotARun {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What it lacks.
+        missing: &'static str,
+    },
+
+    /// The checkpoint to continue from is of another model.
+    #[error(
+        "{} is of another model: {}; set checkpoint.dir to another folder, or give the model it was made with",
+        path.display(), first_few(.differences)
+    )]
+    ModelDiffers {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Where the two differ.
+        differences: Vec<String>,
+    },
+
+    /// A setting needs something that was not given.
+    #[error("{key}: {problem}")]
+    Setting {
+        /// `section.key`.
+        key: &'static str,
+        /// What is wrong, and what to do.
+        problem: String,
     },
 
     /// Two parameters of a model have one name.
@@ -125,7 +152,41 @@ fn list_problems(problems: &[Problem]) -> String {
     }
 }
 
+fn first_few(items: &[String]) -> String {
+    const SHOWN: usize = 6;
+    let more = items.len().saturating_sub(SHOWN);
+    let shown = items[..items.len() - more].join(", ");
+    if more > 0 { format!("{shown}, and {more} more") } else { shown }
+}
+
+/// Whether the operating system refused since a path was wrong, rather than since a disk was full or broken.
+fn names_something_wrong(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
+    matches!(error.kind(), NotFound | PermissionDenied | NotADirectory | IsADirectory)
+}
+
 impl Error {
+    /// Whether the fault lies in what was given (exit code 2) rather than in the run (exit code 3).
+    pub fn is_input(&self) -> bool {
+        match self {
+            Error::ConfigSyntax { .. }
+            | Error::Config(_)
+            | Error::VocabularyTooSmall { .. }
+            | Error::TrainState { .. }
+            | Error::NotARun { .. }
+            | Error::ModelDiffers { .. }
+            | Error::Setting { .. }
+            | Error::DuplicateParameter { .. } => true,
+            Error::Io { source, .. } => names_something_wrong(source),
+            Error::NonFinite { .. } | Error::Plot { .. } => false,
+            Error::Core(error) => error.is_input(),
+            Error::Model(error) => error.is_input(),
+            Error::Data(bridge_data::DataError::Io { source, .. }) => names_something_wrong(source),
+            Error::Data(bridge_data::DataError::Loader { .. }) => false,
+            Error::Data(_) | Error::Tokenizer(_) => true,
+        }
+    }
+
     /// An [`Error::Io`].
     pub fn io(action: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Error::Io { action, path: path.into(), source }

@@ -24,10 +24,12 @@ pub mod lr_schedule;
 pub mod metrics;
 pub mod optimizer;
 mod pretrain;
+mod sources;
 pub mod signals;
 pub mod step;
 pub mod trainer;
 
 pub use error::{Error, Result};
 pub use pretrain::{PretrainContext, PretrainOutcome, pretrain};
+pub use sources::{load_tokenizer, load_training_data};
 pub use trainer::{Trainer, TrainerOptions};

@@ -4,7 +4,7 @@ use bridge_data::Batch;
 use bridge_models::SegmentedModel;
 use bridge_ops::{Float, Ops, to_f32_vec};
 
-use crate::batch::{context, targets};
+use crate::batch::context;
 use crate::config::{NonFinitePolicy, RecomputeGranularity};
 use crate::engine::{forward_backward, forward_loss};
 use crate::optimizer::{AdamW, clip_coefficient, grad_norm, non_finite_gradients};
@@ -33,7 +33,7 @@ pub fn accumulate_gradients<B: Ops>(
     let valid_tokens: usize = micro_batches.iter().map(Batch::loss_tokens).sum();
     let loss_scale = 1.0 / valid_tokens.max(1) as f64;
     token_loss::<B>(micro_batches, |batch| {
-        forward_backward(model, &context(batch, device), &targets::<B>(batch, device), loss_scale, recompute)
+        forward_backward(model, &context(batch, device), &batch.labels, loss_scale, recompute)
     })
 }
 
@@ -44,7 +44,7 @@ pub fn evaluate<B: Ops>(
     device: &B::Device,
 ) -> TokenLoss {
     token_loss::<B>(micro_batches, |batch| {
-        forward_loss(model, &context(batch, device), &targets::<B>(batch, device))
+        forward_loss(model, &context(batch, device), &batch.labels)
     })
 }
 

@@ -1,12 +1,12 @@
 //! The training loop: steps, evaluations, saves, and the ways a run can end.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bridge_data::{Dataset, GlobalBatchSampler};
+use bridge_data::{Batch, Dataset, GlobalBatchSampler, Loader};
 use bridge_models::SegmentedModel;
 use bridge_ops::Ops;
 
-use crate::batch::CheckedDataset;
 use crate::callback::{Callback, EvalReport, RunInfo, SaveReport, StepReport, StopReason, Summary};
 use crate::checkpoint::{CheckpointStore, TrainState};
 use crate::config::{NonFinitePolicy, RecomputeGranularity, ResolvedConfig};
@@ -47,8 +47,6 @@ pub struct TrainerOptions {
     pub save_interval: u64,
     /// Stop after this much time.
     pub exit_duration: Option<Duration>,
-    /// Ids that the model knows; samples with others are refused. `None` trusts the data.
-    pub vocab_size: Option<usize>,
     /// Model FLOPs per token (see [`crate::flops`]), for the reports.
     pub flops_per_token: Option<f64>,
 }
@@ -72,7 +70,6 @@ impl TrainerOptions {
             eval_iters: 8,
             save_interval: 0,
             exit_duration: None,
-            vocab_size: None,
             flops_per_token: None,
         }
     }
@@ -101,7 +98,6 @@ impl From<&ResolvedConfig> for TrainerOptions {
             eval_iters: config.eval.eval_iters,
             save_interval: config.checkpoint.save_interval,
             exit_duration: config.train.exit_duration_in_mins.map(|m| Duration::from_secs_f64(m * 60.0)),
-            vocab_size: Some(decoder.vocab_size),
             flops_per_token: Some(crate::flops::train_flops_per_token(decoder, config.data.seq_length)),
         }
     }
@@ -110,15 +106,14 @@ impl From<&ResolvedConfig> for TrainerOptions {
 /// Trains a model on a dataset. Any [`SegmentedModel`] will do, and any [`Dataset`].
 ///
 /// ```
-/// use bridge_core::Registry;
 /// use bridge_data::MockGptDataset;
 /// use bridge_models::families::llama::presets;
-/// use bridge_models::weights::{Init, RandomInit};
-/// use bridge_models::Decoder;
+/// use bridge_models::{Decoder, Init, RandomInit};
 /// use bridge_train::callback::{Callback, StepReport};
 /// use bridge_train::lr_schedule::LrSchedule;
 /// use bridge_train::{Trainer, TrainerOptions};
 /// use burn::backend::Flex;
+/// use std::sync::Arc;
 ///
 /// #[derive(Default)]
 /// struct Losses(Vec<f64>);
@@ -133,11 +128,11 @@ impl From<&ResolvedConfig> for TrainerOptions {
 /// let device = Default::default();
 /// let mut fresh = RandomInit::new(&Init::default(), &config);
 /// let model = Decoder::<Flex>::build(config.clone(), &mut fresh, &device)?;
-/// let data = MockGptDataset::new(16, config.vocab_size as u32, 1234)?;
+/// let data = Arc::new(MockGptDataset::new(16, config.vocab_size, 1234)?);
 ///
 /// let mut losses = Losses::default();
 /// let options = TrainerOptions::new(4, 3, LrSchedule::constant(1e-3));
-/// let summary = Trainer::new(&model, &data, &device, options)?.with_callback(&mut losses).run()?;
+/// let summary = Trainer::new(&model, data, &device, options)?.with_callback(&mut losses).run()?;
 /// assert_eq!((summary.iteration, losses.0.len()), (3, 3));
 /// # Ok::<(), bridge_train::Error>(())
 /// ```
@@ -146,17 +141,19 @@ pub struct Trainer<'a, B: Ops> {
     device: B::Device,
     options: TrainerOptions,
     optimizer: AdamW<B>,
-    train: &'a dyn Dataset,
-    valid: Option<&'a dyn Dataset>,
+    train: Arc<dyn Dataset>,
+    valid: Option<Arc<dyn Dataset>>,
     store: Option<CheckpointStore>,
     callback: Option<&'a mut dyn Callback>,
     stop: StopFlag,
     state: TrainState,
+    notes: Vec<String>,
 }
 
 /// Where a run stands within its loop.
 struct Running {
     started: Instant,
+    loader: Loader,
     guard: NonFiniteGuard,
     tokens: u64,
     step_time: Duration,
@@ -172,7 +169,7 @@ impl<'a, B: Ops> Trainer<'a, B> {
     /// If two of the model's parameters have one name.
     pub fn new(
         model: &'a dyn SegmentedModel<B>,
-        train: &'a dyn Dataset,
+        train: Arc<dyn Dataset>,
         device: &B::Device,
         options: TrainerOptions,
     ) -> Result<Self> {
@@ -187,12 +184,13 @@ impl<'a, B: Ops> Trainer<'a, B> {
             callback: None,
             stop: StopFlag::new(),
             state: TrainState::default(),
+            notes: Vec::new(),
         })
     }
 
     /// Evaluates on the first samples of `valid`, always the same ones.
     #[must_use]
-    pub fn with_validation(mut self, valid: &'a dyn Dataset) -> Self {
+    pub fn with_validation(mut self, valid: Arc<dyn Dataset>) -> Self {
         self.valid = Some(valid);
         self
     }
@@ -217,8 +215,10 @@ impl<'a, B: Ops> Trainer<'a, B> {
     /// # Errors
     /// If there is a checkpoint that cannot be read, or that is of another model.
     pub fn with_checkpoints(mut self, store: CheckpointStore) -> Result<Self> {
-        if let Some(state) = store.resume(&self.model.params(), &mut self.optimizer)? {
+        if let Some((state, notes)) = store.resume(&self.model.params(), &mut self.optimizer)? {
             self.state = state;
+            self.notes = notes;
+            self.compare_data();
         }
         self.store = Some(store);
         Ok(self)
@@ -240,10 +240,15 @@ impl<'a, B: Ops> Trainer<'a, B> {
     /// If data cannot be read, a checkpoint or a report not be written, or the loss stops being a number.
     pub fn run(mut self) -> Result<Summary> {
         self.state.data_fingerprint = Some(self.train.fingerprint().to_string());
+        let loader = self.start_loader()?;
+        if self.options.eval_interval > 0 && self.valid.is_none() {
+            self.notes.push("there is no validation data, so nothing is evaluated".to_owned());
+        }
         let info = self.run_info();
         self.tell(|callback| callback.on_train_start(&info))?;
         let mut running = Running {
             started: Instant::now(),
+            loader,
             guard: NonFiniteGuard::new(self.options.on_non_finite, self.options.max_skipped_in_a_row),
             tokens: 0,
             step_time: Duration::ZERO,
@@ -272,11 +277,27 @@ impl<'a, B: Ops> Trainer<'a, B> {
         Ok(summary)
     }
 
+    fn compare_data(&mut self) {
+        let (saved, here) = (self.state.data_fingerprint.as_deref(), self.train.fingerprint().to_string());
+        if saved.is_some_and(|saved| saved != here) {
+            self.notes.push("the training data is not that of the checkpoint; going on with the new data".to_owned());
+        }
+    }
+
+    /// Starts reading ahead from the run's place in its data.
+    fn start_loader(&self) -> Result<Loader> {
+        let sampler = GlobalBatchSampler::new(self.options.micro_batch_size, 1, 0)?;
+        let global_batch_size = self.options.global_batch_size;
+        let dataset = Arc::clone(&self.train);
+        Ok(Loader::start(dataset, sampler, self.state.consumed_samples, move |_| global_batch_size)?)
+    }
+
     fn run_info(&self) -> RunInfo {
         RunInfo {
             first_iteration: self.state.iteration,
             train_iters: self.options.train_iters,
             num_parameters: self.optimizer.states().iter().map(|state| state.param.numel() as u64).sum(),
+            notes: self.notes.clone(),
             tokens_per_step: (self.options.global_batch_size * self.train.seq_length()) as u64,
         }
     }
@@ -312,13 +333,7 @@ impl<'a, B: Ops> Trainer<'a, B> {
         let started = Instant::now();
         let (options, consumed) = (&self.options, self.state.consumed_samples);
         let iteration = self.state.iteration + 1;
-        let sampler = GlobalBatchSampler::new(options.micro_batch_size, 1, 0)?;
-        let dataset = CheckedDataset::new(self.train, options.vocab_size.unwrap_or(u32::MAX as usize));
-        let micro_batches = sampler
-            .micro_batches(consumed, options.global_batch_size)?
-            .iter()
-            .map(|indices| dataset.batch(indices))
-            .collect::<Result<Vec<_>>>()?;
+        let micro_batches = running.loader.next_batch()?;
         let step = StepOptions {
             lr: options.lr.lr(consumed),
             weight_decay: options.weight_decay.weight_decay(consumed),
@@ -357,7 +372,7 @@ impl<'a, B: Ops> Trainer<'a, B> {
     /// Evaluates, unless this very state was evaluated before or there is nothing to evaluate on.
     fn evaluate(&mut self, running: &mut Running) -> Result<()> {
         let iteration = self.state.iteration;
-        let Some(valid) = self.valid else { return Ok(()) };
+        let Some(valid) = self.valid.clone() else { return Ok(()) };
         if running.last_eval.is_some_and(|(at, _)| at == iteration) {
             return Ok(());
         }
@@ -365,11 +380,10 @@ impl<'a, B: Ops> Trainer<'a, B> {
         let (micro, global) = (self.options.micro_batch_size as u64, self.options.global_batch_size as u64);
         // Once through the held-out data is all it can tell.
         let samples = (self.options.eval_iters * global).min(valid.samples_per_epoch());
-        let dataset = CheckedDataset::new(valid, self.options.vocab_size.unwrap_or(u32::MAX as usize));
         let (mut sum, mut valid_tokens) = (0.0, 0);
         for start in (0..samples).step_by(micro as usize) {
             let indices: Vec<u64> = (start..samples.min(start + micro)).collect();
-            let loss = evaluate(self.model, &[dataset.batch(&indices)?], &self.device);
+            let loss = evaluate(self.model, &[Batch::load(valid.as_ref(), &indices)?], &self.device);
             sum += loss.mean * loss.valid_tokens as f64;
             valid_tokens += loss.valid_tokens;
             if self.stop.is_raised() {
@@ -391,13 +405,16 @@ impl<'a, B: Ops> Trainer<'a, B> {
         }
         let Some(store) = &self.store else { return Ok(()) };
         let started = Instant::now();
-        let path = store.save(&self.state, &self.model.params(), &self.optimizer)?;
+        let Some(path) = store.save(&self.state, &self.model.params(), &self.optimizer)? else { return Ok(()) };
         running.last_save = Some(iteration);
         let report = SaveReport { iteration, path: &path, elapsed: started.elapsed() };
         self.tell(|callback| callback.on_checkpoint_save(&report))
     }
 
     fn tell(&mut self, event: impl FnOnce(&mut dyn Callback) -> Result<()>) -> Result<()> {
-        self.callback.as_deref_mut().map_or(Ok(()), event)
+        match &mut self.callback {
+            Some(callback) => event(&mut **callback),
+            None => Ok(()),
+        }
     }
 }

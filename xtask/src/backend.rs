@@ -19,7 +19,9 @@ pub(crate) trait OnBackend {
 pub(crate) fn dispatch<W: OnBackend>(flags: BackendFlags, work: W) -> Result<W::Output> {
     match (flags.backend, flags.device) {
         (BackendName::Cpu, 0) => work.run::<Flex>(FlexDevice),
-        (BackendName::Cpu, n) => Err(Failure::input(format!("--device {n}: the cpu backend has only device 0"))),
+        (BackendName::Cpu, n) => Err(Failure::input(format!(
+            "--device {n}: the cpu backend has only device 0"
+        ))),
         (other, _) => Err(Failure::input(format!(
             "this build has no {} backend; leave out --backend to compute on the CPU",
             other.as_str()

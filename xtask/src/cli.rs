@@ -4,13 +4,23 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::failure::{Blame, Failure, Result};
 use crate::report::Report;
-use crate::{bench, data, doctor, export, generate, import, models, plan, pretrain, recipes, roundtrip, test, verify};
+use crate::{
+    bench, data, doctor, export, generate, import, models, plan, pretrain, recipes, roundtrip,
+    test, verify,
+};
 
 /// Moves language models between Hugging Face and native sharded checkpoints, trains them, and proves both.
 #[derive(Debug, Parser)]
-#[command(version, subcommand_required = true, arg_required_else_help = true, disable_help_subcommand = true)]
-#[command(after_help = "Exit codes: 0 done, 1 a check did not hold, 2 bad arguments, config or input, 3 failed while running, \
-                        130 interrupted after a graceful stop.")]
+#[command(
+    version,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
+#[command(
+    after_help = "Exit codes: 0 done, 1 a check did not hold, 2 bad arguments, config or input, 3 failed while running, \
+                        130 interrupted after a graceful stop."
+)]
 pub(crate) struct Cli {
     /// Make the last line of stdout one JSON object.
     #[arg(long, global = true)]
@@ -68,10 +78,18 @@ pub(crate) fn run(cli: Cli, report: Report) -> Result {
 }
 
 /// The error for a name that is not in a list, with the nearest that is.
-pub(crate) fn unknown_name<'a>(kind: &str, name: &str, known: impl Iterator<Item = &'a str> + Clone) -> Failure {
-    let near = bridge_core::registry::nearest(name, known.clone()).map(|n| format!("; did you mean `{n}`?")).unwrap_or_default();
+pub(crate) fn unknown_name<'a>(
+    kind: &str,
+    name: &str,
+    known: impl Iterator<Item = &'a str> + Clone,
+) -> Failure {
+    let near = bridge_core::registry::nearest(name, known.clone())
+        .map(|n| format!("; did you mean `{n}`?"))
+        .unwrap_or_default();
     let list = known.collect::<Vec<_>>().join(", ");
-    Failure::input(format!("there is no {kind} `{name}`{near} ({kind}s: {list})"))
+    Failure::input(format!(
+        "there is no {kind} `{name}`{near} ({kind}s: {list})"
+    ))
 }
 
 #[cfg(test)]
@@ -91,10 +109,15 @@ mod tests {
             if command.has_subcommands() {
                 command.get_subcommands().for_each(|c| check(c, &path));
             } else {
-                let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+                let help = command
+                    .get_after_help()
+                    .map(ToString::to_string)
+                    .unwrap_or_default();
                 assert!(help.contains("cargo xtask"), "{path} has an example");
             }
         }
-        Cli::command().get_subcommands().for_each(|c| check(c, "xtask"));
+        Cli::command()
+            .get_subcommands()
+            .for_each(|c| check(c, "xtask"));
     }
 }

@@ -24,13 +24,30 @@ pub(crate) fn run(_args: Args, report: Report) -> Result {
 
     let unknown = || "unknown".to_owned();
     let mut rows = vec![
-        vec!["system".to_owned(), format!("{} {}", std::env::consts::OS, std::env::consts::ARCH)],
-        vec!["cores".to_owned(), cores.map_or_else(unknown, |n| format!("{n} (this process uses {threads} threads)"))],
+        vec![
+            "system".to_owned(),
+            format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+        ],
+        vec![
+            "cores".to_owned(),
+            cores.map_or_else(unknown, |n| {
+                format!("{n} (this process uses {threads} threads)")
+            }),
+        ],
         vec![
             "memory".to_owned(),
-            memory.map_or_else(unknown, |(total, free)| format!("{}, {} available", bytes(total), bytes(free))),
+            memory.map_or_else(unknown, |(total, free)| {
+                format!("{}, {} available", bytes(total), bytes(free))
+            }),
         ],
-        vec!["instructions".to_owned(), if simd.is_empty() { "baseline".to_owned() } else { simd.join(" ") }],
+        vec![
+            "instructions".to_owned(),
+            if simd.is_empty() {
+                "baseline".to_owned()
+            } else {
+                simd.join(" ")
+            },
+        ],
     ];
     match &driver {
         Some(version) => rows.push(vec!["NVIDIA driver".to_owned(), version.clone()]),
@@ -63,7 +80,14 @@ fn memory() -> Option<(u64, u64)> {
     let info = fs::read_to_string("/proc/meminfo").ok()?;
     let field = |name: &str| -> Option<u64> {
         let line = info.lines().find_map(|l| l.strip_prefix(name))?;
-        Some(line.trim_start_matches(':').split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+        Some(
+            line.trim_start_matches(':')
+                .split_whitespace()
+                .next()?
+                .parse::<u64>()
+                .ok()?
+                * 1024,
+        )
     };
     Some((field("MemTotal")?, field("MemAvailable")?))
 }
@@ -75,13 +99,20 @@ fn instruction_sets() -> Vec<&'static str> {
         ("avx2", std::arch::is_x86_feature_detected!("avx2")),
         ("fma", std::arch::is_x86_feature_detected!("fma")),
         ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
-        ("avx512bf16", std::arch::is_x86_feature_detected!("avx512bf16")),
+        (
+            "avx512bf16",
+            std::arch::is_x86_feature_detected!("avx512bf16"),
+        ),
     ];
     #[cfg(target_arch = "aarch64")]
     let found = [("neon", std::arch::is_aarch64_feature_detected!("neon"))];
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let found: [(&str, bool); 0] = [];
-    found.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
+    found
+        .into_iter()
+        .filter(|(_, there)| *there)
+        .map(|(name, _)| name)
+        .collect()
 }
 
 /// First line of the loaded driver's description.
@@ -97,7 +128,14 @@ fn nvidia_gpus() -> Vec<String> {
         .flatten()
         .flatten()
         .filter_map(|entry| fs::read_to_string(entry.path().join("information")).ok())
-        .filter_map(|text| Some(text.lines().find_map(|l| l.strip_prefix("Model:"))?.trim().to_owned()))
+        .filter_map(|text| {
+            Some(
+                text.lines()
+                    .find_map(|l| l.strip_prefix("Model:"))?
+                    .trim()
+                    .to_owned(),
+            )
+        })
         .collect();
     gpus.sort();
     gpus

@@ -36,23 +36,39 @@ impl Cause {
 pub(crate) struct Failure {
     pub(crate) cause: Cause,
     pub(crate) error: anyhow::Error,
+    /// What scripts read in place of the bare error: the full result of a check that did not hold.
+    pub(crate) result: Option<serde_json::Value>,
 }
 
 impl Failure {
+    fn new(cause: Cause, error: anyhow::Error) -> Self {
+        Self {
+            cause,
+            error,
+            result: None,
+        }
+    }
+
+    /// The same failure with a result for scripts.
+    pub(crate) fn with(mut self, result: serde_json::Value) -> Self {
+        self.result = Some(result);
+        self
+    }
+
     pub(crate) fn check(text: impl Display) -> Self {
-        Self { cause: Cause::Check, error: anyhow::anyhow!("{text}") }
+        Self::new(Cause::Check, anyhow::anyhow!("{text}"))
     }
 
     pub(crate) fn input(text: impl Display) -> Self {
-        Self { cause: Cause::Input, error: anyhow::anyhow!("{text}") }
+        Self::new(Cause::Input, anyhow::anyhow!("{text}"))
     }
 
     pub(crate) fn running(text: impl Display) -> Self {
-        Self { cause: Cause::Running, error: anyhow::anyhow!("{text}") }
+        Self::new(Cause::Running, anyhow::anyhow!("{text}"))
     }
 
     pub(crate) fn interrupted(text: impl Display) -> Self {
-        Self { cause: Cause::Interrupted, error: anyhow::anyhow!("{text}") }
+        Self::new(Cause::Interrupted, anyhow::anyhow!("{text}"))
     }
 
     /// The whole story on one line: the error and what caused it.
@@ -87,11 +103,11 @@ pub(crate) trait Blame<T> {
 
 impl<T, E: Into<anyhow::Error>> Blame<T> for std::result::Result<T, E> {
     fn input(self, what: impl Display) -> Result<T> {
-        self.map_err(|e| Failure { cause: Cause::Input, error: e.into().context(what.to_string()) })
+        self.map_err(|e| Failure::new(Cause::Input, e.into().context(what.to_string())))
     }
 
     fn running(self, what: impl Display) -> Result<T> {
-        self.map_err(|e| Failure { cause: Cause::Running, error: e.into().context(what.to_string()) })
+        self.map_err(|e| Failure::new(Cause::Running, e.into().context(what.to_string())))
     }
 }
 
@@ -101,13 +117,59 @@ macro_rules! blame_by_is_input {
         $(impl From<$error> for Failure {
             fn from(error: $error) -> Self {
                 let cause = if error.is_input() { Cause::Input } else { Cause::Running };
-                Self { cause, error: error.into() }
+                Self::new(cause, error.into())
             }
         })+
     };
 }
 
-blame_by_is_input!(bridge_core::Error, bridge_hub::Error);
+blame_by_is_input!(
+    bridge_core::checkpoint::CheckpointError,
+    bridge_hub::Error,
+    bridge_models::Error,
+    bridge_train::Error
+);
+
+impl From<bridge_core::Error> for Failure {
+    fn from(error: bridge_core::Error) -> Self {
+        let cause = match &error {
+            bridge_core::Error::Cancelled => Cause::Interrupted,
+            error if error.is_input() => Cause::Input,
+            _ => Cause::Running,
+        };
+        Self::new(cause, error.into())
+    }
+}
+
+impl From<bridge_tokenizers::TokenizerError> for Failure {
+    fn from(error: bridge_tokenizers::TokenizerError) -> Self {
+        Self::new(Cause::Input, error.into())
+    }
+}
+
+impl From<bridge_data::DataError> for Failure {
+    fn from(error: bridge_data::DataError) -> Self {
+        use std::io::ErrorKind;
+        let cause = match &error {
+            bridge_data::DataError::Io { source, .. } => match source.kind() {
+                ErrorKind::NotFound
+                | ErrorKind::PermissionDenied
+                | ErrorKind::NotADirectory
+                | ErrorKind::IsADirectory => Cause::Input,
+                _ => Cause::Running,
+            },
+            bridge_data::DataError::Loader { .. } => Cause::Running,
+            _ => Cause::Input,
+        };
+        Self::new(cause, error.into())
+    }
+}
+
+impl From<bridge_recipes::Error> for Failure {
+    fn from(error: bridge_recipes::Error) -> Self {
+        Self::new(Cause::Input, error.into())
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -115,9 +177,17 @@ mod tests {
 
     #[test]
     fn the_text_tells_the_chain_once() {
-        let error = anyhow::anyhow!("disk full").context("cannot write /x").context("saving");
-        assert_eq!(Failure { cause: Cause::Running, error }.text(), "saving: cannot write /x: disk full");
-        let repeated = anyhow::anyhow!("cannot write: disk full").context("x").root_cause().to_string();
-        assert_eq!(repeated, "cannot write: disk full");
+        let error = anyhow::anyhow!("disk full")
+            .context("cannot write /x")
+            .context("saving");
+        assert_eq!(
+            Failure::new(Cause::Running, error).text(),
+            "saving: cannot write /x: disk full"
+        );
+        let repeated = anyhow::anyhow!("disk full").context("cannot write: disk full");
+        assert_eq!(
+            Failure::new(Cause::Running, repeated).text(),
+            "cannot write: disk full"
+        );
     }
 }

@@ -42,8 +42,26 @@ pub(crate) struct LayoutFlags {
 
 impl LayoutFlags {
     pub(crate) fn spec(self) -> LayoutSpec {
-        let Self { tp, pp, vpp, cp, ep, etp, dp, sp } = self;
-        LayoutSpec { tp, pp, vpp, cp, ep, etp, dp, sp }
+        let Self {
+            tp,
+            pp,
+            vpp,
+            cp,
+            ep,
+            etp,
+            dp,
+            sp,
+        } = self;
+        LayoutSpec {
+            tp,
+            pp,
+            vpp,
+            cp,
+            ep,
+            etp,
+            dp,
+            sp,
+        }
     }
 }
 
@@ -108,7 +126,9 @@ impl Fetch {
             Event::Progress { file, done, total } => {
                 self.current = *total;
                 let shown = self.finished + done;
-                let progress = self.progress.get_or_insert_with(|| ByteProgress::new("fetching"));
+                let progress = self
+                    .progress
+                    .get_or_insert_with(|| ByteProgress::new("fetching"));
                 progress.update(shown, self.total.max(shown), file);
             }
             Event::Done { .. } => self.finished += std::mem::take(&mut self.current),
@@ -122,7 +142,9 @@ impl Fetch {
 
 /// Reads `5GB`, `500MB`, `2GiB` or plain bytes.
 pub(crate) fn byte_size(text: &str) -> Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let scale: f64 = match unit.trim().to_ascii_lowercase().as_str() {
         "" | "b" => 1.0,
@@ -133,16 +155,33 @@ pub(crate) fn byte_size(text: &str) -> Result<u64, String> {
         "kib" => 1024.0,
         "mib" => 1024.0 * 1024.0,
         "gib" => 1024.0 * 1024.0 * 1024.0,
-        _ => return Err(format!("{text:?} is no size; write it as 5GB, 500MB or 2GiB")),
+        _ => {
+            return Err(format!(
+                "{text:?} is no size; write it as 5GB, 500MB or 2GiB"
+            ));
+        }
     };
-    let value = number.parse::<f64>().map_err(|_| format!("{text:?} is no size; write it as 5GB, 500MB or 2GiB"))? * scale;
-    if value >= 1.0 && value < 1e18 { Ok(value as u64) } else { Err(format!("{text:?} is no size between 1 byte and 10^18")) }
+    let value = number
+        .parse::<f64>()
+        .map_err(|_| format!("{text:?} is no size; write it as 5GB, 500MB or 2GiB"))?
+        * scale;
+    if value >= 1.0 && value < 1e18 {
+        Ok(value as u64)
+    } else {
+        Err(format!("{text:?} is no size between 1 byte and 10^18"))
+    }
 }
 
 /// Splits a comma-separated list of token ids.
 pub(crate) fn token_ids(text: &str) -> Result<Vec<u32>> {
     text.split(',')
-        .map(|id| id.trim().parse().map_err(|_| Failure::input(format!("--prompt-ids: {id:?} is no token id; write them as 1,2,3"))))
+        .map(|id| {
+            id.trim().parse().map_err(|_| {
+                Failure::input(format!(
+                    "--prompt-ids: {id:?} is no token id; write them as 1,2,3"
+                ))
+            })
+        })
         .collect()
 }
 
@@ -152,7 +191,13 @@ mod tests {
 
     #[test]
     fn sizes_are_read_with_their_units() {
-        for (text, value) in [("5GB", 5_000_000_000), ("1.5kb", 1500), ("2GiB", 2 << 30), ("77", 77), ("8 GB", 8_000_000_000)] {
+        for (text, value) in [
+            ("5GB", 5_000_000_000),
+            ("1.5kb", 1500),
+            ("2GiB", 2 << 30),
+            ("77", 77),
+            ("8 GB", 8_000_000_000),
+        ] {
             assert_eq!(byte_size(text), Ok(value), "{text}");
         }
         for text in ["", "GB", "5 bananas", "-5GB", "0", "nanGB", "1e400"] {
@@ -163,7 +208,12 @@ mod tests {
     #[test]
     fn token_ids_are_read_or_named() {
         assert_eq!(token_ids("1, 2,3").expect("ids"), [1, 2, 3]);
-        assert!(token_ids("1,x").expect_err("no id").text().contains("\"x\""));
+        assert!(
+            token_ids("1,x")
+                .expect_err("no id")
+                .text()
+                .contains("\"x\"")
+        );
         token_ids("").expect_err("nothing");
         token_ids("-1").expect_err("negative");
     }

@@ -6,6 +6,7 @@
 mod backend;
 mod bench;
 mod cli;
+mod conversion;
 mod data;
 mod doctor;
 mod export;
@@ -13,6 +14,7 @@ mod failure;
 mod flags;
 mod generate;
 mod import;
+mod model;
 mod models;
 mod plan;
 mod pretrain;

@@ -1,8 +1,6 @@
 //! `plan`: what a conversion would do, from the config and the headers alone.
 
-use bridge_core::checkpoint::Checkpoint;
-use bridge_core::plan::{Plan, TensorHeader, plan_import};
-use bridge_core::{HfConfig, LayoutSpec};
+use bridge_core::convert::HfModel;
 use serde_json::to_value;
 
 use crate::failure::{Blame, Result};
@@ -22,19 +20,11 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
     let folder = hugging_face_folder(&args.hf)?;
-    let plan = plan_of(&folder, &args.layout.spec())?;
+    let model = HfModel::open(&folder, &bridge_models::registry(), &args.layout.spec())?;
+    let plan = model.plan();
     report.text(plan.to_string().trim_end())?;
     if report.is_json() {
-        report.json(&to_value(&plan).running("cannot write the plan as JSON")?)?;
+        report.json(&to_value(plan).running("cannot write the plan as JSON")?)?;
     }
     Ok(())
-}
-
-/// Plans the import of the folder at a layout.
-pub(crate) fn plan_of(folder: &std::path::Path, layout: &LayoutSpec) -> Result<Plan> {
-    let config = HfConfig::load(folder)?;
-    let bridge = bridge_models::registry().detect(&config)?;
-    let checkpoint = Checkpoint::open(folder)?;
-    let headers: Vec<TensorHeader> = checkpoint.tensors().iter().map(TensorHeader::from).collect();
-    Ok(plan_import(bridge, &config, &headers, layout)?)
 }

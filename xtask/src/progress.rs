@@ -22,11 +22,18 @@ impl ByteProgress {
     pub(crate) fn new(what: impl Into<String>) -> Self {
         let what = what.into();
         let bar = std::io::stderr().is_terminal().then(|| {
-            let template = "{prefix} {bar:24} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}  {wide_msg}";
+            let template =
+                "{prefix} {bar:24} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}  {wide_msg}";
             let style = ProgressStyle::with_template(template).expect("a fixed template");
-            ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr()).with_style(style).with_prefix(what.clone())
+            ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr())
+                .with_style(style)
+                .with_prefix(what.clone())
         });
-        Self { what, bar, last_line: Mutex::new(Instant::now()) }
+        Self {
+            what,
+            bar,
+            last_line: Mutex::new(Instant::now()),
+        }
     }
 
     /// `done` of `total` bytes, at present of `item`.
@@ -37,7 +44,9 @@ impl ByteProgress {
             bar.set_message(item.to_owned());
             return;
         }
-        let Ok(mut last) = self.last_line.lock() else { return };
+        let Ok(mut last) = self.last_line.lock() else {
+            return;
+        };
         if last.elapsed() >= LINE_INTERVAL {
             *last = Instant::now();
             eprintln!("{}: {} of {} {item}", self.what, bytes(done), bytes(total));

@@ -33,7 +33,13 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
             let recipes = bridge_recipes::list()?;
             let rows: Vec<Vec<String>> = recipes
                 .iter()
-                .map(|r| vec![r.name.to_owned(), r.family.to_owned(), r.description.clone()])
+                .map(|r| {
+                    vec![
+                        r.name.to_owned(),
+                        r.family.to_owned(),
+                        r.description.clone(),
+                    ]
+                })
                 .collect();
             report.text(table(&["recipe", "family", "what it trains"], &rows))?;
             let list: Vec<_> = recipes
@@ -45,10 +51,20 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         What::Show { name } => {
             let recipe = bridge_recipes::get(&name)?;
             let layers = bridge_recipes::layers(&name)?;
-            let resolved = resolve(&layers, &ResolveContext::new(&bridge_models::registry(), &name))?;
+            let resolved = resolve(
+                &layers,
+                &ResolveContext::new(&bridge_models::registry(), &name),
+            )?;
             let toml = resolved.to_toml();
-            report.text(format!("# {}: {}\n{}", recipe.name, recipe.description, toml.trim_end()))?;
-            report.json(&json!({"name": recipe.name, "description": recipe.description, "toml": toml}))
+            report.text(format!(
+                "# {}: {}\n{}",
+                recipe.name,
+                recipe.description,
+                toml.trim_end()
+            ))?;
+            report.json(
+                &json!({"name": recipe.name, "description": recipe.description, "toml": toml}),
+            )
         }
     }
 }

@@ -47,8 +47,23 @@ impl Step {
     fn cargo(self) -> &'static [&'static str] {
         match self {
             Self::Format => &["fmt", "--all", "--check"],
-            Self::Lint => &["clippy", "--workspace", "--all-targets", "--release", "--", "-D", "warnings"],
-            Self::Test => &["test", "--workspace", "--release", "--lib", "--bins", "--tests"],
+            Self::Lint => &[
+                "clippy",
+                "--workspace",
+                "--all-targets",
+                "--release",
+                "--",
+                "-D",
+                "warnings",
+            ],
+            Self::Test => &[
+                "test",
+                "--workspace",
+                "--release",
+                "--lib",
+                "--bins",
+                "--tests",
+            ],
             Self::Doc => &["test", "--workspace", "--release", "--doc"],
         }
     }
@@ -56,7 +71,10 @@ impl Step {
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
     let root = workspace_root()?;
-    let steps: Vec<Step> = Step::ALL.into_iter().filter(|s| args.only.is_empty() || args.only.contains(s)).collect();
+    let steps: Vec<Step> = Step::ALL
+        .into_iter()
+        .filter(|s| args.only.is_empty() || args.only.contains(s))
+        .collect();
     let mut outcomes = Vec::new();
     for step in steps {
         eprintln!("== {}: cargo {}", step.name(), step.cargo().join(" "));
@@ -73,17 +91,32 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     let gpu = gpu_tests();
     let rows: Vec<Vec<String>> = outcomes
         .iter()
-        .map(|(step, ok, s)| vec![step.name().into(), if *ok { "passed" } else { "FAILED" }.into(), format!("{s:.1} s")])
+        .map(|(step, ok, s)| {
+            vec![
+                step.name().into(),
+                if *ok { "passed" } else { "FAILED" }.into(),
+                format!("{s:.1} s"),
+            ]
+        })
         .collect();
     report.text(table(&["step", "result", "time"], &rows))?;
     report.text(format!("GPU tests: {gpu}"))?;
-    let failed: Vec<&str> = outcomes.iter().filter(|(_, ok, _)| !ok).map(|(step, ..)| step.name()).collect();
+    let failed: Vec<&str> = outcomes
+        .iter()
+        .filter(|(_, ok, _)| !ok)
+        .map(|(step, ..)| step.name())
+        .collect();
     if failed.is_empty() {
-        let steps: Vec<_> =
-            outcomes.iter().map(|(step, ok, s)| json!({"step": step.name(), "passed": ok, "seconds": s})).collect();
+        let steps: Vec<_> = outcomes
+            .iter()
+            .map(|(step, ok, s)| json!({"step": step.name(), "passed": ok, "seconds": s}))
+            .collect();
         return report.json(&json!({"steps": steps, "gpu_tests": gpu, "passed": true}));
     }
-    Err(Failure::check(format!("{} did not pass; the output above says why", failed.join(", "))))
+    Err(Failure::check(format!(
+        "{} did not pass; the output above says why",
+        failed.join(", ")
+    )))
 }
 
 /// Whether tests that need a GPU could run here; they skip themselves where there is none.
@@ -108,6 +141,8 @@ fn workspace_root() -> Result<PathBuf> {
     let manifest = PathBuf::from(String::from_utf8_lossy(&located.stdout).trim());
     match manifest.parent() {
         Some(root) if root.join("bridge-core/Cargo.toml").is_file() => Ok(root.to_owned()),
-        _ => Err(Failure::input("`test` checks this project's source; run it inside a checkout")),
+        _ => Err(Failure::input(
+            "`test` checks this project's source; run it inside a checkout",
+        )),
     }
 }

@@ -9,7 +9,10 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
-use support::{BRIDGE, Outcome, Workbench, arg, bridge, edit_json, finish, read_safetensors, surroundings, write_safetensors};
+use support::{
+    BRIDGE, Outcome, Workbench, arg, bridge, edit_json, finish, read_safetensors, surroundings,
+    write_safetensors,
+};
 
 /// The verbs that read a Hugging Face folder, run on `hf`; each writing verb targets `out`.
 fn readers(bench: &Workbench) -> Vec<Outcome> {
@@ -20,7 +23,15 @@ fn readers(bench: &Workbench) -> Vec<Outcome> {
         bridge(&["import", "--hf", hf, "--out", out]),
         bridge(&["roundtrip", "--hf", hf]),
         bridge(&["verify", "--hf", hf, "--reference", hf]),
-        bridge(&["generate", "--hf", hf, "--prompt-ids", "1,2,3", "--max-new-tokens", "2"]),
+        bridge(&[
+            "generate",
+            "--hf",
+            hf,
+            "--prompt-ids",
+            "1,2,3",
+            "--max-new-tokens",
+            "2",
+        ]),
     ]
 }
 
@@ -70,7 +81,10 @@ fn oversized_headers_are_refused_before_anything_is_allocated() {
     // A sparse file that does hold so many bytes gets no further.
     let bench = single();
     let path = bench.hf().join("model.safetensors");
-    let file = fs::File::options().write(true).open(&path).expect("weights");
+    let file = fs::File::options()
+        .write(true)
+        .open(&path)
+        .expect("weights");
     file.set_len(3 << 30).expect("a sparse file");
     let mut bytes = fs::read(fixture_weights()).expect("weights");
     bytes.truncate(8);
@@ -85,7 +99,15 @@ fn fixture_weights() -> std::path::PathBuf {
 
 #[test]
 fn headers_that_are_not_what_they_should_be_are_refused() {
-    for header in ["not json at all", "[]", "{\"a\": 3}", "{\"a\": {\"dtype\": \"F32\"}}", "{", "", "\u{0}\u{0}"] {
+    for header in [
+        "not json at all",
+        "[]",
+        "{\"a\": 3}",
+        "{\"a\": {\"dtype\": \"F32\"}}",
+        "{",
+        "",
+        "\u{0}\u{0}",
+    ] {
         let bench = single();
         write_safetensors(&bench.hf().join("model.safetensors"), header, &[0; 64]);
         refused(&bench, &["model.safetensors"]);
@@ -111,7 +133,10 @@ fn offsets_that_overlap_leave_the_file_or_run_backwards_are_refused() {
         let bench = single();
         bench.edit_header(|h| {
             let offsets = h[TENSOR]["data_offsets"].clone();
-            h[TENSOR]["data_offsets"] = json!(case(offsets[0].as_u64().expect("begin"), offsets[1].as_u64().expect("end")));
+            h[TENSOR]["data_offsets"] = json!(case(
+                offsets[0].as_u64().expect("begin"),
+                offsets[1].as_u64().expect("end")
+            ));
         });
         refused(&bench, &["model.safetensors", "offset"]);
     }
@@ -122,7 +147,12 @@ fn impossible_dtypes_and_shapes_are_refused() {
     let bench = single();
     bench.edit_header(|h| h[TENSOR]["dtype"] = json!("F31"));
     refused(&bench, &[TENSOR, "F31"]);
-    for shape in [json!([u64::MAX, 2]), json!([1u64 << 40, 1u64 << 40]), json!([-1, 64]), json!("64")] {
+    for shape in [
+        json!([u64::MAX, 2]),
+        json!([1u64 << 40, 1u64 << 40]),
+        json!([-1, 64]),
+        json!("64"),
+    ] {
         let bench = single();
         bench.edit_header(|h| h[TENSOR]["shape"] = shape);
         refused(&bench, &["model.safetensors"]);
@@ -148,7 +178,14 @@ fn unknown_and_missing_tensors_are_all_named() {
             h.insert(format!("strange.{name}"), info);
         }
     });
-    refused(&bench, &["strange.model.layers.1.mlp.up_proj.weight", "strange.model.norm.weight", "layers.1.mlp.up_proj.weight"]);
+    refused(
+        &bench,
+        &[
+            "strange.model.layers.1.mlp.up_proj.weight",
+            "strange.model.norm.weight",
+            "layers.1.mlp.up_proj.weight",
+        ],
+    );
 }
 
 #[test]
@@ -165,15 +202,30 @@ fn duplicate_tensors_are_refused() {
 
     // One tensor in two shards.
     let bench = sharded();
-    let index: Value = serde_json::from_slice(&fs::read(bench.hf().join("model.safetensors.index.json")).expect("index")).expect("json");
+    let index: Value = serde_json::from_slice(
+        &fs::read(bench.hf().join("model.safetensors.index.json")).expect("index"),
+    )
+    .expect("json");
     let map = index["weight_map"].as_object().expect("a map");
     let (first_name, first_file) = map.iter().next().expect("a tensor");
-    let second_file = map.values().find(|f| *f != first_file).expect("another shard").as_str().expect("a name");
+    let second_file = map
+        .values()
+        .find(|f| *f != first_file)
+        .expect("another shard")
+        .as_str()
+        .expect("a name");
     let (mut header, mut data) = read_safetensors(&bench.hf().join(second_file));
     let begin = data.len();
     data.extend_from_slice(&[0; 4]);
-    header.insert(first_name.clone(), json!({"dtype": "F32", "shape": [1], "data_offsets": [begin, begin + 4]}));
-    write_safetensors(&bench.hf().join(second_file), &Value::Object(header).to_string(), &data);
+    header.insert(
+        first_name.clone(),
+        json!({"dtype": "F32", "shape": [1], "data_offsets": [begin, begin + 4]}),
+    );
+    write_safetensors(
+        &bench.hf().join(second_file),
+        &Value::Object(header).to_string(),
+        &data,
+    );
     refused(&bench, &[first_name]);
 }
 
@@ -185,13 +237,21 @@ fn missing_shards_and_entries_are_named() {
 
     let bench = sharded();
     edit_json(&bench.hf().join("model.safetensors.index.json"), |v| {
-        v["weight_map"].as_object_mut().expect("a map").remove("model.norm.weight");
+        v["weight_map"]
+            .as_object_mut()
+            .expect("a map")
+            .remove("model.norm.weight");
     });
     refused(&bench, &["model.norm.weight"]);
 
     let bench = sharded();
-    edit_json(&bench.hf().join("model.safetensors.index.json"), |v| v["weight_map"]["model.norm.weight"] = json!("model-00001-of-00009.safetensors"));
-    refused(&bench, &["model.norm.weight", "model-00001-of-00009.safetensors"]);
+    edit_json(&bench.hf().join("model.safetensors.index.json"), |v| {
+        v["weight_map"]["model.norm.weight"] = json!("model-00001-of-00009.safetensors")
+    });
+    refused(
+        &bench,
+        &["model.norm.weight", "model-00001-of-00009.safetensors"],
+    );
 
     let bench = single();
     fs::remove_file(bench.hf().join("model.safetensors")).expect("removed");
@@ -200,25 +260,58 @@ fn missing_shards_and_entries_are_named() {
 
 #[test]
 fn index_entries_that_leave_the_folder_are_refused() {
-    for name in ["../model-00001-of-00009.safetensors", "/etc/passwd", "sub/../../x.safetensors", "a\\..\\b", "", "x\0y", ".", "..", &"n".repeat(5000)] {
+    for name in [
+        "../model-00001-of-00009.safetensors",
+        "/etc/passwd",
+        "sub/../../x.safetensors",
+        "a\\..\\b",
+        "",
+        "x\0y",
+        ".",
+        "..",
+        &"n".repeat(5000),
+    ] {
         let bench = sharded();
-        fs::copy(bench.hf().join("model-00001-of-00009.safetensors"), bench.dir.path().join("model-00001-of-00009.safetensors")).expect("a bait");
-        edit_json(&bench.hf().join("model.safetensors.index.json"), |v| v["weight_map"]["model.norm.weight"] = json!(name));
+        fs::copy(
+            bench.hf().join("model-00001-of-00009.safetensors"),
+            bench.dir.path().join("model-00001-of-00009.safetensors"),
+        )
+        .expect("a bait");
+        edit_json(&bench.hf().join("model.safetensors.index.json"), |v| {
+            v["weight_map"]["model.norm.weight"] = json!(name)
+        });
         for outcome in readers(&bench) {
             outcome.fails(2, &["model.safetensors.index.json"]);
         }
         assert_eq!(bench.entries(), ["hf", "model-00001-of-00009.safetensors"]);
     }
-    for index in [json!([]), json!({"weight_map": []}), json!({"weight_map": {"a": 3}}), json!({})] {
+    for index in [
+        json!([]),
+        json!({"weight_map": []}),
+        json!({"weight_map": {"a": 3}}),
+        json!({}),
+    ] {
         let bench = sharded();
-        fs::write(bench.hf().join("model.safetensors.index.json"), index.to_string()).expect("written");
+        fs::write(
+            bench.hf().join("model.safetensors.index.json"),
+            index.to_string(),
+        )
+        .expect("written");
         refused(&bench, &["model.safetensors.index.json"]);
     }
 }
 
 #[test]
 fn hostile_tensor_names_never_become_paths() {
-    for name in ["../x", "/etc/x", "a\0b", "..", &"n".repeat(1 << 16), "model.layers.18446744073709551616.x", "model.layers.-1.x"] {
+    for name in [
+        "../x",
+        "/etc/x",
+        "a\0b",
+        "..",
+        &"n".repeat(1 << 16),
+        "model.layers.18446744073709551616.x",
+        "model.layers.-1.x",
+    ] {
         let bench = single();
         bench.edit_header(|h| {
             let info = h.remove(TENSOR).expect("a tensor");
@@ -226,8 +319,15 @@ fn hostile_tensor_names_never_become_paths() {
         });
         for outcome in readers(&bench) {
             let outcome = outcome.fails(2, &[]);
-            assert!(outcome.stderr.len() < 8000, "the message stays readable: {} bytes", outcome.stderr.len());
-            assert!(!outcome.stderr.contains('\0'), "control characters are escaped");
+            assert!(
+                outcome.stderr.len() < 8000,
+                "the message stays readable: {} bytes",
+                outcome.stderr.len()
+            );
+            assert!(
+                !outcome.stderr.contains('\0'),
+                "control characters are escaped"
+            );
         }
         assert_eq!(bench.entries(), ["hf"]);
     }
@@ -239,7 +339,13 @@ fn unknown_architectures_and_broken_configs_are_refused() {
     bench.edit_config(|c| c["architectures"] = json!(["LlamaForCausalML"]));
     refused(&bench, &["LlamaForCausalML", "LlamaForCausalLM"]);
     let bench = single();
-    bench.edit_config(|c| drop(c.as_object_mut().expect("an object").remove("architectures")));
+    bench.edit_config(|c| {
+        drop(
+            c.as_object_mut()
+                .expect("an object")
+                .remove("architectures"),
+        )
+    });
     refused(&bench, &["config.json", "architectures"]);
 
     let bench = single();
@@ -280,9 +386,11 @@ fn unknown_config_keys_get_the_nearest_right_one() {
     let bench = Workbench::empty();
     let run = bench.path("run");
     let checkpoint = format!("checkpoint.dir={}", arg(&run));
-    bridge(&["pretrain", &checkpoint, "train.trian_iters=3"]).fails(2, &["train.trian_iters", "train_iters"]);
+    bridge(&["pretrain", &checkpoint, "train.trian_iters=3"])
+        .fails(2, &["train.trian_iters", "train_iters"]);
     bridge(&["pretrain", &checkpoint, "trian.train_iters=3"]).fails(2, &["trian", "train"]);
-    bridge(&["pretrain", &checkpoint, "train.train_iters=many"]).fails(2, &["train.train_iters", "many"]);
+    bridge(&["pretrain", &checkpoint, "train.train_iters=many"])
+        .fails(2, &["train.train_iters", "many"]);
     bridge(&["pretrain", "tiny_lama"]).fails(2, &["tiny_lama", "tiny_llama"]);
     let config = bench.path("run.toml");
     fs::write(&config, "[optimizer]\nlearning_rate = 1e-3\n").expect("written");
@@ -297,11 +405,56 @@ fn unknown_config_keys_get_the_nearest_right_one() {
 fn prompts_that_do_not_fit_are_refused() {
     let hf = support::fixture("llama3_2");
     let long = vec!["7"; 300].join(",");
-    bridge(&["generate", "--hf", arg(&hf), "--prompt-ids", &long, "--max-new-tokens", "1"]).fails(2, &["300", "256"]);
-    bridge(&["generate", "--hf", arg(&hf), "--prompt-ids", "1,2,3", "--max-new-tokens", "300"]).fails(2, &["256"]);
-    bridge(&["generate", "--hf", arg(&hf), "--prompt-ids", "1,160", "--max-new-tokens", "1"]).fails(2, &["160"]);
-    bridge(&["generate", "--hf", arg(&hf), "--prompt-ids", "1,x", "--max-new-tokens", "1"]).fails(2, &["\"x\""]);
-    bridge(&["generate", "--hf", arg(&hf), "--prompt", "text", "--max-new-tokens", "1"]).fails(2, &["tokenizer"]);
+    bridge(&[
+        "generate",
+        "--hf",
+        arg(&hf),
+        "--prompt-ids",
+        &long,
+        "--max-new-tokens",
+        "1",
+    ])
+    .fails(2, &["300", "256"]);
+    bridge(&[
+        "generate",
+        "--hf",
+        arg(&hf),
+        "--prompt-ids",
+        "1,2,3",
+        "--max-new-tokens",
+        "300",
+    ])
+    .fails(2, &["256"]);
+    bridge(&[
+        "generate",
+        "--hf",
+        arg(&hf),
+        "--prompt-ids",
+        "1,160",
+        "--max-new-tokens",
+        "1",
+    ])
+    .fails(2, &["160"]);
+    bridge(&[
+        "generate",
+        "--hf",
+        arg(&hf),
+        "--prompt-ids",
+        "1,x",
+        "--max-new-tokens",
+        "1",
+    ])
+    .fails(2, &["\"x\""]);
+    bridge(&[
+        "generate",
+        "--hf",
+        arg(&hf),
+        "--prompt",
+        "text",
+        "--max-new-tokens",
+        "1",
+    ])
+    .fails(2, &["tokenizer"]);
 }
 
 #[test]
@@ -309,8 +462,18 @@ fn a_write_that_fails_leaves_nothing_behind() {
     // Files may not grow beyond 100 kB here; with the signal ignored, writing fails as it does on a full disk.
     let bench = Workbench::new("llama2");
     let mut command = surroundings(Command::new("sh"));
-    command.args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$0\" \"$@\"", BRIDGE]);
-    command.args(["import", "--hf", arg(&bench.hf()), "--out", arg(&bench.path("out"))]);
+    command.args([
+        "-c",
+        "trap '' XFSZ; ulimit -f 100; exec \"$0\" \"$@\"",
+        BRIDGE,
+    ]);
+    command.args([
+        "import",
+        "--hf",
+        arg(&bench.hf()),
+        "--out",
+        arg(&bench.path("out")),
+    ]);
     finish(command).fails(3, &[]);
     assert_eq!(bench.entries(), ["hf"], "something was left behind");
 }
@@ -322,8 +485,23 @@ fn a_full_disk_leaves_nothing_behind() {
     fs::create_dir(&small).expect("a folder");
     let script = "mount -t tmpfs -o size=200k none \"$1\" || exit 77; shift; \"$@\"; code=$?; ls -A \"$SMALL\"; exit $code";
     let mut command = surroundings(Command::new("unshare"));
-    command.env("SMALL", &small).args(["--mount", "--map-root-user", "sh", "-c", script, "sh", arg(&small), BRIDGE]);
-    command.args(["import", "--hf", arg(&bench.hf()), "--out", arg(&small.join("out"))]);
+    command.env("SMALL", &small).args([
+        "--mount",
+        "--map-root-user",
+        "sh",
+        "-c",
+        script,
+        "sh",
+        arg(&small),
+        BRIDGE,
+    ]);
+    command.args([
+        "import",
+        "--hf",
+        arg(&bench.hf()),
+        "--out",
+        arg(&small.join("out")),
+    ]);
     let Ok(output) = command.output() else {
         eprintln!("skipped: no unshare on this machine");
         return;
@@ -334,7 +512,12 @@ fn a_full_disk_leaves_nothing_behind() {
         eprintln!("skipped: this machine does not let a test mount a small disk");
         return;
     }
-    Outcome { code: output.status.code(), stdout: stdout.clone(), stderr }.fails(3, &["No space left"]);
+    Outcome {
+        code: output.status.code(),
+        stdout: stdout.clone(),
+        stderr,
+    }
+    .fails(3, &["No space left"]);
     assert_eq!(stdout, "", "left on the small disk");
 }
 
@@ -344,12 +527,20 @@ fn unreadable_folders_and_files_are_named() {
     // Root reads everything, so where tests run as root the binary runs as nobody, from a place that nobody can reach.
     let program = bench.path("bridge");
     fs::copy(BRIDGE, &program).expect("a copy");
-    let is_root = fs::metadata(bench.dir.path()).map(|m| std::os::unix::fs::MetadataExt::uid(&m)).expect("an owner") == 0;
-    let open = |path: &Path, mode: u32| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("permissions");
+    let is_root = fs::metadata(bench.dir.path())
+        .map(|m| std::os::unix::fs::MetadataExt::uid(&m))
+        .expect("an owner")
+        == 0;
+    let open = |path: &Path, mode: u32| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("permissions")
+    };
     open(bench.dir.path(), 0o755);
     let run = |path: &Path| {
         let mut command = surroundings(Command::new(&program));
-        command.args(["plan", "--hf", arg(path)]).current_dir("/").env("HOME", "/");
+        command
+            .args(["plan", "--hf", arg(path)])
+            .current_dir("/")
+            .env("HOME", "/");
         if is_root {
             command.uid(65534);
         }
@@ -373,10 +564,27 @@ fn outputs_that_exist_are_not_overwritten() {
     fs::create_dir(&out).expect("a folder");
     fs::write(out.join("precious.txt"), "keep").expect("a file");
     bridge(&["import", "--hf", arg(&bench.hf()), "--out", arg(&out)]).fails(2, &["out"]);
-    assert_eq!(fs::read_to_string(out.join("precious.txt")).expect("still there"), "keep");
+    assert_eq!(
+        fs::read_to_string(out.join("precious.txt")).expect("still there"),
+        "keep"
+    );
     assert_eq!(fs::read_dir(&out).expect("a folder").count(), 1);
-    bridge(&["export", "--checkpoint", arg(&bench.path("none")), "--out", arg(&bench.path("x"))]).fails(2, &["none"]);
-    bridge(&["import", "--hf", arg(&bench.path("nowhere")), "--out", arg(&bench.path("x"))]).fails(2, &["nowhere"]);
+    bridge(&[
+        "export",
+        "--checkpoint",
+        arg(&bench.path("none")),
+        "--out",
+        arg(&bench.path("x")),
+    ])
+    .fails(2, &["none"]);
+    bridge(&[
+        "import",
+        "--hf",
+        arg(&bench.path("nowhere")),
+        "--out",
+        arg(&bench.path("x")),
+    ])
+    .fails(2, &["nowhere"]);
     assert_eq!(bench.entries(), ["hf", "out"]);
 }
 
@@ -386,5 +594,14 @@ fn impossible_layouts_are_refused() {
     bridge(&["plan", "--hf", arg(&hf), "--tp", "0"]).fails(2, &["tp"]);
     bridge(&["plan", "--hf", arg(&hf), "--tp", "3"]).fails(2, &["tp"]);
     bridge(&["plan", "--hf", arg(&hf), "--pp", "9"]).fails(2, &["pp"]);
-    bridge(&["plan", "--hf", arg(&hf), "--tp", "18446744073709551615", "--dp", "2"]).fails(2, &[]);
+    bridge(&[
+        "plan",
+        "--hf",
+        arg(&hf),
+        "--tp",
+        "18446744073709551615",
+        "--dp",
+        "2",
+    ])
+    .fails(2, &[]);
 }

@@ -35,7 +35,12 @@ const VERBS: [&[&str]; 22] = [
 /// Asserts that a JSON object has exactly these fields.
 #[track_caller]
 fn has_fields(value: &Value, fields: &[&str]) {
-    let mut found: Vec<&str> = value.as_object().expect("an object").keys().map(String::as_str).collect();
+    let mut found: Vec<&str> = value
+        .as_object()
+        .expect("an object")
+        .keys()
+        .map(String::as_str)
+        .collect();
     let mut expected = fields.to_vec();
     found.sort_unstable();
     expected.sort_unstable();
@@ -46,11 +51,18 @@ fn has_fields(value: &Value, fields: &[&str]) {
 fn every_verb_has_help() {
     for verb in VERBS {
         let outcome = bridge(&[verb, &["--help"]].concat()).ok();
-        assert!(outcome.stdout.contains("Usage: cargo xtask"), "{verb:?}: {}", outcome.stdout);
+        assert!(
+            outcome.stdout.contains("Usage: cargo xtask"),
+            "{verb:?}: {}",
+            outcome.stdout
+        );
     }
     let all = bridge(&["--help"]).ok().stdout;
     for verb in VERBS {
-        assert!(all.contains(verb[0]), "{verb:?} is missing from the overview");
+        assert!(
+            all.contains(verb[0]),
+            "{verb:?} is missing from the overview"
+        );
     }
 }
 
@@ -67,9 +79,19 @@ fn wrong_arguments_exit_with_2_and_the_nearest_right_one() {
     let hf = fixture("llama3_2");
     let verify = ["verify", "--hf", arg(&hf), "--reference", arg(&hf)];
     bridge(&[&verify[..], &["--backend", "cuad"]].concat()).fails(2, &["cuda"]);
-    bridge(&[&verify[..], &["--backend", "cpu", "--device", "1"]].concat()).fails(2, &["--device 1"]);
+    bridge(&[&verify[..], &["--backend", "cpu", "--device", "1"]].concat())
+        .fails(2, &["--device 1"]);
     bridge(&["generate", "--hf", arg(&hf), "--max-new-tokens", "3"]).fails(2, &["--prompt"]);
-    bridge(&["generate", "--hf", arg(&hf), "--checkpoint", arg(&hf), "--prompt-ids", "1"]).fails(2, &["cannot be used with"]);
+    bridge(&[
+        "generate",
+        "--hf",
+        arg(&hf),
+        "--checkpoint",
+        arg(&hf),
+        "--prompt-ids",
+        "1",
+    ])
+    .fails(2, &["cannot be used with"]);
 }
 
 #[test]
@@ -83,8 +105,19 @@ fn errors_are_json_as_well_when_asked_for() {
 #[test]
 fn models_and_recipes_are_listed() {
     let models = bridge(&["models", "list", "--json"]).ok().json();
-    assert!(models["models"].as_array().expect("a list").iter().any(|m| m["name"] == "llama"));
-    assert!(bridge(&["models", "show", "llama"]).ok().stdout.contains("layers.{l}.attention.q_proj.weight"));
+    assert!(
+        models["models"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .any(|m| m["name"] == "llama")
+    );
+    assert!(
+        bridge(&["models", "show", "llama"])
+            .ok()
+            .stdout
+            .contains("layers.{l}.attention.q_proj.weight")
+    );
     let recipes = bridge(&["recipes", "list"]).ok().stdout;
     for name in ["tiny_llama", "smollm2_135m", "llama32_1b", "llama3_8b"] {
         assert!(recipes.contains(name), "{name}");
@@ -96,27 +129,54 @@ fn models_and_recipes_are_listed() {
         let outcome = bridge(&["recipes", "show", name, "--json"]).ok().json();
         has_fields(&outcome, &["name", "description", "toml"]);
         let dry = bridge(&["pretrain", "--config", arg(&config), "--dry-run"]);
-        assert!(dry.code == Some(0) || dry.stderr.contains("precision") || dry.stderr.contains("HF_HUB_OFFLINE"), "{}", dry.stderr);
+        assert!(
+            dry.code == Some(0)
+                || dry.stderr.contains("precision")
+                || dry.stderr.contains("HF_HUB_OFFLINE"),
+            "{}",
+            dry.stderr
+        );
     }
 }
 
 #[test]
 fn plan_json_holds_every_tensor_and_rank() {
     let hf = fixture("llama3_1");
-    let plan = bridge(&["plan", "--hf", arg(&hf), "--tp", "2", "--pp", "3", "--json"]).ok().json();
-    assert_eq!(plan["tensors"].as_array().expect("tensors").len(), support::tensors(&hf).len());
+    let plan = bridge(&["plan", "--hf", arg(&hf), "--tp", "2", "--pp", "3", "--json"])
+        .ok()
+        .json();
+    assert_eq!(
+        plan["tensors"].as_array().expect("tensors").len(),
+        support::tensors(&hf).len()
+    );
     let ranks = plan["ranks"].as_array().expect("ranks");
     assert_eq!(ranks.len(), 6);
-    let bytes: u64 = ranks.iter().map(|r| r["bytes"].as_u64().expect("bytes")).sum();
+    let bytes: u64 = ranks
+        .iter()
+        .map(|r| r["bytes"].as_u64().expect("bytes"))
+        .sum();
     assert!(bytes >= plan["total_bytes"].as_u64().expect("a total"));
     let text = bridge(&["plan", "--hf", arg(&hf), "--tp", "2"]).ok().stdout;
-    assert!(text.contains("model.layers.*.self_attn.q_proj.weight") && text.contains("tp=2"), "{text}");
+    assert!(
+        text.contains("model.layers.*.self_attn.q_proj.weight") && text.contains("tp=2"),
+        "{text}"
+    );
 }
 
 #[test]
 fn verify_tells_what_it_compared() {
     let hf = fixture("llama3_2");
-    let result = bridge(&["verify", "--hf", arg(&hf), "--reference", arg(&hf), "--grads", "--json"]).ok().json();
+    let result = bridge(&[
+        "verify",
+        "--hf",
+        arg(&hf),
+        "--reference",
+        arg(&hf),
+        "--grads",
+        "--json",
+    ])
+    .ok()
+    .json();
     has_fields(
         &result,
         &[
@@ -135,7 +195,16 @@ fn verify_tells_what_it_compared() {
     );
     assert_eq!(result["passed"], true);
     assert_eq!(result["backend"], "cpu");
-    let without = bridge(&["verify", "--hf", arg(&hf), "--reference", arg(&hf), "--json"]).ok().json();
+    let without = bridge(&[
+        "verify",
+        "--hf",
+        arg(&hf),
+        "--reference",
+        arg(&hf),
+        "--json",
+    ])
+    .ok()
+    .json();
     assert!(without["grad_norm_max_rel_diff"].is_null() && without["worst_grad"].is_null());
 }
 
@@ -144,10 +213,20 @@ fn a_check_that_does_not_hold_exits_with_1() {
     let hf = fixture("llama3_2");
     let verify = |reference: &Workbench| {
         let reference = reference.hf();
-        bridge(&["verify", "--hf", arg(&hf), "--reference", arg(&reference), "--grads", "--json"])
+        bridge(&[
+            "verify",
+            "--hf",
+            arg(&hf),
+            "--reference",
+            arg(&reference),
+            "--grads",
+            "--json",
+        ])
     };
     let loss = Workbench::new("llama3_2");
-    edit_json(&loss.hf().join("oracle.json"), |v| v["loss"] = (v["loss"].as_f64().expect("a loss") + 1e-3).into());
+    edit_json(&loss.hf().join("oracle.json"), |v| {
+        v["loss"] = (v["loss"].as_f64().expect("a loss") + 1e-3).into()
+    });
     assert_eq!(verify(&loss).fails(1, &["loss"]).json()["passed"], false);
 
     let gradient = Workbench::new("llama3_2");
@@ -156,11 +235,19 @@ fn a_check_that_does_not_hold_exits_with_1() {
         *norm = (norm.as_f64().expect("a norm") * 1.01).into();
     });
     let outcome = verify(&gradient).fails(1, &["model.layers.1.mlp.up_proj.weight"]);
-    assert_eq!(outcome.json()["worst_grad"], "model.layers.1.mlp.up_proj.weight");
+    assert_eq!(
+        outcome.json()["worst_grad"],
+        "model.layers.1.mlp.up_proj.weight"
+    );
 
     let tokens = Workbench::new("llama3_2");
-    edit_json(&tokens.hf().join("oracle.json"), |v| v["gen_ids"][3] = ((v["gen_ids"][3].as_u64().expect("an id") + 1) % 100).into());
-    assert_eq!(verify(&tokens).fails(1, &["greedy"]).json()["greedy_match"], false);
+    edit_json(&tokens.hf().join("oracle.json"), |v| {
+        v["gen_ids"][3] = ((v["gen_ids"][3].as_u64().expect("an id") + 1) % 100).into()
+    });
+    assert_eq!(
+        verify(&tokens).fails(1, &["greedy"]).json()["greedy_match"],
+        false
+    );
 
     // Weights of another seed: everything differs.
     let other = fixture("llama2");
@@ -170,22 +257,64 @@ fn a_check_that_does_not_hold_exits_with_1() {
 #[test]
 fn generate_gives_the_reference_tokens_from_either_source() {
     let bench = Workbench::new("llama3_2");
-    let oracle: Value = serde_json::from_slice(&fs::read(bench.hf().join("oracle.json")).expect("oracle")).expect("json");
-    let prompt = oracle["gen_prompt"].as_array().expect("a prompt").iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let oracle: Value =
+        serde_json::from_slice(&fs::read(bench.hf().join("oracle.json")).expect("oracle"))
+            .expect("json");
+    let prompt = oracle["gen_prompt"]
+        .as_array()
+        .expect("a prompt")
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(",");
     let checkpoint = bench.path("ckpt");
-    bridge(&["import", "--hf", arg(&bench.hf()), "--out", arg(&checkpoint)]).ok();
-    for source in [["--hf", arg(&bench.hf())], ["--checkpoint", arg(&checkpoint)]] {
-        let args = [&["generate"], &source[..], &["--prompt-ids", &prompt, "--max-new-tokens", "16", "--json"]].concat();
+    bridge(&[
+        "import",
+        "--hf",
+        arg(&bench.hf()),
+        "--out",
+        arg(&checkpoint),
+    ])
+    .ok();
+    for source in [
+        ["--hf", arg(&bench.hf())],
+        ["--checkpoint", arg(&checkpoint)],
+    ] {
+        let args = [
+            &["generate"],
+            &source[..],
+            &["--prompt-ids", &prompt, "--max-new-tokens", "16", "--json"],
+        ]
+        .concat();
         let result = bridge(&args).ok().json();
-        has_fields(&result, &["prompt_ids", "token_ids", "text", "tokens_per_s"]);
+        has_fields(
+            &result,
+            &["prompt_ids", "token_ids", "text", "tokens_per_s"],
+        );
         assert_eq!(result["token_ids"], oracle["gen_ids"]);
         assert_eq!(result["prompt_ids"], oracle["gen_prompt"]);
-        assert!(result["text"].is_null(), "there is no tokenizer to make text with");
+        assert!(
+            result["text"].is_null(),
+            "there is no tokenizer to make text with"
+        );
     }
     let sampled = |seed: &str| {
         let hf = bench.hf();
-        let args = ["generate", "--hf", arg(&hf), "--prompt-ids", &prompt, "--max-new-tokens", "16", "--temperature", "1.5"];
-        bridge(&[&args[..], &["--top-p", "0.95", "--seed", seed, "--json"]].concat()).ok().json()["token_ids"].clone()
+        let args = [
+            "generate",
+            "--hf",
+            arg(&hf),
+            "--prompt-ids",
+            &prompt,
+            "--max-new-tokens",
+            "16",
+            "--temperature",
+            "1.5",
+        ];
+        bridge(&[&args[..], &["--top-p", "0.95", "--seed", seed, "--json"]].concat())
+            .ok()
+            .json()["token_ids"]
+            .clone()
     };
     assert_eq!(sampled("1"), sampled("1"));
     assert_ne!(sampled("1"), sampled("2"));
@@ -195,20 +324,40 @@ fn generate_gives_the_reference_tokens_from_either_source() {
 fn pretrain_reports_where_everything_is() {
     let bench = Workbench::empty();
     let dir = bench.path("run");
-    let mut command = pretrain(&dir, &["train.train_iters=3", "logging.plot=true", "logging.tensorboard=true", "eval.eval_interval=2"]);
+    let mut command = pretrain(
+        &dir,
+        &[
+            "train.train_iters=3",
+            "logging.plot=true",
+            "logging.tensorboard=true",
+            "eval.eval_interval=2",
+        ],
+    );
     command.arg("--json");
     let result = finish(command).ok().json();
     for field in ["checkpoint", "metrics", "plot"] {
-        let path = result[field].as_str().unwrap_or_else(|| panic!("{field} in {result}"));
+        let path = result[field]
+            .as_str()
+            .unwrap_or_else(|| panic!("{field} in {result}"));
         assert!(std::path::Path::new(path).exists(), "{path}");
     }
     assert_eq!(result["iteration"], 3);
-    assert!(result["loss"].as_f64().is_some() && result["eval_loss"].as_f64().is_some(), "{result}");
-    assert_eq!(&fs::read(dir.join("loss.png")).expect("a plot")[1..4], b"PNG");
+    assert!(
+        result["loss"].as_f64().is_some() && result["eval_loss"].as_f64().is_some(),
+        "{result}"
+    );
+    assert_eq!(
+        &fs::read(dir.join("loss.png")).expect("a plot")[1..4],
+        b"PNG"
+    );
 
     let text = finish(pretrain(&bench.path("again"), &["train.train_iters=2"])).ok();
     for words in ["loss", "checkpoint", "metrics.jsonl", "generate", "export"] {
-        assert!(text.stdout.contains(words), "{words} is not in: {}", text.stdout);
+        assert!(
+            text.stdout.contains(words),
+            "{words} is not in: {}",
+            text.stdout
+        );
     }
 }
 
@@ -218,7 +367,11 @@ fn a_dry_run_prints_the_config_and_writes_nothing() {
     let mut command = pretrain(&bench.path("run"), &["optimizer.lr=1.5e-3"]);
     command.arg("--dry-run");
     let outcome = finish(command).ok();
-    assert!(outcome.stdout.contains("lr = 0.0015") && outcome.stdout.contains("[model]"), "{}", outcome.stdout);
+    assert!(
+        outcome.stdout.contains("lr = 0.0015") && outcome.stdout.contains("[model]"),
+        "{}",
+        outcome.stdout
+    );
     assert!(bench.entries().is_empty());
 }
 
@@ -230,7 +383,18 @@ fn a_trained_model_can_be_exported_and_read_back() {
     bridge(&["export", "--checkpoint", arg(&run), "--out", arg(&hf)]).ok();
     bridge(&["roundtrip", "--hf", arg(&hf)]).ok();
     let from = |source: &str, path: &std::path::Path| {
-        bridge(&["generate", source, arg(path), "--prompt", "The ", "--max-new-tokens", "8", "--json"]).ok().json()
+        bridge(&[
+            "generate",
+            source,
+            arg(path),
+            "--prompt",
+            "The ",
+            "--max-new-tokens",
+            "8",
+            "--json",
+        ])
+        .ok()
+        .json()
     };
     let (a, b) = (from("--checkpoint", &run), from("--hf", &hf));
     assert_eq!(a["token_ids"], b["token_ids"]);
@@ -241,39 +405,126 @@ fn a_trained_model_can_be_exported_and_read_back() {
 fn text_becomes_a_dataset_that_can_be_inspected_and_trained_on() {
     let bench = Workbench::empty();
     let text = bench.path("text.jsonl");
-    let lines: Vec<String> = (0..200).map(|i| format!("{{\"text\": \"Sentence number {i}, and some more words.\"}}")).collect();
+    let lines: Vec<String> = (0..200)
+        .map(|i| format!("{{\"text\": \"Sentence number {i}, and some more words.\"}}"))
+        .collect();
     fs::write(&text, lines.join("\n")).expect("written");
     let data = bench.path("data");
-    let args = ["data", "preprocess", "--input", arg(&text), "--output", arg(&data), "--tokenizer", "byte", "--json"];
+    let args = [
+        "data",
+        "preprocess",
+        "--input",
+        arg(&text),
+        "--output",
+        arg(&data),
+        "--tokenizer",
+        "byte",
+        "--json",
+    ];
     let result = bridge(&args).ok().json();
     assert_eq!(result["documents"], 200);
-    let inspected = bridge(&["data", "inspect", "--data", arg(&data), "--json"]).ok().json();
+    let inspected = bridge(&["data", "inspect", "--data", arg(&data), "--json"])
+        .ok()
+        .json();
     assert_eq!(inspected["documents"], 200);
     assert_eq!(inspected["tokens"], result["tokens"]);
-    let shown = bridge(&["data", "inspect", "--data", arg(&data), "--tokenizer", "byte", "--document", "3"]).ok().stdout;
+    let shown = bridge(&[
+        "data",
+        "inspect",
+        "--data",
+        arg(&data),
+        "--tokenizer",
+        "byte",
+        "--document",
+        "3",
+    ])
+    .ok()
+    .stdout;
     assert!(shown.contains("Sentence number 3"), "{shown}");
     let path = format!("data.data_path=[{:?}]", arg(&data));
-    finish(pretrain(&bench.path("run"), &["train.train_iters=2", "data.source=indexed", &path])).ok();
+    finish(pretrain(
+        &bench.path("run"),
+        &["train.train_iters=2", "data.source=indexed", &path],
+    ))
+    .ok();
     fs::write(&text, "{\"text\": 3}\n").expect("written");
-    bridge(&["data", "preprocess", "--input", arg(&text), "--output", arg(&bench.path("bad")), "--tokenizer", "byte"]).fails(2, &["text.jsonl", "1"]);
-    assert!(!bench.entries().iter().any(|n| n.starts_with("bad")), "{:?}", bench.entries());
+    bridge(&[
+        "data",
+        "preprocess",
+        "--input",
+        arg(&text),
+        "--output",
+        arg(&bench.path("bad")),
+        "--tokenizer",
+        "byte",
+    ])
+    .fails(2, &["text.jsonl", "1"]);
+    assert!(
+        !bench.entries().iter().any(|n| n.starts_with("bad")),
+        "{:?}",
+        bench.entries()
+    );
 }
 
 #[test]
 fn benchmarks_print_one_json_line_a_case() {
-    let fields = ["shape", "seq", "micro_batch", "precision", "step_ms", "min_ms", "tokens_per_s", "model_tflops", "peak_gib", "startup_s", "gpu"];
-    let train = bridge(&["bench", "train", "--shape", "tiny", "--seq", "16", "--batch", "2", "--steps", "2"]).ok().json();
+    let fields = [
+        "shape",
+        "seq",
+        "micro_batch",
+        "precision",
+        "step_ms",
+        "min_ms",
+        "tokens_per_s",
+        "model_tflops",
+        "peak_gib",
+        "startup_s",
+        "gpu",
+    ];
+    let train = bridge(&[
+        "bench", "train", "--shape", "tiny", "--seq", "16", "--batch", "2", "--steps", "2",
+    ])
+    .ok()
+    .json();
     for field in fields {
-        assert!(train.get(field).is_some(), "{field} is missing from {train}");
+        assert!(
+            train.get(field).is_some(),
+            "{field} is missing from {train}"
+        );
     }
     assert!(train["tokens_per_s"].as_f64().expect("a number") > 0.0 && train["gpu"].is_null());
     let hf = fixture("llama3_2");
-    let generate = bridge(&["bench", "generate", "--hf", arg(&hf), "--tokens", "8"]).ok().json();
+    let generate = bridge(&["bench", "generate", "--hf", arg(&hf), "--tokens", "8"])
+        .ok()
+        .json();
     assert!(generate["tokens_per_s"].as_f64().expect("a number") > 0.0);
     let bench = Workbench::empty();
-    let convert = bridge(&["bench", "convert", "--synthetic", "20MB", "--dir", bench.dir.path().to_str().expect("utf-8")]).ok().json();
-    for field in ["bytes", "cp_s", "import_s", "export_s", "import_peak_gib", "export_peak_gib"] {
-        assert!(convert[field].as_f64().is_some(), "{field} is missing from {convert}");
+    let convert = bridge(&[
+        "bench",
+        "convert",
+        "--synthetic",
+        "20MB",
+        "--dir",
+        bench.dir.path().to_str().expect("utf-8"),
+    ])
+    .ok()
+    .json();
+    for field in [
+        "bytes",
+        "cp_s",
+        "import_s",
+        "export_s",
+        "import_peak_gib",
+        "export_peak_gib",
+    ] {
+        assert!(
+            convert[field].as_f64().is_some(),
+            "{field} is missing from {convert}"
+        );
     }
-    assert!(bench.entries().is_empty(), "it tidies up: {:?}", bench.entries());
+    assert!(
+        bench.entries().is_empty(),
+        "it tidies up: {:?}",
+        bench.entries()
+    );
 }

@@ -13,14 +13,24 @@ use fake_hub::{COMMIT, FakeHub, Served};
 use support::{Outcome, Workbench, command, finish, fixture};
 
 fn hub(name: &str) -> FakeHub {
-    let files = fs::read_dir(fixture(name)).expect("the fixture").flatten().filter(|e| e.path().is_file());
+    let files = fs::read_dir(fixture(name))
+        .expect("the fixture")
+        .flatten()
+        .filter(|e| e.path().is_file());
     FakeHub::start(
         files
             .map(|e| {
                 let name = e.file_name().to_string_lossy().into_owned();
                 let content = fs::read(e.path()).expect("a file");
                 let lfs = name.ends_with(".safetensors");
-                (name, Served { content, lfs, ..Served::default() })
+                (
+                    name,
+                    Served {
+                        content,
+                        lfs,
+                        ..Served::default()
+                    },
+                )
             })
             .collect(),
     )
@@ -28,22 +38,63 @@ fn hub(name: &str) -> FakeHub {
 
 fn run(endpoint: &str, bench: &Workbench, args: &[&str]) -> Outcome {
     let mut command = command();
-    command.env("HF_ENDPOINT", endpoint).env("HF_HOME", bench.path("home")).env_remove("HF_HUB_OFFLINE").args(args);
+    command
+        .env("HF_ENDPOINT", endpoint)
+        .env("HF_HOME", bench.path("home"))
+        .env_remove("HF_HUB_OFFLINE")
+        .args(args);
     finish(command)
 }
 
 #[test]
 fn a_hub_id_works_wherever_a_folder_does() {
     let (hub, bench) = (hub("llama3_1"), Workbench::empty());
-    let plan = run(&hub.endpoint, &bench, &["plan", "--hf", "org/name", "--json"]).ok().json();
+    let plan = run(
+        &hub.endpoint,
+        &bench,
+        &["plan", "--hf", "org/name", "--json"],
+    )
+    .ok()
+    .json();
     assert_eq!(plan["family"], "llama");
-    let args = ["generate", "--hf", "org/name@main", "--prompt-ids", "9,8,7", "--max-new-tokens", "4", "--json"];
+    let args = [
+        "generate",
+        "--hf",
+        "org/name@main",
+        "--prompt-ids",
+        "9,8,7",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    ];
     let there = run(&hub.endpoint, &bench, &args).ok().json();
     let here = fixture("llama3_1");
-    let args = ["generate", "--hf", support::arg(&here), "--prompt-ids", "9,8,7", "--max-new-tokens", "4", "--json"];
-    assert_eq!(there["token_ids"], run(&hub.endpoint, &bench, &args).ok().json()["token_ids"]);
-    assert!(bench.path("home/hub/models--org--name/snapshots").join(COMMIT).is_dir(), "the Python tools' layout");
-    assert_eq!(hub.requests("model-00001-of-00009.safetensors").len(), 1, "fetched once");
+    let args = [
+        "generate",
+        "--hf",
+        support::arg(&here),
+        "--prompt-ids",
+        "9,8,7",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    ];
+    assert_eq!(
+        there["token_ids"],
+        run(&hub.endpoint, &bench, &args).ok().json()["token_ids"]
+    );
+    assert!(
+        bench
+            .path("home/hub/models--org--name/snapshots")
+            .join(COMMIT)
+            .is_dir(),
+        "the Python tools' layout"
+    );
+    assert_eq!(
+        hub.requests("model-00001-of-00009.safetensors").len(),
+        1,
+        "fetched once"
+    );
 }
 
 #[test]

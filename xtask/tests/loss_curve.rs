@@ -14,11 +14,21 @@ const LEARNT: f64 = 2.7;
 fn two_hundred_steps_on_the_bundled_text_pass_letter_frequencies() {
     let bench = Workbench::empty();
     let dir = bench.path("run");
-    let overrides = ["train.train_iters=200", "train.global_batch_size=8", "train.micro_batch_size=8", "data.seq_length=64", "train.seed=7"];
+    let overrides = [
+        "train.train_iters=200",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=8",
+        "data.seq_length=64",
+        "train.seed=7",
+    ];
     finish(pretrain(&dir, &overrides)).ok();
     let losses: Vec<f64> = losses(&dir).into_values().collect();
     assert_eq!(losses.len(), 200);
-    assert!((losses[0] - UNIFORM).abs() < 0.3, "the first loss is {}", losses[0]);
+    assert!(
+        (losses[0] - UNIFORM).abs() < 0.3,
+        "the first loss is {}",
+        losses[0]
+    );
     let last = losses[190..].iter().sum::<f64>() / 10.0;
     assert!(last < LEARNT, "the mean of the last ten losses is {last}");
 }

@@ -91,7 +91,10 @@ pub enum HeaderError {
         found: u64,
     },
     /// A length beyond the end of the file.
-    #[error("the header claims {claimed} bytes, but only {available} follow; the file is cut off, fetch it again")]
+    #[error(
+        "the header claims {claimed} bytes, but only {available} follow; the file is cut off (fetch it again) or no \
+         safetensors file"
+    )]
     LeavesFile {
         /// The length claimed, in bytes.
         claimed: u64,

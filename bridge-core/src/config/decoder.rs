@@ -390,7 +390,7 @@ impl DecoderConfig {
                 "partial_rotary_factor is {}, expected more than 0 and at most 1",
                 self.partial_rotary_factor
             ));
-        } else if self.rotary_dim() == 0 || self.rotary_dim() % 2 != 0 {
+        } else if self.rotary_dim() == 0 || !self.rotary_dim().is_multiple_of(2) {
             problems.push(format!(
                 "head_dim={} times partial_rotary_factor={} rotates {} elements, expected an even number above 0",
                 self.head_dim,

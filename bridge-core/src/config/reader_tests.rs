@@ -218,13 +218,17 @@ fn rope_by_layer_type() {
 fn an_unknown_rope_type_is_an_error_that_names_the_known_ones() {
     check_problem(
         json!({"rope_scaling": {"type": "yran", "factor": 2.0}}),
-        |keys| drop(keys.rope(RopeDefaults::new(512))),
+        |keys| {
+            keys.rope(RopeDefaults::new(512));
+        },
         "rope_scaling.type is \"yran\", a rope type that is not supported; known: default, linear, dynamic, yarn, \
          llama3; did you mean yarn?",
     );
     check_problem(
         json!({"rope_parameters": {"full_attention": {"rope_type": "llama3", "factor": "8"}}}),
-        |keys| drop(keys.rope_of_layer_type("full_attention", RopeDefaults::new(512))),
+        |keys| {
+            keys.rope_of_layer_type("full_attention", RopeDefaults::new(512));
+        },
         "3 problems\n  - rope_parameters.full_attention.factor is the string \"8\", expected a number\n  - key \
          rope_parameters.full_attention.low_freq_factor is missing\n  - key \
          rope_parameters.full_attention.high_freq_factor is missing",

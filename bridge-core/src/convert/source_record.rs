@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::companions::write_new;
 use crate::checkpoint::{
-    Checkpoint, CheckpointError, Header, HeaderEntry, RangeReader, SafetensorsFile, ShardLayout, TensorSpec,
+    Checkpoint, CheckpointError, Header, RangeReader, SafetensorsFile, ShardLayout, TensorSpec,
 };
 use crate::error::{Error, Result};
 
@@ -102,11 +102,6 @@ impl SourceRecord {
             layout.index_json = Some(if unchanged { index.clone().into_bytes() } else { layout.make_index(tensors)? });
         }
         Ok(layout)
-    }
-
-    /// The tensors of the imported checkpoint.
-    pub(super) fn tensors(headers: &Checkpoint) -> impl Iterator<Item = &HeaderEntry> {
-        headers.files().iter().flat_map(|file| &file.header().entries)
     }
 }
 

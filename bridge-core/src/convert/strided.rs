@@ -1,5 +1,7 @@
 //! Moving elements between two strided views: in memory, and from a byte range into memory.
 
+use std::cmp::Reverse;
+
 use crate::checkpoint::RangeReader;
 use crate::error::Result;
 use crate::mapping::ViewPair;
@@ -30,7 +32,7 @@ impl Paired {
             })
             .filter(|axis| axis.extent != 1)
             .collect();
-        axes.sort_by(|a, b| b.near.cmp(&a.near));
+        axes.sort_by_key(|axis| Reverse(axis.near));
         let mut joined: Vec<Axis> = Vec::with_capacity(axes.len());
         for axis in axes {
             match joined.last_mut() {
@@ -156,20 +158,22 @@ pub(super) fn gather(
         return Ok(());
     }
     let mut outer = paired.axes.clone();
-    outer.sort_by(|a, b| b.far.cmp(&a.far));
+    outer.sort_by_key(|axis| Reverse(axis.far));
     let mut inner: Vec<Axis> = Vec::new();
     let mut span = 1;
     while let Some(axis) = outer.last().copied() {
         let longer = (axis.extent - 1).saturating_mul(axis.far).saturating_add(span);
         let apart = axis.extent.saturating_mul(span.saturating_mul(size).saturating_add(READ_COST));
-        if longer.saturating_mul(size) > limit.max(size) || longer.saturating_mul(size) > apart {
+        // What lies without gaps on both sides is read straight to its place, so no buffer limits it.
+        let unbroken = inner.is_empty() && axis.near == 1 && axis.far == 1;
+        if !unbroken && (longer.saturating_mul(size) > limit.max(size) || longer.saturating_mul(size) > apart) {
             break;
         }
         span = longer;
         inner.push(axis);
         outer.pop();
     }
-    inner.sort_by(|a, b| b.near.cmp(&a.near));
+    inner.sort_by_key(|axis| Reverse(axis.near));
     let mut part = Paired { axes: inner, near_offset: 0, far_offset: 0 };
     let direct = part.is_run();
     let bytes = span * size;
@@ -237,6 +241,33 @@ mod tests {
             copy(&paired.scatter(), size, &compact, &mut found);
             prop_assert_eq!(&found, &expected);
         }
+    }
+
+    /// Counts how often it is read.
+    struct Counting(MemoryReader, std::sync::atomic::AtomicUsize);
+
+    impl RangeReader for Counting {
+        fn len(&self) -> u64 {
+            self.0.len()
+        }
+
+        fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> crate::checkpoint::Result<()> {
+            self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            self.0.read_exact_at(offset, buf)
+        }
+
+        fn describe(&self) -> String {
+            self.0.describe()
+        }
+    }
+
+    #[test]
+    fn a_contiguous_tensor_is_one_read_however_large() {
+        let pair = ViewPair { near: View::whole(&[40, 50]), far: View::whole(&[40, 50]) };
+        let reader = Counting(MemoryReader::new("memory", vec![7; 4000]), Default::default());
+        let mut found = vec![0; 4000];
+        gather(&Paired::new(&pair), 2, &reader, 0, &mut found, &mut Vec::new(), 64).unwrap();
+        assert_eq!((reader.1.into_inner(), found), (1, vec![7; 4000]));
     }
 
     #[test]

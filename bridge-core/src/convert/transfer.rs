@@ -72,6 +72,18 @@ impl<'a> Transfer<'a> {
         element_bytes(self.dtype)
     }
 
+    /// Size of the tensor as written.
+    pub(super) fn bytes(&self) -> u64 {
+        self.numel as u64 * self.element() as u64
+    }
+
+    /// Makes the tensor in memory.
+    pub(super) fn read(&self, resources: Resources) -> Result<Vec<u8>> {
+        let mut out = vec![0; self.numel * self.element()];
+        self.gather(0..self.numel, &mut out, &mut Buffers::default(), resources.chunk_bytes())?;
+        Ok(out)
+    }
+
     /// The segments as byte ranges (segment, target byte, source byte, length), if all of them are that simple.
     fn byte_ranges(&self) -> Option<Vec<(usize, u64, u64, u64)>> {
         let ranges = self.segments.iter().enumerate().map(|(index, segment)| {

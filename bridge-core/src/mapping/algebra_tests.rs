@@ -29,7 +29,7 @@ fn wander(mut view: View, steps: &[(u8, usize, usize, usize)]) -> View {
             2 if extent > 0 => view.clone().step(dim, b % extent, 1 + c % 3),
             3 if extent > 0 => view.clone().select(dim, b % extent),
             4 => {
-                let inner = (1..=extent).filter(|size| extent % size == 0).nth(b % 2).unwrap_or(1);
+                let inner = (1..=extent).filter(|size| extent.is_multiple_of(*size)).nth(b % 2).unwrap_or(1);
                 view.clone().split(dim, &[extent / inner.max(1), inner])
             }
             5 => view.clone().merge(dim..(dim + 2).min(rank)),

@@ -166,7 +166,7 @@ fn run(
         run(radix, taken, set(0..base, above)?, digit + 1, left / base, out)?;
         above += left / base;
     }
-    if left % base > 0 {
+    if !left.is_multiple_of(base) {
         out.push(set(0..left % base, above)?);
     }
     Some(())

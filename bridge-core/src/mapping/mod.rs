@@ -20,3 +20,5 @@ pub use view::{Arranged, View, ViewError};
 
 #[cfg(test)]
 mod algebra_tests;
+#[cfg(test)]
+mod tests;

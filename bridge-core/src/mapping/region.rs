@@ -65,7 +65,7 @@ impl ViewPair {
             };
             // A step that moves along two dimensions at once, as after a merge: index by index.
             if let Some(axis) = self.near.long_axes().find(|axis| {
-                self.near.strides()[*axis] > above && self.near.strides()[*axis] % above != 0
+                self.near.strides()[*axis] > above && !self.near.strides()[*axis].is_multiple_of(above)
             }) {
                 return cut_at(axis, 1);
             }

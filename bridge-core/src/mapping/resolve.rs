@@ -173,7 +173,7 @@ impl Build<'_> {
                             match foreign {
                                 Ok(foreign_view) => {
                                     let pieces = vec![(member.tensor, arranged.view, foreign_view)];
-                                    self.add(name, arranged.shape, *op, &member, pieces);
+                                    self.add(name, arranged.shape, op, &member, pieces);
                                 }
                                 Err(error) => self.misfit(&member.name, &name, &error),
                             }
@@ -198,7 +198,7 @@ impl Build<'_> {
             return Ok(View::whole(extents));
         }
         // Row-major order of `extents` is row-major order of `shape`: the strides are those of a fresh tensor.
-        Ok(View::whole(&[numel]).split(0, extents)?)
+        View::whole(&[numel]).split(0, extents)
     }
 
     fn unstacked(&mut self, entry: &Entry, counter: &str, arrange: &Arrange, members: Vec<Member>) {

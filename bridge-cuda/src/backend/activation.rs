@@ -43,7 +43,13 @@ fn softmax(x: CudaTensor, d: usize, log: &'static str) -> CudaTensor {
     if out.count() > 0 {
         let n = x.dims()[last];
         let gpu = x.gpu();
-        let kernel = gpu.kernel("softmax", &[("TYPE", type_name(x.dtype())), ("LOG", log)], "softmax").or_panic();
+        let kernel = gpu
+            .kernel(
+                "softmax",
+                &[("TYPE", type_name(x.dtype())), ("LOG", log)],
+                "softmax",
+            )
+            .or_panic();
         let threads = n.next_multiple_of(32).min(512) as u32;
         // SAFETY: packed operands, one block per row.
         unsafe {

@@ -1,7 +1,10 @@
 //! Boolean tensors: one byte an element, 0 or 1.
 
 use burn_backend::ops::BoolTensorOps;
-use burn_backend::{BoolDType, ExecutionError, FloatDType, IntDType, Scalar, Shape, Slice, TensorData};
+use burn_backend::{
+    BoolDType, DType, ExecutionError, FloatDType, IntDType, Scalar, Shape, Slice, TensorData,
+    TensorMetadata,
+};
 
 use super::{Cuda, dims, from_data, into_data, slice_assign};
 use crate::device::{CudaDevice, Gpu};
@@ -16,17 +19,35 @@ fn flag(value: Scalar) -> Scalar {
     Scalar::Int(value.elem::<bool>().into())
 }
 
+/// Minima of bytes as booleans. The minimum of no elements is the largest number, which is as true as 1 but not stored so.
+fn all_true(minima: CudaTensor, dtype: DType) -> CudaTensor {
+    cast(minima, dtype)
+}
+
 impl BoolTensorOps<Cuda> for Cuda {
     fn bool_empty(shape: Shape, device: &CudaDevice, dtype: BoolDType) -> CudaTensor {
-        CudaTensor::empty(Gpu::get(device.ordinal).or_panic(), dims(&shape), dtype.into())
+        CudaTensor::empty(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            dtype.into(),
+        )
     }
 
     fn bool_zeros(shape: Shape, device: &CudaDevice, dtype: BoolDType) -> CudaTensor {
-        CudaTensor::zeros(Gpu::get(device.ordinal).or_panic(), dims(&shape), dtype.into())
+        CudaTensor::zeros(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            dtype.into(),
+        )
     }
 
     fn bool_ones(shape: Shape, device: &CudaDevice, dtype: BoolDType) -> CudaTensor {
-        full(Gpu::get(device.ordinal).or_panic(), dims(&shape), 1.into(), dtype.into())
+        full(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            1.into(),
+            dtype.into(),
+        )
     }
 
     async fn bool_into_data(tensor: CudaTensor) -> Result<TensorData, ExecutionError> {
@@ -50,7 +71,7 @@ impl BoolTensorOps<Cuda> for Cuda {
     }
 
     fn bool_to_device(tensor: CudaTensor, device: &CudaDevice) -> CudaTensor {
-        tensor.to_device(*device)
+        tensor.on_device(*device)
     }
 
     fn bool_reshape(tensor: CudaTensor, shape: Shape) -> CudaTensor {
@@ -77,7 +98,12 @@ impl BoolTensorOps<Cuda> for Cuda {
         gather(dim, tensor, indices)
     }
 
-    fn bool_scatter_or(dim: usize, tensor: CudaTensor, indices: CudaTensor, value: CudaTensor) -> CudaTensor {
+    fn bool_scatter_or(
+        dim: usize,
+        tensor: CudaTensor,
+        indices: CudaTensor,
+        value: CudaTensor,
+    ) -> CudaTensor {
         scatter(Scatter::Or, dim, tensor, indices, value)
     }
 
@@ -85,7 +111,12 @@ impl BoolTensorOps<Cuda> for Cuda {
         select(tensor, dim, indices)
     }
 
-    fn bool_select_or(tensor: CudaTensor, dim: usize, indices: CudaTensor, value: CudaTensor) -> CudaTensor {
+    fn bool_select_or(
+        tensor: CudaTensor,
+        dim: usize,
+        indices: CudaTensor,
+        value: CudaTensor,
+    ) -> CudaTensor {
         select_add(Scatter::Or, dim, tensor, indices, value)
     }
 
@@ -138,21 +169,24 @@ impl BoolTensorOps<Cuda> for Cuda {
     }
 
     fn bool_any(tensor: CudaTensor) -> CudaTensor {
-        let dtype = burn_backend::TensorMetadata::dtype(&tensor);
+        let dtype = tensor.dtype();
         reduce_all(Reduction::Maximum, tensor, dtype)
     }
 
     fn bool_any_dim(tensor: CudaTensor, dim: usize) -> CudaTensor {
-        reduce(Reduction::Maximum, &tensor, dim, burn_backend::TensorMetadata::dtype(&tensor))
+        reduce(Reduction::Maximum, &tensor, dim, tensor.dtype())
     }
 
     fn bool_all(tensor: CudaTensor) -> CudaTensor {
-        let dtype = burn_backend::TensorMetadata::dtype(&tensor);
-        reduce_all(Reduction::Minimum, tensor, dtype)
+        let dtype = tensor.dtype();
+        all_true(reduce_all(Reduction::Minimum, tensor, DType::U8), dtype)
     }
 
     fn bool_all_dim(tensor: CudaTensor, dim: usize) -> CudaTensor {
-        reduce(Reduction::Minimum, &tensor, dim, burn_backend::TensorMetadata::dtype(&tensor))
+        all_true(
+            reduce(Reduction::Minimum, &tensor, dim, DType::U8),
+            tensor.dtype(),
+        )
     }
 
     fn bool_expand(tensor: CudaTensor, shape: Shape) -> CudaTensor {

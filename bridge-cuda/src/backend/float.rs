@@ -2,12 +2,15 @@
 
 use burn_backend::ops::FloatTensorOps;
 use burn_backend::{
-    BoolDType, Distribution, ExecutionError, FloatDType, IntDType, Scalar, Shape, Slice, TensorData, TensorMetadata,
+    BoolDType, Distribution, ExecutionError, FloatDType, IntDType, Scalar, Shape, Slice,
+    TensorData, TensorMetadata,
 };
 
 use super::{Cuda, dims, from_data, into_data, slice_assign};
 use crate::device::{CudaDevice, Gpu};
-use crate::elementwise::{binary, cast, concatenate, full, mask_fill, mask_where, scalar, unary, unary_to};
+use crate::elementwise::{
+    binary, cast, concatenate, full, mask_fill, mask_where, scalar, unary, unary_to,
+};
 use crate::error::OrPanic;
 use crate::index::{Scatter, gather, scatter, select, select_add};
 use crate::reduce::{Reduction, arg_reduce, reduce, reduce_all};
@@ -55,20 +58,44 @@ impl FloatTensorOps<Cuda> for Cuda {
         from_data(data, device)
     }
 
-    fn float_random(shape: Shape, distribution: Distribution, device: &CudaDevice, dtype: FloatDType) -> CudaTensor {
-        random::random(Gpu::get(device.ordinal).or_panic(), dims(&shape), distribution, dtype.into())
+    fn float_random(
+        shape: Shape,
+        distribution: Distribution,
+        device: &CudaDevice,
+        dtype: FloatDType,
+    ) -> CudaTensor {
+        random::random(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            distribution,
+            dtype.into(),
+        )
     }
 
     fn float_zeros(shape: Shape, device: &CudaDevice, dtype: FloatDType) -> CudaTensor {
-        CudaTensor::zeros(Gpu::get(device.ordinal).or_panic(), dims(&shape), dtype.into())
+        CudaTensor::zeros(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            dtype.into(),
+        )
     }
 
     fn float_ones(shape: Shape, device: &CudaDevice, dtype: FloatDType) -> CudaTensor {
         Self::float_full(shape, 1.0.into(), device, dtype)
     }
 
-    fn float_full(shape: Shape, fill_value: Scalar, device: &CudaDevice, dtype: FloatDType) -> CudaTensor {
-        full(Gpu::get(device.ordinal).or_panic(), dims(&shape), fill_value, dtype.into())
+    fn float_full(
+        shape: Shape,
+        fill_value: Scalar,
+        device: &CudaDevice,
+        dtype: FloatDType,
+    ) -> CudaTensor {
+        full(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            fill_value,
+            dtype.into(),
+        )
     }
 
     async fn float_into_data(tensor: CudaTensor) -> Result<TensorData, ExecutionError> {
@@ -80,7 +107,7 @@ impl FloatTensorOps<Cuda> for Cuda {
     }
 
     fn float_to_device(tensor: CudaTensor, device: &CudaDevice) -> CudaTensor {
-        tensor.to_device(*device)
+        tensor.on_device(*device)
     }
 
     fn float_into_int(tensor: CudaTensor, out_dtype: IntDType) -> CudaTensor {
@@ -88,7 +115,11 @@ impl FloatTensorOps<Cuda> for Cuda {
     }
 
     fn float_empty(shape: Shape, device: &CudaDevice, dtype: FloatDType) -> CudaTensor {
-        CudaTensor::empty(Gpu::get(device.ordinal).or_panic(), dims(&shape), dtype.into())
+        CudaTensor::empty(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            dtype.into(),
+        )
     }
 
     binary_ops! {
@@ -173,7 +204,8 @@ impl FloatTensorOps<Cuda> for Cuda {
     fn float_cross(lhs: CudaTensor, rhs: CudaTensor, dim: usize) -> CudaTensor {
         let part = |x: &CudaTensor, i: usize| x.clone().narrow(dim, i, 1);
         let product = |i: usize, j: usize| binary("MulTensor", part(&lhs, i), part(&rhs, j), None);
-        let parts = [(1, 2), (2, 0), (0, 1)].map(|(i, j)| binary("SubTensor", product(i, j), product(j, i), None));
+        let parts = [(1, 2), (2, 0), (0, 1)]
+            .map(|(i, j)| binary("SubTensor", product(i, j), product(j, i), None));
         concatenate(&parts, dim)
     }
 
@@ -197,7 +229,12 @@ impl FloatTensorOps<Cuda> for Cuda {
         gather(dim, tensor, indices)
     }
 
-    fn float_scatter_add(dim: usize, tensor: CudaTensor, indices: CudaTensor, value: CudaTensor) -> CudaTensor {
+    fn float_scatter_add(
+        dim: usize,
+        tensor: CudaTensor,
+        indices: CudaTensor,
+        value: CudaTensor,
+    ) -> CudaTensor {
         scatter(Scatter::Add, dim, tensor, indices, value)
     }
 
@@ -205,7 +242,12 @@ impl FloatTensorOps<Cuda> for Cuda {
         select(tensor, dim, indices)
     }
 
-    fn float_select_add(tensor: CudaTensor, dim: usize, indices: CudaTensor, value: CudaTensor) -> CudaTensor {
+    fn float_select_add(
+        tensor: CudaTensor,
+        dim: usize,
+        indices: CudaTensor,
+        value: CudaTensor,
+    ) -> CudaTensor {
         select_add(Scatter::Add, dim, tensor, indices, value)
     }
 
@@ -309,7 +351,12 @@ impl FloatTensorOps<Cuda> for Cuda {
         (values, cast(places, indices_dtype.into()))
     }
 
-    fn float_argsort(tensor: CudaTensor, dim: usize, descending: bool, out_dtype: IntDType) -> CudaTensor {
+    fn float_argsort(
+        tensor: CudaTensor,
+        dim: usize,
+        descending: bool,
+        out_dtype: IntDType,
+    ) -> CudaTensor {
         cast(sort::sort(tensor, dim, descending).1, out_dtype.into())
     }
 

@@ -4,14 +4,16 @@ use std::ops::Range;
 
 use burn_backend::ops::IntTensorOps;
 use burn_backend::{
-    BoolDType, DType, Distribution, ExecutionError, FloatDType, IntDType, Scalar, Shape, Slice, TensorData, TensorMetadata,
+    BoolDType, DType, Distribution, ExecutionError, FloatDType, IntDType, Scalar, Shape, Slice,
+    TensorData, TensorMetadata,
 };
 
 use super::float::{binary_ops, comparisons};
 use super::{Cuda, dims, from_data, into_data, slice_assign};
 use crate::device::{CudaDevice, Gpu, Launch, launch};
 use crate::elementwise::{
-    binary, blocks, cast, concatenate, full, mask_fill, mask_where, scalar, type_name, unary, unary_to,
+    binary, blocks, cast, concatenate, full, mask_fill, mask_where, scalar, type_name, unary,
+    unary_to,
 };
 use crate::error::OrPanic;
 use crate::index::{Scatter, gather, scatter, select, select_add};
@@ -21,30 +23,60 @@ use crate::{matmul, random, scan, sort};
 
 impl IntTensorOps<Cuda> for Cuda {
     fn int_empty(shape: Shape, device: &CudaDevice, dtype: IntDType) -> CudaTensor {
-        CudaTensor::empty(Gpu::get(device.ordinal).or_panic(), dims(&shape), dtype.into())
+        CudaTensor::empty(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            dtype.into(),
+        )
     }
 
     fn int_zeros(shape: Shape, device: &CudaDevice, dtype: IntDType) -> CudaTensor {
-        CudaTensor::zeros(Gpu::get(device.ordinal).or_panic(), dims(&shape), dtype.into())
+        CudaTensor::zeros(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            dtype.into(),
+        )
     }
 
     fn int_ones(shape: Shape, device: &CudaDevice, dtype: IntDType) -> CudaTensor {
         Self::int_full(shape, 1.into(), device, dtype)
     }
 
-    fn int_full(shape: Shape, fill_value: Scalar, device: &CudaDevice, dtype: IntDType) -> CudaTensor {
-        full(Gpu::get(device.ordinal).or_panic(), dims(&shape), fill_value, dtype.into())
+    fn int_full(
+        shape: Shape,
+        fill_value: Scalar,
+        device: &CudaDevice,
+        dtype: IntDType,
+    ) -> CudaTensor {
+        full(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            fill_value,
+            dtype.into(),
+        )
     }
 
-    fn int_arange_step(range: Range<i64>, step: usize, device: &CudaDevice, dtype: IntDType) -> CudaTensor {
+    fn int_arange_step(
+        range: Range<i64>,
+        step: usize,
+        device: &CudaDevice,
+        dtype: IntDType,
+    ) -> CudaTensor {
         let gpu = Gpu::get(device.ordinal).or_panic();
-        let count = usize::try_from(range.end - range.start).unwrap_or(0).div_ceil(step);
+        let count = usize::try_from(range.end - range.start)
+            .unwrap_or(0)
+            .div_ceil(step);
         let out = CudaTensor::empty(gpu, &[count], dtype.into());
         if count > 0 {
-            let kernel = gpu.kernel("arange", &[("TYPE", type_name(out.dtype()))], "arange").or_panic();
+            let kernel = gpu
+                .kernel("arange", &[("TYPE", type_name(out.dtype()))], "arange")
+                .or_panic();
             let shape = Launch::linear(blocks(gpu, count, 4), 256);
             // SAFETY: the kernel writes `count` elements.
-            unsafe { launch!(gpu, kernel, shape; out.address(), range.start, step as i64, count as i64).or_panic() };
+            unsafe {
+                launch!(gpu, kernel, shape; out.address(), range.start, step as i64, count as i64)
+                    .or_panic()
+            };
         }
         out
     }
@@ -62,7 +94,7 @@ impl IntTensorOps<Cuda> for Cuda {
     }
 
     fn int_to_device(tensor: CudaTensor, device: &CudaDevice) -> CudaTensor {
-        tensor.to_device(*device)
+        tensor.on_device(*device)
     }
 
     fn int_reshape(tensor: CudaTensor, shape: Shape) -> CudaTensor {
@@ -93,7 +125,12 @@ impl IntTensorOps<Cuda> for Cuda {
         gather(dim, tensor, indices)
     }
 
-    fn int_scatter_add(dim: usize, tensor: CudaTensor, indices: CudaTensor, value: CudaTensor) -> CudaTensor {
+    fn int_scatter_add(
+        dim: usize,
+        tensor: CudaTensor,
+        indices: CudaTensor,
+        value: CudaTensor,
+    ) -> CudaTensor {
         scatter(Scatter::Add, dim, tensor, indices, value)
     }
 
@@ -101,7 +138,12 @@ impl IntTensorOps<Cuda> for Cuda {
         select(tensor, dim, indices)
     }
 
-    fn int_select_add(tensor: CudaTensor, dim: usize, indices: CudaTensor, value: CudaTensor) -> CudaTensor {
+    fn int_select_add(
+        tensor: CudaTensor,
+        dim: usize,
+        indices: CudaTensor,
+        value: CudaTensor,
+    ) -> CudaTensor {
         select_add(Scatter::Add, dim, tensor, indices, value)
     }
 
@@ -184,7 +226,11 @@ impl IntTensorOps<Cuda> for Cuda {
 
     fn int_mean(tensor: CudaTensor) -> CudaTensor {
         let (dtype, count) = (tensor.dtype(), tensor.count() as i64);
-        scalar("DivScalar", reduce_all(Reduction::Sum, tensor, dtype), count.into())
+        scalar(
+            "DivScalar",
+            reduce_all(Reduction::Sum, tensor, dtype),
+            count.into(),
+        )
     }
 
     fn int_mean_dim(tensor: CudaTensor, dim: usize) -> CudaTensor {
@@ -242,7 +288,11 @@ impl IntTensorOps<Cuda> for Cuda {
         sort::sort(tensor, dim, descending).0
     }
 
-    fn int_sort_with_indices(tensor: CudaTensor, dim: usize, descending: bool) -> (CudaTensor, CudaTensor) {
+    fn int_sort_with_indices(
+        tensor: CudaTensor,
+        dim: usize,
+        descending: bool,
+    ) -> (CudaTensor, CudaTensor) {
         let dtype = tensor.dtype();
         let (values, places) = sort::sort(tensor, dim, descending);
         (values, cast(places, dtype))
@@ -281,8 +331,18 @@ impl IntTensorOps<Cuda> for Cuda {
         tensor.flip(axes)
     }
 
-    fn int_random(shape: Shape, distribution: Distribution, device: &CudaDevice, dtype: IntDType) -> CudaTensor {
-        random::random(Gpu::get(device.ordinal).or_panic(), dims(&shape), distribution, dtype.into())
+    fn int_random(
+        shape: Shape,
+        distribution: Distribution,
+        device: &CudaDevice,
+        dtype: IntDType,
+    ) -> CudaTensor {
+        random::random(
+            Gpu::get(device.ordinal).or_panic(),
+            dims(&shape),
+            distribution,
+            dtype.into(),
+        )
     }
 
     fn int_expand(tensor: CudaTensor, shape: Shape) -> CudaTensor {

@@ -7,10 +7,11 @@ mod int;
 mod module;
 mod quantized;
 
-use burn_backend::{
-    Backend, BackendTypes, DType, DTypeUsage, DTypeUsageSet, ExecutionError, Shape, TensorData, TensorMetadata,
-};
 use burn_backend::ops::TransactionOps;
+use burn_backend::{
+    Backend, BackendTypes, DType, DTypeUsage, DTypeUsageSet, ExecutionError, Shape, TensorData,
+    TensorMetadata,
+};
 
 use crate::device::{CudaDevice, Gpu};
 use crate::error::OrPanic;
@@ -40,7 +41,9 @@ impl Backend for Cuda {
 
     fn seed(device: &CudaDevice, seed: u64) {
         let gpu = Gpu::get(device.ordinal).or_panic();
-        *gpu.random.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = (seed, 0);
+        *gpu.random
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner()) = (seed, 0);
     }
 
     fn sync(device: &CudaDevice) -> Result<(), ExecutionError> {
@@ -79,7 +82,9 @@ impl Backend for Cuda {
 impl TransactionOps<Cuda> for Cuda {}
 
 fn execution_error(error: crate::Error) -> ExecutionError {
-    ExecutionError::WithContext { reason: error.to_string() }
+    ExecutionError::WithContext {
+        reason: error.to_string(),
+    }
 }
 
 /// A tensor holding host data.
@@ -92,15 +97,27 @@ fn from_data(data: TensorData, device: &CudaDevice) -> CudaTensor {
 /// The values on the host.
 fn into_data(tensor: CudaTensor) -> Result<TensorData, ExecutionError> {
     let bytes = tensor.to_bytes().map_err(execution_error)?;
-    Ok(TensorData::from_bytes_vec(bytes, tensor.shape(), tensor.dtype()))
+    Ok(TensorData::from_bytes_vec(
+        bytes,
+        tensor.shape(),
+        tensor.dtype(),
+    ))
 }
 
 /// Copies `value` into the part of `tensor` that `slices` select.
 #[track_caller]
-fn slice_assign(tensor: CudaTensor, slices: &[burn_backend::Slice], value: CudaTensor) -> CudaTensor {
+fn slice_assign(
+    tensor: CudaTensor,
+    slices: &[burn_backend::Slice],
+    value: CudaTensor,
+) -> CudaTensor {
     let out = tensor.into_writable();
     let target = out.clone().slice(slices);
-    let value = if value.dims() == target.dims() { value } else { value.expand(target.dims()) };
+    let value = if value.dims() == target.dims() {
+        value
+    } else {
+        value.expand(target.dims())
+    };
     crate::elementwise::copy_into(&target, &value);
     out
 }

@@ -3,8 +3,8 @@
 
 use burn_backend::ops::attention::attention_fallback;
 use burn_backend::ops::{
-    AttentionModuleOptions, ConvOptions, ConvTransposeOptions, DeformConv2dBackward, DeformConvOptions, InterpolateOptions,
-    MaxPool2dBackward, MaxPool2dWithIndices, ModuleOps,
+    AttentionModuleOptions, ConvOptions, ConvTransposeOptions, DeformConv2dBackward,
+    DeformConvOptions, InterpolateOptions, MaxPool2dBackward, MaxPool2dWithIndices, ModuleOps,
 };
 
 use super::Cuda;
@@ -18,11 +18,21 @@ pub(super) fn unsupported(op: &str) -> ! {
 }
 
 impl ModuleOps<Cuda> for Cuda {
-    fn conv2d(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>, options: ConvOptions<2>) -> CudaTensor {
+    fn conv2d(
+        x: CudaTensor,
+        weight: CudaTensor,
+        bias: Option<CudaTensor>,
+        options: ConvOptions<2>,
+    ) -> CudaTensor {
         conv(x, weight, bias, &options)
     }
 
-    fn conv3d(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>, options: ConvOptions<3>) -> CudaTensor {
+    fn conv3d(
+        x: CudaTensor,
+        weight: CudaTensor,
+        bias: Option<CudaTensor>,
+        options: ConvOptions<3>,
+    ) -> CudaTensor {
         conv(x, weight, bias, &options)
     }
 
@@ -144,7 +154,11 @@ impl ModuleOps<Cuda> for Cuda {
         unsupported("max_pool2d_with_indices_backward")
     }
 
-    fn interpolate(_x: CudaTensor, _output_size: [usize; 2], _options: InterpolateOptions) -> CudaTensor {
+    fn interpolate(
+        _x: CudaTensor,
+        _output_size: [usize; 2],
+        _options: InterpolateOptions,
+    ) -> CudaTensor {
         unsupported("interpolate")
     }
 
@@ -161,7 +175,12 @@ impl ModuleOps<Cuda> for Cuda {
         unsupported("rfft")
     }
 
-    fn irfft(_spectrum_re: CudaTensor, _spectrum_im: CudaTensor, _dim: usize, _n: Option<usize>) -> CudaTensor {
+    fn irfft(
+        _spectrum_re: CudaTensor,
+        _spectrum_im: CudaTensor,
+        _dim: usize,
+        _n: Option<usize>,
+    ) -> CudaTensor {
         unsupported("irfft")
     }
 }

@@ -23,18 +23,31 @@ fn name(activation: Activation) -> &'static str {
     }
 }
 
-fn kernel(x: &CudaTensor, activation: Activation, entry: &'static str) -> (&'static Gpu, Kernel, Launch, i64) {
+fn kernel(
+    x: &CudaTensor,
+    activation: Activation,
+    entry: &'static str,
+) -> (&'static Gpu, Kernel, Launch, i64) {
     let defines = [("TYPE", type_name(x.dtype())), ("ACT", name(activation))];
     let gpu = x.gpu();
     let count = x.count();
     let shape = Launch::linear(blocks(gpu, count, 16 / x.dtype().size()), 256);
-    (gpu, gpu.kernel("gated_activation", &defines, entry).or_panic(), shape, count as i64)
+    (
+        gpu,
+        gpu.kernel("gated_activation", &defines, entry).or_panic(),
+        shape,
+        count as i64,
+    )
 }
 
 /// Packed and aligned for 16-byte packs.
 fn aligned(x: CudaTensor) -> CudaTensor {
     let x = x.packed();
-    if x.address().is_multiple_of(16) { x } else { x.copied() }
+    if x.address().is_multiple_of(16) {
+        x
+    } else {
+        x.copied()
+    }
 }
 
 fn like(x: &CudaTensor) -> CudaTensor {
@@ -58,18 +71,26 @@ pub(super) fn backward(x: CudaTensor, dy: CudaTensor, activation: Activation) ->
     if dx.count() > 0 {
         let (gpu, kernel, shape, count) = kernel(&x, activation, "backward");
         // SAFETY: packed operands of `count` elements.
-        unsafe { launch!(gpu, kernel, shape; dx.address(), x.address(), dy.address(), count).or_panic() };
+        unsafe {
+            launch!(gpu, kernel, shape; dx.address(), x.address(), dy.address(), count).or_panic()
+        };
     }
     dx
 }
 
-pub(super) fn gated_forward(gate: CudaTensor, up: CudaTensor, activation: Activation) -> CudaTensor {
+pub(super) fn gated_forward(
+    gate: CudaTensor,
+    up: CudaTensor,
+    activation: Activation,
+) -> CudaTensor {
     let (gate, up) = (aligned(gate), aligned(up));
     let y = like(&gate);
     if y.count() > 0 {
         let (gpu, kernel, shape, count) = kernel(&gate, activation, "gated_forward");
         // SAFETY: packed operands of `count` elements.
-        unsafe { launch!(gpu, kernel, shape; y.address(), gate.address(), up.address(), count).or_panic() };
+        unsafe {
+            launch!(gpu, kernel, shape; y.address(), gate.address(), up.address(), count).or_panic()
+        };
     }
     y
 }

@@ -16,25 +16,52 @@ use crate::tensor::CudaTensor;
 /// which is read and written once per piece, wants them larger than the logits alone would.
 const PIECE: usize = 512 << 20;
 
-fn kernel(logits: &CudaTensor, targets: &CudaTensor, spec: &CrossEntropySpec, entry: &'static str) -> (Kernel, Launch, f32) {
+fn kernel(
+    logits: &CudaTensor,
+    targets: &CudaTensor,
+    spec: &CrossEntropySpec,
+    entry: &'static str,
+) -> (Kernel, Launch, f32) {
     let vector = vector(logits.dims()[1], &[logits]).to_string();
     let defines = [
         ("TYPE", type_name(logits.dtype())),
         ("INDEX", type_name(targets.dtype())),
-        ("SOFTCAP", if spec.logit_softcap.is_some() { "1" } else { "0" }),
+        (
+            "SOFTCAP",
+            if spec.logit_softcap.is_some() {
+                "1"
+            } else {
+                "0"
+            },
+        ),
         ("VECTOR", vector.as_str()),
     ];
-    let kernel = logits.gpu().kernel("cross_entropy", &defines, entry).or_panic();
-    (kernel, Launch::linear(logits.dims()[0], 512), spec.logit_softcap.unwrap_or(0.0) as f32)
+    let kernel = logits
+        .gpu()
+        .kernel("cross_entropy", &defines, entry)
+        .or_panic();
+    (
+        kernel,
+        Launch::linear(logits.dims()[0], 512),
+        spec.logit_softcap.unwrap_or(0.0) as f32,
+    )
 }
 
 fn empty_output(like: &CudaTensor, tokens: usize) -> CrossEntropyOutput<Cuda> {
     let new = || CudaTensor::empty(like.gpu(), &[tokens], DType::F32);
-    CrossEntropyOutput { loss: new(), lse: new() }
+    CrossEntropyOutput {
+        loss: new(),
+        lse: new(),
+    }
 }
 
 /// Writes loss and log-sum-exp of packed logits.
-fn queue_forward(logits: &CudaTensor, targets: &CudaTensor, output: &CrossEntropyOutput<Cuda>, spec: &CrossEntropySpec) {
+fn queue_forward(
+    logits: &CudaTensor,
+    targets: &CudaTensor,
+    output: &CrossEntropyOutput<Cuda>,
+    spec: &CrossEntropySpec,
+) {
     if logits.dims()[0] == 0 {
         return;
     }
@@ -91,7 +118,11 @@ fn queue_both(
     }
 }
 
-pub(super) fn forward(logits: CudaTensor, targets: CudaTensor, spec: &CrossEntropySpec) -> CrossEntropyOutput<Cuda> {
+pub(super) fn forward(
+    logits: CudaTensor,
+    targets: CudaTensor,
+    spec: &CrossEntropySpec,
+) -> CrossEntropyOutput<Cuda> {
     let (logits, targets) = (matrix(logits), targets.packed());
     let output = empty_output(&logits, logits.dims()[0]);
     queue_forward(&logits, &targets, &output, spec);
@@ -106,7 +137,10 @@ pub(super) fn backward(
     spec: &CrossEntropySpec,
 ) -> CudaTensor {
     let (logits, targets) = (matrix(logits), targets.packed());
-    let (lse, dloss) = (cast(lse, DType::F32).packed(), cast(dloss, DType::F32).packed());
+    let (lse, dloss) = (
+        cast(lse, DType::F32).packed(),
+        cast(dloss, DType::F32).packed(),
+    );
     let dlogits = CudaTensor::empty(logits.gpu(), logits.dims(), logits.dtype());
     queue_backward(&dlogits, &logits, &targets, &lse, &dloss, spec);
     dlogits
@@ -116,7 +150,10 @@ pub(super) fn backward(
 fn piece_rows(tokens: usize, vocab: usize, element: usize) -> usize {
     let most = (PIECE / (vocab * element).max(1)).max(128);
     let pieces = tokens.div_ceil(most).max(1);
-    tokens.div_ceil(pieces).next_multiple_of(128).min(tokens.max(1))
+    tokens
+        .div_ceil(pieces)
+        .next_multiple_of(128)
+        .min(tokens.max(1))
 }
 
 /// Scratch for the logits of the largest piece, and a view of its first rows.
@@ -130,7 +167,13 @@ impl Scratch {
     /// The logits of some rows of x.
     fn logits(&self, x: &CudaTensor, weight: &CudaTensor) -> CudaTensor {
         let logits = self.0.clone().narrow(0, 0, x.dims()[0]);
-        matmul_into(&logits, x.clone(), weight.clone().swap_dims(0, 1), false, None);
+        matmul_into(
+            &logits,
+            x.clone(),
+            weight.clone().swap_dims(0, 1),
+            false,
+            None,
+        );
         logits
     }
 }
@@ -141,7 +184,11 @@ pub(super) fn linear_forward(
     targets: CudaTensor,
     spec: &CrossEntropySpec,
 ) -> CrossEntropyOutput<Cuda> {
-    let (x, weight, targets) = (linear::rows(x.clone()), cast(weight, x.dtype()), targets.packed());
+    let (x, weight, targets) = (
+        linear::rows(x.clone()),
+        cast(weight, x.dtype()),
+        targets.packed(),
+    );
     let (tokens, vocab) = (x.dims()[0], weight.dims()[0]);
     let rows = piece_rows(tokens, vocab, x.dtype().size());
     let output = empty_output(&x, tokens);
@@ -150,7 +197,10 @@ pub(super) fn linear_forward(
         let count = rows.min(tokens - start);
         let part = |t: &CudaTensor| t.clone().narrow(0, start, count);
         let logits = scratch.logits(&part(&x), &weight);
-        let output = CrossEntropyOutput { loss: part(&output.loss), lse: part(&output.lse) };
+        let output = CrossEntropyOutput {
+            loss: part(&output.loss),
+            lse: part(&output.lse),
+        };
         queue_forward(&logits, &part(&targets), &output, spec);
     }
     output
@@ -168,15 +218,28 @@ pub(super) fn linear_grads(
     request: LossGradRequest<Cuda>,
 ) -> (Option<CrossEntropyOutput<Cuda>>, LossGrads<Cuda>) {
     let shape = x.dims().to_vec();
-    let (x, weight, targets) = (linear::rows(x.clone()), cast(weight, x.dtype()), targets.packed());
-    let (lse, dloss) = (lse.map(|lse| cast(lse, DType::F32).packed()), cast(dloss, DType::F32).packed());
+    let (x, weight, targets) = (
+        linear::rows(x.clone()),
+        cast(weight, x.dtype()),
+        targets.packed(),
+    );
+    let (lse, dloss) = (
+        lse.map(|lse| cast(lse, DType::F32).packed()),
+        cast(dloss, DType::F32).packed(),
+    );
     let (tokens, vocab, hidden) = (x.dims()[0], weight.dims()[0], x.dims()[1]);
     let rows = piece_rows(tokens, vocab, x.dtype().size());
     let output = lse.is_none().then(|| empty_output(&x, tokens));
-    let dx = request.input.then(|| CudaTensor::empty(x.gpu(), &[tokens, hidden], x.dtype()));
+    let dx = request
+        .input
+        .then(|| CudaTensor::empty(x.gpu(), &[tokens, hidden], x.dtype()));
     let mut slot = request.weight.map(|slot| {
         let (sum, accumulate) = open_slot(slot, &x, &[vocab, hidden]);
-        if accumulate { GradSlot::Sum(sum) } else { GradSlot::Stale(sum) }
+        if accumulate {
+            GradSlot::Sum(sum)
+        } else {
+            GradSlot::Stale(sum)
+        }
     });
     let scratch = Scratch::new(&x, rows, vocab);
     for start in (0..tokens).step_by(rows) {
@@ -185,25 +248,38 @@ pub(super) fn linear_grads(
         let logits = scratch.logits(&part(&x), &weight);
         match (&output, &lse) {
             (Some(output), _) => {
-                let output = CrossEntropyOutput { loss: part(&output.loss), lse: part(&output.lse) };
+                let output = CrossEntropyOutput {
+                    loss: part(&output.loss),
+                    lse: part(&output.lse),
+                };
                 queue_both(&logits, &part(&targets), &output, &part(&dloss), spec);
             }
             (None, Some(lse)) => {
-                queue_backward(&logits, &logits, &part(&targets), &part(lse), &part(&dloss), spec);
+                queue_backward(
+                    &logits,
+                    &logits,
+                    &part(&targets),
+                    &part(lse),
+                    &part(&dloss),
+                    spec,
+                );
             }
             (None, None) => unreachable!("either the log-sum-exp is known or it is computed"),
         }
         if let Some(dx) = &dx {
             matmul_into(&part(dx), logits.clone(), weight.clone(), false, None);
         }
-        slot = slot.map(|slot| GradSlot::Sum(linear::accumulate_weight_grad(part(&x), logits, slot)));
+        slot =
+            slot.map(|slot| GradSlot::Sum(linear::accumulate_weight_grad(part(&x), logits, slot)));
     }
     let grads = LossGrads {
         input: dx.map(|dx| dx.reshape(&shape)),
         weight: slot.map(|slot| match slot {
             GradSlot::Sum(sum) => sum,
             // No tokens, so nothing was written.
-            GradSlot::Stale(_) | GradSlot::Empty => CudaTensor::zeros(x.gpu(), &[vocab, hidden], DType::F32),
+            GradSlot::Stale(_) | GradSlot::Empty => {
+                CudaTensor::zeros(x.gpu(), &[vocab, hidden], DType::F32)
+            }
         }),
     };
     (output, grads)

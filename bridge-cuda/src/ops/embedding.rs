@@ -36,14 +36,22 @@ pub(super) fn lookup(ids: CudaTensor, weight: CudaTensor, dtype: DType) -> CudaT
     y
 }
 
-pub(super) fn accumulate_grad(ids: CudaTensor, dy: CudaTensor, vocab_size: usize, slot: GradSlot<Cuda>) -> CudaTensor {
+pub(super) fn accumulate_grad(
+    ids: CudaTensor,
+    dy: CudaTensor,
+    vocab_size: usize,
+    slot: GradSlot<Cuda>,
+) -> CudaTensor {
     let (ids, dy) = (ids.packed(), matrix(dy));
     let n = dy.dims()[1];
     let gpu = dy.gpu();
     let (sum, accumulate) = open_slot(slot, &dy, &[vocab_size, n]);
     if !accumulate && sum.count() > 0 {
         // SAFETY: the whole of a packed tensor that nobody else sees.
-        unsafe { gpu.zero(sum.address(), sum.count() * size_of::<f32>()).or_panic() };
+        unsafe {
+            gpu.zero(sum.address(), sum.count() * size_of::<f32>())
+                .or_panic()
+        };
     }
     if dy.count() == 0 {
         return sum;

@@ -12,14 +12,19 @@ use crate::tensor::CudaTensor;
 
 /// `[.., last]` as a matrix that cuBLASLt can read, without packing where the strides allow.
 pub(super) fn rows(x: CudaTensor) -> CudaTensor {
-    let last = *x.dims().last().expect("a tensor of rank 0 has no last dimension");
+    let last = *x
+        .dims()
+        .last()
+        .expect("a tensor of rank 0 has no last dimension");
     let count = x.dims()[..x.dims().len() - 1].iter().product();
     x.reshape(&[count, last])
 }
 
 fn with_last(shape: &[usize], last: usize) -> Vec<usize> {
     let mut shape = shape.to_vec();
-    *shape.last_mut().expect("a tensor of rank 0 has no last dimension") = last;
+    *shape
+        .last_mut()
+        .expect("a tensor of rank 0 has no last dimension") = last;
     shape
 }
 
@@ -44,7 +49,11 @@ pub(super) fn backward_input(dy: CudaTensor, weight: CudaTensor) -> CudaTensor {
     out.reshape(&shape)
 }
 
-pub(super) fn accumulate_weight_grad(x: CudaTensor, dy: CudaTensor, slot: GradSlot<Cuda>) -> CudaTensor {
+pub(super) fn accumulate_weight_grad(
+    x: CudaTensor,
+    dy: CudaTensor,
+    slot: GradSlot<Cuda>,
+) -> CudaTensor {
     let (x, dy) = (rows(x), rows(dy));
     let shape = [dy.dims()[1], x.dims()[1]];
     // Half-precision factors of one type with an fp32 sum are what cuBLASLt offers; anything else meets in fp32.

@@ -12,8 +12,9 @@ mod norm;
 mod rotary;
 
 use bridge_ops::{
-    Activation, AdamWStep, AttentionGrads, AttentionOutput, AttentionRule, CrossEntropyOutput, CrossEntropySpec, GradSlot,
-    LossGradRequest, LossGrads, NormSpec, Ops, RotaryDirection, RotaryStyle,
+    Activation, AdamWStep, AttentionGrads, AttentionOutput, AttentionRule, CrossEntropyOutput,
+    CrossEntropySpec, GradSlot, LossGradRequest, LossGrads, NormSpec, Ops, RotaryDirection,
+    RotaryStyle,
 };
 use burn_backend::DType;
 
@@ -25,7 +26,7 @@ pub use adamw::{AdamWTensor, adamw_step_many, sum_squares_many};
 pub use attention::AttentionPath;
 
 impl Ops for Cuda {
-    fn linear(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>) -> CudaTensor {
+    fn linear_forward(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>) -> CudaTensor {
         linear::forward(x, weight, bias)
     }
 
@@ -33,7 +34,11 @@ impl Ops for Cuda {
         linear::backward_input(dy, weight)
     }
 
-    fn linear_accumulate_weight_grad(x: CudaTensor, dy: CudaTensor, slot: GradSlot<Self>) -> CudaTensor {
+    fn linear_accumulate_weight_grad(
+        x: CudaTensor,
+        dy: CudaTensor,
+        slot: GradSlot<Self>,
+    ) -> CudaTensor {
         linear::accumulate_weight_grad(x, dy, slot)
     }
 
@@ -41,7 +46,7 @@ impl Ops for Cuda {
         linear::accumulate_bias_grad(dy, slot)
     }
 
-    fn embedding(ids: CudaTensor, weight: CudaTensor, dtype: DType) -> CudaTensor {
+    fn embedding_forward(ids: CudaTensor, weight: CudaTensor, dtype: DType) -> CudaTensor {
         embedding::lookup(ids, weight, dtype)
     }
 
@@ -54,15 +59,25 @@ impl Ops for Cuda {
         embedding::accumulate_grad(ids, dy, vocab_size, slot)
     }
 
-    fn rms_norm(x: CudaTensor, weight: CudaTensor, spec: NormSpec) -> CudaTensor {
+    fn rms_norm_forward(x: CudaTensor, weight: CudaTensor, spec: NormSpec) -> CudaTensor {
         norm::rms_forward(x, weight, spec)
     }
 
-    fn rms_norm_backward(x: CudaTensor, weight: CudaTensor, dy: CudaTensor, spec: NormSpec) -> (CudaTensor, CudaTensor) {
+    fn rms_norm_backward(
+        x: CudaTensor,
+        weight: CudaTensor,
+        dy: CudaTensor,
+        spec: NormSpec,
+    ) -> (CudaTensor, CudaTensor) {
         norm::rms_backward(x, weight, dy, spec)
     }
 
-    fn layer_norm(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>, spec: NormSpec) -> CudaTensor {
+    fn layer_norm_forward(
+        x: CudaTensor,
+        weight: CudaTensor,
+        bias: Option<CudaTensor>,
+        spec: NormSpec,
+    ) -> CudaTensor {
         norm::layer_forward(x, weight, bias, spec)
     }
 
@@ -75,11 +90,17 @@ impl Ops for Cuda {
         norm::layer_backward(x, weight, dy, spec)
     }
 
-    fn rotary(x: CudaTensor, cos: CudaTensor, sin: CudaTensor, style: RotaryStyle, direction: RotaryDirection) -> CudaTensor {
+    fn rotary(
+        x: CudaTensor,
+        cos: CudaTensor,
+        sin: CudaTensor,
+        style: RotaryStyle,
+        direction: RotaryDirection,
+    ) -> CudaTensor {
         rotary::rotary(x, cos, sin, style, direction)
     }
 
-    fn attention(
+    fn attention_forward(
         q: CudaTensor,
         k: CudaTensor,
         v: CudaTensor,
@@ -101,7 +122,7 @@ impl Ops for Cuda {
         attention::backward(q, k, v, sinks, output, dout, rule)
     }
 
-    fn activation(x: CudaTensor, activation: Activation) -> CudaTensor {
+    fn activation_forward(x: CudaTensor, activation: Activation) -> CudaTensor {
         activation::forward(x, activation)
     }
 
@@ -109,7 +130,11 @@ impl Ops for Cuda {
         activation::backward(x, dy, activation)
     }
 
-    fn gated_activation(gate: CudaTensor, up: CudaTensor, activation: Activation) -> CudaTensor {
+    fn gated_activation_forward(
+        gate: CudaTensor,
+        up: CudaTensor,
+        activation: Activation,
+    ) -> CudaTensor {
         activation::gated_forward(gate, up, activation)
     }
 
@@ -122,7 +147,11 @@ impl Ops for Cuda {
         activation::gated_backward(gate, up, dy, activation)
     }
 
-    fn cross_entropy(logits: CudaTensor, targets: CudaTensor, spec: &CrossEntropySpec) -> CrossEntropyOutput<Self> {
+    fn cross_entropy_forward(
+        logits: CudaTensor,
+        targets: CudaTensor,
+        spec: &CrossEntropySpec,
+    ) -> CrossEntropyOutput<Self> {
         cross_entropy::forward(logits, targets, spec)
     }
 
@@ -136,7 +165,7 @@ impl Ops for Cuda {
         cross_entropy::backward(logits, targets, lse, dloss, spec)
     }
 
-    fn linear_cross_entropy(
+    fn linear_cross_entropy_forward(
         x: CudaTensor,
         weight: CudaTensor,
         targets: CudaTensor,
@@ -165,8 +194,12 @@ impl Ops for Cuda {
         spec: &CrossEntropySpec,
         request: LossGradRequest<Self>,
     ) -> (CrossEntropyOutput<Self>, LossGrads<Self>) {
-        let (output, grads) = cross_entropy::linear_grads(x, weight, targets, None, dloss, spec, request);
-        (output.expect("computed when the log-sum-exp is not known"), grads)
+        let (output, grads) =
+            cross_entropy::linear_grads(x, weight, targets, None, dloss, spec, request);
+        (
+            output.expect("computed when the log-sum-exp is not known"),
+            grads,
+        )
     }
 
     fn cast(x: CudaTensor, dtype: DType) -> CudaTensor {
@@ -190,7 +223,10 @@ impl Ops for Cuda {
 
 /// `[.., last]` as `[rows, last]`: packed, since the kernels want it so.
 fn matrix(x: CudaTensor) -> CudaTensor {
-    let last = *x.dims().last().expect("a tensor of rank 0 has no last dimension");
+    let last = *x
+        .dims()
+        .last()
+        .expect("a tensor of rank 0 has no last dimension");
     let rows = x.dims()[..x.dims().len() - 1].iter().product();
     x.packed().reshape(&[rows, last])
 }
@@ -200,8 +236,15 @@ fn vector(n: usize, operands: &[&CudaTensor]) -> usize {
     use burn_backend::TensorMetadata;
     let widest = operands.iter().map(|x| x.dtype().size()).max().unwrap_or(4);
     let vector = 16 / widest;
-    let fits = |x: &&CudaTensor| x.address().is_multiple_of((vector * x.dtype().size()) as u64);
-    if n.is_multiple_of(vector) && operands.iter().all(fits) { vector } else { 1 }
+    let fits = |x: &&CudaTensor| {
+        x.address()
+            .is_multiple_of((vector * x.dtype().size()) as u64)
+    };
+    if n.is_multiple_of(vector) && operands.iter().all(fits) {
+        vector
+    } else {
+        1
+    }
 }
 
 /// The fp32 buffer of a gradient slot as something that may be written, and whether it holds a sum already.
@@ -209,10 +252,16 @@ fn open_slot(slot: GradSlot<Cuda>, like: &CudaTensor, shape: &[usize]) -> (CudaT
     let usable = |x: &CudaTensor| x.is_packed() && x.is_unique() && x.dims() == shape;
     match slot {
         GradSlot::Sum(sum) => {
-            let sum = if usable(&sum) { sum } else { cast(sum, DType::F32).copied() };
+            let sum = if usable(&sum) {
+                sum
+            } else {
+                cast(sum, DType::F32).copied()
+            };
             (sum, true)
         }
         GradSlot::Stale(buffer) if usable(&buffer) => (buffer, false),
-        GradSlot::Stale(_) | GradSlot::Empty => (CudaTensor::empty(like.gpu(), shape, DType::F32), false),
+        GradSlot::Stale(_) | GradSlot::Empty => {
+            (CudaTensor::empty(like.gpu(), shape, DType::F32), false)
+        }
     }
 }

@@ -31,7 +31,16 @@ impl Plan {
         let vector = vector(n, &operands);
         let threads = n.div_ceil(vector).next_multiple_of(32).clamp(32, 1024) as u32;
         let offset = if spec.unit_offset { "1.0f" } else { "0.0f" };
-        Self { gpu: x.gpu(), x, weight, rows, n, vector, threads, offset }
+        Self {
+            gpu: x.gpu(),
+            x,
+            weight,
+            rows,
+            n,
+            vector,
+            threads,
+            offset,
+        }
     }
 
     /// Packs of a row that each thread owns.
@@ -71,7 +80,12 @@ pub(super) fn rms_forward(x: CudaTensor, weight: CudaTensor, spec: NormSpec) -> 
     y
 }
 
-pub(super) fn rms_backward(x: CudaTensor, weight: CudaTensor, dy: CudaTensor, spec: NormSpec) -> (CudaTensor, CudaTensor) {
+pub(super) fn rms_backward(
+    x: CudaTensor,
+    weight: CudaTensor,
+    dy: CudaTensor,
+    spec: NormSpec,
+) -> (CudaTensor, CudaTensor) {
     let shape = x.dims().to_vec();
     let dy = matrix(cast(dy, x.dtype()));
     let plan = Plan::new(x, weight, &[&dy], spec);
@@ -97,10 +111,18 @@ pub(super) fn rms_backward(x: CudaTensor, weight: CudaTensor, dy: CudaTensor, sp
             dy.address(), plan.rows as i64, plan.n as i64, spec.eps as f32)
         .or_panic();
     }
-    (dx, reduce(Reduction::Sum, &partial, 0, DType::F32).reshape(&[plan.n]))
+    (
+        dx,
+        reduce(Reduction::Sum, &partial, 0, DType::F32).reshape(&[plan.n]),
+    )
 }
 
-pub(super) fn layer_forward(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>, spec: NormSpec) -> CudaTensor {
+pub(super) fn layer_forward(
+    x: CudaTensor,
+    weight: CudaTensor,
+    bias: Option<CudaTensor>,
+    spec: NormSpec,
+) -> CudaTensor {
     let shape = x.dims().to_vec();
     let bias = bias.map(|bias| cast(bias, weight.dtype()).packed());
     let others: Vec<&CudaTensor> = bias.iter().collect();
@@ -118,7 +140,10 @@ pub(super) fn layer_forward(x: CudaTensor, weight: CudaTensor, bias: Option<Cuda
         ("OFFSET", plan.offset),
         ("BIAS", if bias.is_some() { "1" } else { "0" }),
     ];
-    let kernel = plan.gpu.kernel("layer_norm", &defines, "forward").or_panic();
+    let kernel = plan
+        .gpu
+        .kernel("layer_norm", &defines, "forward")
+        .or_panic();
     let launch = Launch::linear(plan.rows, plan.threads.min(512));
     let bias = bias.as_ref().map_or(0, CudaTensor::address);
     // SAFETY: packed operands, one block per row; weight and bias have one element per column.
@@ -155,7 +180,10 @@ pub(super) fn layer_backward(
         ("OFFSET", plan.offset),
         ("BIAS", "0"),
     ];
-    let kernel = plan.gpu.kernel("layer_norm", &defines, "backward").or_panic();
+    let kernel = plan
+        .gpu
+        .kernel("layer_norm", &defines, "backward")
+        .or_panic();
     let launch = Launch::linear(blocks, plan.threads);
     // SAFETY: packed operands; the blocks write two rows of `partial` each.
     unsafe {

@@ -15,9 +15,14 @@ pub(super) fn rotary(
     style: RotaryStyle,
     direction: RotaryDirection,
 ) -> CudaTensor {
-    let &[batch, seq, heads, d] = x.dims() else { panic!("rotary: x is [batch, seq, heads, d]") };
+    let &[batch, seq, heads, d] = x.dims() else {
+        panic!("rotary: x is [batch, seq, heads, d]")
+    };
     let x = if x.strides()[3] == 1 { x } else { x.packed() };
-    let (cos, sin) = (cast(cos, DType::F32).packed(), cast(sin, DType::F32).packed());
+    let (cos, sin) = (
+        cast(cos, DType::F32).packed(),
+        cast(sin, DType::F32).packed(),
+    );
     let half = cos.dims()[2];
     let gpu = x.gpu();
     let y = CudaTensor::empty(gpu, x.dims(), x.dtype());
@@ -26,16 +31,32 @@ pub(super) fn rotary(
     }
     let pairs = style == RotaryStyle::Pairs;
     let vector = 16 / x.dtype().size();
-    let whole = [half, x.strides()[0] as usize, x.strides()[1] as usize, x.strides()[2] as usize]
-        .iter()
-        .all(|step| step.is_multiple_of(vector));
+    let whole = [
+        half,
+        x.strides()[0] as usize,
+        x.strides()[1] as usize,
+        x.strides()[2] as usize,
+    ]
+    .iter()
+    .all(|step| step.is_multiple_of(vector));
     let packs = !pairs && 2 * half == d && whole && x.address().is_multiple_of(16) && half > 0;
-    let (entry, per_head) = if packs { ("rotary_packs", half / vector) } else { ("rotary", d - half) };
-    let defines = [("TYPE", type_name(x.dtype())), ("PAIRS", if pairs { "1" } else { "0" })];
+    let (entry, per_head) = if packs {
+        ("rotary_packs", half / vector)
+    } else {
+        ("rotary", d - half)
+    };
+    let defines = [
+        ("TYPE", type_name(x.dtype())),
+        ("PAIRS", if pairs { "1" } else { "0" }),
+    ];
     let kernel = gpu.kernel("rotary", &defines, entry).or_panic();
     let total = batch * seq * heads * per_head;
     let shape = Launch::linear(blocks(gpu, total, 1), 256);
-    let table_batch = if cos.dims()[0] == 1 { 0 } else { (seq * half) as i64 };
+    let table_batch = if cos.dims()[0] == 1 {
+        0
+    } else {
+        (seq * half) as i64
+    };
     let sign = match direction {
         RotaryDirection::Forward => 1.0f32,
         RotaryDirection::Backward => -1.0,

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::spec::ConfigKey;
 
 /// `num_hidden_layers`, all of them alike and with full attention.
-pub const LAYERS: ConfigKey = ConfigKey {
+pub(super) const LAYERS: ConfigKey = ConfigKey {
     key: "num_hidden_layers",
     read: |keys, config| {
         config.num_hidden_layers = keys.num_layers("num_hidden_layers");
@@ -17,23 +17,27 @@ pub const LAYERS: ConfigKey = ConfigKey {
 };
 
 /// `num_key_value_heads`, which old files lack where there is one per query head.
-pub const KEY_VALUE_HEADS: ConfigKey =
-    super::spec::size!("num_key_value_heads", num_key_value_heads, |config| config.num_attention_heads);
+pub(super) const KEY_VALUE_HEADS: ConfigKey =
+    super::spec::size!("num_key_value_heads", num_key_value_heads, |config| config
+        .num_attention_heads);
 
 /// `head_dim`, which files lack where it is `hidden_size / num_attention_heads`.
-pub const HEAD_DIM: ConfigKey = super::spec::size!("head_dim", head_dim, |config| {
-    config.hidden_size.checked_div(config.num_attention_heads).unwrap_or(0)
+pub(super) const HEAD_DIM: ConfigKey = super::spec::size!("head_dim", head_dim, |config| {
+    config
+        .hidden_size
+        .checked_div(config.num_attention_heads)
+        .unwrap_or(0)
 });
 
 /// `bos_token_id`.
-pub const BOS: ConfigKey = ConfigKey {
+pub(super) const BOS: ConfigKey = ConfigKey {
     key: "bos_token_id",
     read: |keys, config| config.bos_token_id = keys.token_id("bos_token_id"),
     write: |config| Some(config.bos_token_id.into()),
 };
 
 /// `eos_token_id`: one id or a list.
-pub const EOS: ConfigKey = ConfigKey {
+pub(super) const EOS: ConfigKey = ConfigKey {
     key: "eos_token_id",
     read: |keys, config| config.eos_token_ids = keys.token_ids("eos_token_id"),
     write: |config| {
@@ -46,22 +50,29 @@ pub const EOS: ConfigKey = ConfigKey {
 };
 
 /// `rope_theta`, which reads the whole rotary embedding in either spelling.
-pub const ROPE_THETA: ConfigKey = ConfigKey {
+pub(super) const ROPE_THETA: ConfigKey = ConfigKey {
     key: "rope_theta",
     read: |keys, config| read_rope(keys, config, 1.0),
     write: |config| config.rope.as_ref().map(|rope| rope.to_hf().0),
 };
 
 /// `rope_scaling`; reading is [`ROPE_THETA`]'s.
-pub const ROPE_SCALING: ConfigKey = ConfigKey {
+pub(super) const ROPE_SCALING: ConfigKey = ConfigKey {
     key: "rope_scaling",
     read: |_, _| (),
     write: |config| config.rope.as_ref().map(|rope| rope.to_hf().1),
 };
 
 /// Reads the one rotary embedding of a model and the share of each head that it rotates.
-pub fn read_rope(keys: &ConfigReader<'_>, config: &mut DecoderConfig, partial_rotary_factor: f64) {
-    let defaults = RopeDefaults { partial_rotary_factor, ..RopeDefaults::new(config.max_position_embeddings) };
+pub(super) fn read_rope(
+    keys: &ConfigReader<'_>,
+    config: &mut DecoderConfig,
+    partial_rotary_factor: f64,
+) {
+    let defaults = RopeDefaults {
+        partial_rotary_factor,
+        ..RopeDefaults::new(config.max_position_embeddings)
+    };
     let (rope, partial) = keys.rope(defaults);
     config.rope = Some(rope);
     config.partial_rotary_factor = partial;
@@ -69,7 +80,7 @@ pub fn read_rope(keys: &ConfigReader<'_>, config: &mut DecoderConfig, partial_ro
 
 /// A decoder of no size, with the traits that most families share: RMSNorm, SwiGLU, no biases, an untied head. What a
 /// family's `base` starts from.
-pub fn plain_decoder() -> DecoderConfig {
+pub(super) fn plain_decoder() -> DecoderConfig {
     use bridge_core::config::{Activation, NormConfig, NormKind, RopeStyle};
     DecoderConfig {
         hidden_size: 0,
@@ -80,7 +91,12 @@ pub fn plain_decoder() -> DecoderConfig {
         head_dim: 0,
         vocab_size: 0,
         max_position_embeddings: 2048,
-        norm: NormConfig { kind: NormKind::RmsNorm, eps: 1e-6, unit_offset: false, bias: false },
+        norm: NormConfig {
+            kind: NormKind::RmsNorm,
+            eps: 1e-6,
+            unit_offset: false,
+            bias: false,
+        },
         activation: Activation::Silu,
         gated_mlp: true,
         attention_bias: false,

@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 mod keys;
 pub mod llama;
 mod spec;
+#[cfg(test)]
+mod testing;
 
 pub use spec::{ConfigKey, FamilySpec, Preset};
 
@@ -38,7 +40,11 @@ pub fn registry() -> Registry {
 /// # Errors
 /// [`Error::UnknownName`] with the nearest known name.
 pub fn preset(name: &str) -> Result<(&'static FamilySpec, DecoderConfig)> {
-    let all = || FAMILIES.iter().flat_map(|family| family.presets.iter().map(move |preset| (*family, preset)));
+    let all = || {
+        FAMILIES
+            .iter()
+            .flat_map(|family| family.presets.iter().map(move |preset| (*family, preset)))
+    };
     if let Some((family, preset)) = all().find(|(_, preset)| preset.name == name) {
         return Ok((family, (preset.config)()));
     }

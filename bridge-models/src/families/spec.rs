@@ -70,7 +70,10 @@ impl ModelBridge for FamilySpec {
         let origin = format!("config.json of a new {} model", self.name);
         config.validate(&origin)?;
         let mut json = Map::new();
-        json.insert("architectures".to_owned(), Value::from(vec![self.architectures[0]]));
+        json.insert(
+            "architectures".to_owned(),
+            Value::from(vec![self.architectures[0]]),
+        );
         json.insert("model_type".to_owned(), Value::from(self.model_type));
         for key in self.config {
             if let Some(value) = (key.write)(config) {
@@ -80,7 +83,14 @@ impl ModelBridge for FamilySpec {
         // Reading back what was written finds everything that this family's keys cannot say.
         let read = self.config(&HfConfig::from_json(json.clone(), origin.clone()))?;
         let lost = differences(config, &read);
-        if lost.is_empty() { Ok(json) } else { Err(Error::Config { file: origin, problems: lost }) }
+        if lost.is_empty() {
+            Ok(json)
+        } else {
+            Err(Error::Config {
+                file: origin,
+                problems: lost,
+            })
+        }
     }
 
     fn weights(&self, config: &DecoderConfig) -> WeightMap {
@@ -99,7 +109,9 @@ fn differences(asked: &DecoderConfig, read: &DecoderConfig) -> Problems {
     for (name, asked) in fields(asked) {
         let says = read.get(&name).unwrap_or(&Value::Null);
         if *says != asked {
-            problems.push(format!("the family's config.json cannot say {name} = {asked}; it would be read as {says}"));
+            problems.push(format!(
+                "the family's config.json cannot say {name} = {asked}; it would be read as {says}"
+            ));
         }
     }
     problems
@@ -165,7 +177,11 @@ macro_rules! activation {
 /// A key that new files hold with a fixed value and that says nothing about the model.
 macro_rules! constant {
     ($key:literal, $value:expr) => {
-        $crate::families::spec::ConfigKey { key: $key, read: |_, _| (), write: |_| Some(serde_json::json!($value)) }
+        $crate::families::spec::ConfigKey {
+            key: $key,
+            read: |_, _| (),
+            write: |_| Some(serde_json::json!($value)),
+        }
     };
 }
 

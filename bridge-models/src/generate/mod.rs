@@ -33,7 +33,12 @@ pub struct GenerateOptions {
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        Self { max_new_tokens: 128, sampling: Sampling::Greedy, stop_ids: Vec::new(), use_cache: true }
+        Self {
+            max_new_tokens: 128,
+            sampling: Sampling::Greedy,
+            stop_ids: Vec::new(),
+            use_cache: true,
+        }
     }
 }
 
@@ -67,13 +72,21 @@ impl Generation {
     /// Tokens per second after the first one, which the prompt's length decides; 0 if there is no second.
     pub fn decode_tokens_per_s(&self) -> f64 {
         let tokens = self.token_ids.len().saturating_sub(1);
-        if tokens == 0 { 0.0 } else { tokens as f64 / self.decode.as_secs_f64() }
+        if tokens == 0 {
+            0.0
+        } else {
+            tokens as f64 / self.decode.as_secs_f64()
+        }
     }
 
     /// Tokens per second over the whole time, reading the prompt included; 0 if there is no token.
     pub fn tokens_per_s(&self) -> f64 {
         let tokens = self.token_ids.len();
-        if tokens == 0 { 0.0 } else { tokens as f64 / (self.prefill + self.decode).as_secs_f64() }
+        if tokens == 0 {
+            0.0
+        } else {
+            tokens as f64 / (self.prefill + self.decode).as_secs_f64()
+        }
     }
 }
 
@@ -82,7 +95,11 @@ impl Generation {
 /// # Errors
 /// If the prompt is empty, does not fit the context or holds unknown tokens; if a sampling option is out of range; if
 /// the model yields numbers that are not finite.
-pub fn generate<B: Ops>(model: &Decoder<B>, prompt: &[u32], options: &GenerateOptions) -> Result<Generation> {
+pub fn generate<B: Ops>(
+    model: &Decoder<B>,
+    prompt: &[u32],
+    options: &GenerateOptions,
+) -> Result<Generation> {
     generate_streaming(model, prompt, options, &mut |_| ControlFlow::Continue(()))
 }
 
@@ -101,16 +118,24 @@ pub fn generate_streaming<B: Ops>(
         return Err(Error::EmptyPrompt);
     }
     if prompt.len() >= context {
-        return Err(Error::PromptTooLong { prompt: prompt.len(), context });
+        return Err(Error::PromptTooLong {
+            prompt: prompt.len(),
+            context,
+        });
     }
     model.check_token_ids(prompt)?;
     let mut sampler = Sampler::new(options.sampling)?;
 
-    let room = options.max_new_tokens.min(INITIAL_ROOM).min(context - prompt.len());
+    let room = options
+        .max_new_tokens
+        .min(INITIAL_ROOM)
+        .min(context - prompt.len());
     let mut text = Text {
         model,
         tokens: prompt.to_vec(),
-        cache: options.use_cache.then(|| model.new_cache(prompt.len() + room)),
+        cache: options
+            .use_cache
+            .then(|| model.new_cache(prompt.len() + room)),
     };
     let start = Instant::now();
     let mut first = None;
@@ -134,7 +159,12 @@ pub fn generate_streaming<B: Ops>(
     let end = Instant::now();
     let first = first.unwrap_or(end);
     let token_ids = text.tokens.split_off(prompt.len());
-    Ok(Generation { token_ids, finish, prefill: first - start, decode: end - first })
+    Ok(Generation {
+        token_ids,
+        finish,
+        prefill: first - start,
+        decode: end - first,
+    })
 }
 
 /// A text as it grows.

@@ -36,16 +36,45 @@ impl Sampler {
     /// [`Error::SamplingOption`] if an option is out of range.
     pub fn new(sampling: Sampling) -> Result<Self> {
         let mut state = 0;
-        if let Sampling::Random { temperature, top_k, top_p, seed } = sampling {
+        if let Sampling::Random {
+            temperature,
+            top_k,
+            top_p,
+            seed,
+        } = sampling
+        {
             let check = |name, good: bool, value: String, expected| {
-                if good { Ok(()) } else { Err(Error::SamplingOption { name, value, expected }) }
+                if good {
+                    Ok(())
+                } else {
+                    Err(Error::SamplingOption {
+                        name,
+                        value,
+                        expected,
+                    })
+                }
             };
             let finite = temperature.is_finite() && temperature > 0.0;
-            check("temperature", finite, temperature.to_string(), "a number above 0 (greedy decoding needs none)")?;
+            check(
+                "temperature",
+                finite,
+                temperature.to_string(),
+                "a number above 0 (greedy decoding needs none)",
+            )?;
             let top_k = top_k.unwrap_or(1);
-            check("top-k", top_k > 0, top_k.to_string(), "a whole number above 0")?;
+            check(
+                "top-k",
+                top_k > 0,
+                top_k.to_string(),
+                "a whole number above 0",
+            )?;
             let top_p = top_p.unwrap_or(1.0);
-            check("top-p", top_p > 0.0 && top_p <= 1.0, top_p.to_string(), "a number above 0 and at most 1")?;
+            check(
+                "top-p",
+                top_p > 0.0 && top_p <= 1.0,
+                top_p.to_string(),
+                "a number above 0 and at most 1",
+            )?;
             state = seed;
         }
         Ok(Self { sampling, state })
@@ -56,12 +85,20 @@ impl Sampler {
     /// # Errors
     /// The first logit that is NaN or positive infinity.
     pub fn choose(&mut self, logits: &[f32]) -> Result<u32, f32> {
-        if let Some(bad) = logits.iter().find(|logit| logit.is_nan() || **logit == f32::INFINITY) {
+        if let Some(bad) = logits
+            .iter()
+            .find(|logit| logit.is_nan() || **logit == f32::INFINITY)
+        {
             return Err(*bad);
         }
         Ok(match self.sampling {
             Sampling::Greedy => likeliest(logits),
-            Sampling::Random { temperature, top_k, top_p, .. } => {
+            Sampling::Random {
+                temperature,
+                top_k,
+                top_p,
+                ..
+            } => {
                 let candidates = candidates(logits, temperature, top_k, top_p);
                 self.draw(&candidates)
             }
@@ -103,9 +140,19 @@ fn likeliest(logits: &[f32]) -> u32 {
 
 /// The tokens to draw from with their weights, likeliest first where there is an order: first the temperature, then
 /// top-k, then top-p on what is left.
-fn candidates(logits: &[f32], temperature: f64, top_k: Option<usize>, top_p: Option<f64>) -> Vec<(u32, f64)> {
+fn candidates(
+    logits: &[f32],
+    temperature: f64,
+    top_k: Option<usize>,
+    top_p: Option<f64>,
+) -> Vec<(u32, f64)> {
     let highest = f64::from(logits[likeliest(logits) as usize]);
-    let weigh = |(token, logit): (usize, &f32)| (token as u32, ((f64::from(*logit) - highest) / temperature).exp());
+    let weigh = |(token, logit): (usize, &f32)| {
+        (
+            token as u32,
+            ((f64::from(*logit) - highest) / temperature).exp(),
+        )
+    };
     let mut weights: Vec<(u32, f64)> = logits.iter().enumerate().map(weigh).collect();
     if top_k.is_none_or(|k| k >= weights.len()) && top_p.is_none_or(|p| p >= 1.0) {
         return weights;
@@ -138,7 +185,12 @@ mod tests {
     use super::*;
 
     fn random(temperature: f64, top_k: Option<usize>, top_p: Option<f64>, seed: u64) -> Sampling {
-        Sampling::Random { temperature, top_k, top_p, seed }
+        Sampling::Random {
+            temperature,
+            top_k,
+            top_p,
+            seed,
+        }
     }
 
     /// Logits whose probabilities at temperature 1 are as given.
@@ -159,7 +211,10 @@ mod tests {
             let found = *count as f64 / DRAWS as f64;
             // Five standard errors; a token that must not come, must not come once.
             let allowed = 5.0 * (expected * (1.0 - expected) / DRAWS as f64).sqrt();
-            assert!((found - expected).abs() <= allowed, "{sampling:?}: token {token} came {found}, not {expected}");
+            assert!(
+                (found - expected).abs() <= allowed,
+                "{sampling:?}: token {token} came {found}, not {expected}"
+            );
         }
     }
 
@@ -169,13 +224,25 @@ mod tests {
         check_frequencies(random(1.0, None, None, 1), &p, &p);
         let squares: Vec<f64> = p.iter().map(|p| p * p / 0.3).collect();
         check_frequencies(random(0.5, None, None, 2), &p, &squares);
-        check_frequencies(random(1.0, Some(2), None, 3), &p, &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        check_frequencies(
+            random(1.0, Some(2), None, 3),
+            &p,
+            &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+        );
         check_frequencies(random(1.0, Some(9), None, 3), &p, &p);
         // 0.4 alone does not reach 0.6; with 0.3 it does.
-        check_frequencies(random(1.0, None, Some(0.6), 4), &p, &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        check_frequencies(
+            random(1.0, None, Some(0.6), 4),
+            &p,
+            &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+        );
         check_frequencies(random(1.0, None, Some(1e-9), 5), &p, &[0.0, 1.0, 0.0, 0.0]);
         // Top-p looks at what top-k has left: 0.4 of 0.9 is less than half, 0.7 of it is more.
-        check_frequencies(random(1.0, Some(3), Some(0.5), 6), &p, &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        check_frequencies(
+            random(1.0, Some(3), Some(0.5), 6),
+            &p,
+            &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+        );
     }
 
     #[test]
@@ -190,7 +257,9 @@ mod tests {
         let logits = logits(&[0.25; 4]);
         let text = |seed| {
             let mut sampler = Sampler::new(random(1.0, None, Some(0.9), seed)).unwrap();
-            (0..32).map(|_| sampler.choose(&logits).unwrap()).collect::<Vec<_>>()
+            (0..32)
+                .map(|_| sampler.choose(&logits).unwrap())
+                .collect::<Vec<_>>()
         };
         assert_eq!(text(5), text(5));
         assert_ne!(text(5), text(6));
@@ -210,7 +279,13 @@ mod tests {
             (random(1.0, None, Some(0.0), 0), "top-p"),
             (random(1.0, None, Some(1.5), 0), "top-p"),
         ] {
-            assert!(Sampler::new(sampling).unwrap_err().to_string().starts_with(name), "{sampling:?}");
+            assert!(
+                Sampler::new(sampling)
+                    .unwrap_err()
+                    .to_string()
+                    .starts_with(name),
+                "{sampling:?}"
+            );
         }
     }
 }

@@ -52,9 +52,14 @@ impl<B: Ops> Attention<B> {
         layer: usize,
         own: &AttentionLayer,
     ) -> Result<Self> {
-        let (hidden, query, key_value) = (config.hidden_size, config.query_size(), config.key_value_size());
-        let mut project =
-            |proj: &str, shape, bias| Linear::build(params, &format!("{name}.{proj}_proj"), shape, bias);
+        let (hidden, query, key_value) = (
+            config.hidden_size,
+            config.query_size(),
+            config.key_value_size(),
+        );
+        let mut project = |proj: &str, shape, bias| {
+            Linear::build(params, &format!("{name}.{proj}_proj"), shape, bias)
+        };
         let q_proj = project("q", [query, hidden], config.attention_bias)?;
         let k_proj = project("k", [key_value, hidden], config.attention_bias)?;
         let v_proj = project("v", [key_value, hidden], config.attention_bias)?;
@@ -64,11 +69,19 @@ impl<B: Ops> Attention<B> {
                 Some(QkNorm::PerHead) => config.head_dim,
                 Some(QkNorm::FullWidth) => full,
             };
-            let norm = bridge_core::config::NormConfig { bias: false, ..config.norm };
+            let norm = bridge_core::config::NormConfig {
+                bias: false,
+                ..config.norm
+            };
             Norm::build(params, &format!("{name}.{head}_norm"), size, &norm).map(Some)
         };
         let (q_norm, k_norm) = (norm("q", query)?, norm("k", key_value)?);
-        let o_proj = Linear::build(params, &format!("{name}.o_proj"), [hidden, query], config.attention_output_bias)?;
+        let o_proj = Linear::build(
+            params,
+            &format!("{name}.o_proj"),
+            [hidden, query],
+            config.attention_output_bias,
+        )?;
         let rope = match own.rope {
             LayerRope::Global => config.rope.clone(),
             LayerRope::Local => config.rope_local.clone(),
@@ -100,9 +113,23 @@ impl<B: Ops> Attention<B> {
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
         let (batch, seq) = (ctx.batch(), ctx.seq());
-        let q = self.heads_of(tape, self.q_proj.forward(tape, x), self.q_norm.as_ref(), [batch, seq, self.heads]);
-        let k = self.heads_of(tape, self.k_proj.forward(tape, x), self.k_norm.as_ref(), [batch, seq, self.kv_heads]);
-        let v = reshape(tape, &self.v_proj.forward(tape, x), &[batch, seq, self.kv_heads, self.head_dim]);
+        let q = self.heads_of(
+            tape,
+            self.q_proj.forward(tape, x),
+            self.q_norm.as_ref(),
+            [batch, seq, self.heads],
+        );
+        let k = self.heads_of(
+            tape,
+            self.k_proj.forward(tape, x),
+            self.k_norm.as_ref(),
+            [batch, seq, self.kv_heads],
+        );
+        let v = reshape(
+            tape,
+            &self.v_proj.forward(tape, x),
+            &[batch, seq, self.kv_heads, self.head_dim],
+        );
 
         let (q, k) = match &self.rope {
             Some(rope) => {
@@ -123,7 +150,13 @@ impl<B: Ops> Attention<B> {
                 let mut own = cache.layer(self.layer);
                 let offset = own.len();
                 let (k, v) = own.append(tape, k, v, cache.capacity());
-                attention(tape, &q, &k, &v, &spec.with_q_offset(offset).with_kv_len(own.len()))
+                attention(
+                    tape,
+                    &q,
+                    &k,
+                    &v,
+                    &spec.with_q_offset(offset).with_kv_len(own.len()),
+                )
             }
         }; // [batch, seq, heads, head_dim]
         let output = reshape(tape, &output, &[batch, seq, self.heads * self.head_dim]);
@@ -132,7 +165,13 @@ impl<B: Ops> Attention<B> {
 
     /// Cuts a projection `[batch, seq, heads * head_dim]` into heads and normalises it, in the order that the kind of
     /// norm asks for.
-    fn heads_of(&self, tape: &Tape<B>, x: Var<B>, norm: Option<&Norm<B>>, [batch, seq, heads]: [usize; 3]) -> Var<B> {
+    fn heads_of(
+        &self,
+        tape: &Tape<B>,
+        x: Var<B>,
+        norm: Option<&Norm<B>>,
+        [batch, seq, heads]: [usize; 3],
+    ) -> Var<B> {
         let shape = [batch, seq, heads, self.head_dim];
         match (norm, self.qk_norm) {
             (Some(norm), Some(QkNorm::FullWidth)) => reshape(tape, &norm.forward(tape, &x), &shape),

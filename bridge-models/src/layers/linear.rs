@@ -26,7 +26,11 @@ impl<B: Ops> Linear<B> {
         bias: bool,
     ) -> Result<Self> {
         let weight = params.param(&format!("{name}.weight"), &[out_features, in_features])?;
-        let bias = if bias { Some(params.param(&format!("{name}.bias"), &[out_features])?) } else { None };
+        let bias = if bias {
+            Some(params.param(&format!("{name}.bias"), &[out_features])?)
+        } else {
+            None
+        };
         Ok(Self { weight, bias })
     }
 

@@ -29,10 +29,19 @@ impl<B: Ops> Mlp<B> {
     ) -> Result<Self> {
         let (hidden, inner) = (config.hidden_size, config.mlp_intermediate_size(layer));
         let mut project = |proj: &str, shape: [usize; 2]| {
-            Linear::build(params, &format!("{name}.{proj}_proj"), shape, config.mlp_bias)
+            Linear::build(
+                params,
+                &format!("{name}.{proj}_proj"),
+                shape,
+                config.mlp_bias,
+            )
         };
         Ok(Self {
-            gate_proj: if config.gated_mlp { Some(project("gate", [inner, hidden])?) } else { None },
+            gate_proj: if config.gated_mlp {
+                Some(project("gate", [inner, hidden])?)
+            } else {
+                None
+            },
             up_proj: project("up", [inner, hidden])?,
             down_proj: project("down", [hidden, inner])?,
             activation: activation_op(config.activation),
@@ -43,7 +52,9 @@ impl<B: Ops> Mlp<B> {
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>) -> Var<B> {
         let up = self.up_proj.forward(tape, x); // [batch, seq, intermediate]
         let inner = match &self.gate_proj {
-            Some(gate_proj) => gated_activation(tape, &gate_proj.forward(tape, x), &up, self.activation),
+            Some(gate_proj) => {
+                gated_activation(tape, &gate_proj.forward(tape, x), &up, self.activation)
+            }
             None => activation(tape, &up, self.activation),
         };
         self.down_proj.forward(tape, &inner)

@@ -22,12 +22,24 @@ impl<B: Ops> Norm<B> {
     ///
     /// # Errors
     /// If the weights' source fails.
-    pub fn build(params: &mut ParamBuilder<'_, B>, name: &str, size: usize, config: &NormConfig) -> Result<Self> {
+    pub fn build(
+        params: &mut ParamBuilder<'_, B>,
+        name: &str,
+        size: usize,
+        config: &NormConfig,
+    ) -> Result<Self> {
         let weight = params.param(&format!("{name}.weight"), &[size])?;
-        let bias = if config.bias { Some(params.param(&format!("{name}.bias"), &[size])?) } else { None };
+        let bias = if config.bias {
+            Some(params.param(&format!("{name}.bias"), &[size])?)
+        } else {
+            None
+        };
         Ok(Self {
             kind: config.kind,
-            spec: NormSpec { eps: config.eps, unit_offset: config.unit_offset },
+            spec: NormSpec {
+                eps: config.eps,
+                unit_offset: config.unit_offset,
+            },
             weight,
             bias,
         })

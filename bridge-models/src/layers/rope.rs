@@ -20,9 +20,13 @@ pub fn rotary_table<B: Ops>(
     let half = rotary_dim / 2;
     let (rows, (cos, sin)) = match ctx.positions() {
         Positions::From(start) => (1, cos_sin(*start..start + ctx.seq(), &frequencies)),
-        Positions::Explicit(positions) => {
-            (ctx.batch(), cos_sin(positions.iter().map(|position| *position as usize), &frequencies))
-        }
+        Positions::Explicit(positions) => (
+            ctx.batch(),
+            cos_sin(
+                positions.iter().map(|position| *position as usize),
+                &frequencies,
+            ),
+        ),
     };
     let shape = [rows, ctx.seq(), half];
     let style = match style {
@@ -36,8 +40,14 @@ pub fn rotary_table<B: Ops>(
     )
 }
 
-fn cos_sin(positions: impl Iterator<Item = usize>, frequencies: &Frequencies) -> (Vec<f32>, Vec<f32>) {
-    let Frequencies { inv_freq, attention_factor } = frequencies;
+fn cos_sin(
+    positions: impl Iterator<Item = usize>,
+    frequencies: &Frequencies,
+) -> (Vec<f32>, Vec<f32>) {
+    let Frequencies {
+        inv_freq,
+        attention_factor,
+    } = frequencies;
     let capacity = positions.size_hint().0 * inv_freq.len();
     let (mut cos, mut sin) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
     for position in positions {

@@ -26,10 +26,18 @@ pub(super) fn compare<B: Ops>(
     for (name, expected) in &reference.gradients {
         let found = foreign_gradient(plan, &canonical, name);
         if found.len() != expected.numel {
-            let problem = format!("gradient `{name}` has {} elements, the weight {}", expected.numel, found.len());
+            let problem = format!(
+                "gradient `{name}` has {} elements, the weight {}",
+                expected.numel,
+                found.len()
+            );
             return Err(Error::reference(&reference.path, problem));
         }
-        let difference = relative((norm(&found) - expected.norm).abs(), expected.norm, tolerances);
+        let difference = relative(
+            (norm(&found) - expected.norm).abs(),
+            expected.norm,
+            tolerances,
+        );
         // NaN counts as worst.
         if worst.is_none_or(|(known, _)| !(difference <= known) && !known.is_nan()) {
             worst = Some((difference, name));
@@ -38,18 +46,29 @@ pub(super) fn compare<B: Ops>(
     if let Some((difference, name)) = worst {
         report.grad_norm_max_rel_diff = Some(difference);
         report.worst_grad = Some(name.to_owned());
-        let what = format!("norms of {} gradients, largest relative difference ({name})", reference.gradients.len());
+        let what = format!(
+            "norms of {} gradients, largest relative difference ({name})",
+            reference.gradients.len()
+        );
         report.compare(what, difference, tolerances.gradient);
     }
     for (name, expected) in &reference.full_gradients {
         let found = foreign_gradient(plan, &canonical, name);
         if found.len() != expected.len() {
-            let problem = format!("gradient `{name}` has {} elements, the weight {}", expected.len(), found.len());
+            let problem = format!(
+                "gradient `{name}` has {} elements, the weight {}",
+                expected.len(),
+                found.len()
+            );
             return Err(Error::reference(&reference.path, problem));
         }
         let apart: Vec<f32> = found.iter().zip(expected).map(|(a, b)| a - b).collect();
         let difference = relative(norm(&apart), norm(expected), tolerances);
-        report.compare(format!("gradient {name}, relative distance"), difference, tolerances.gradient);
+        report.compare(
+            format!("gradient {name}, relative distance"),
+            difference,
+            tolerances.gradient,
+        );
     }
     Ok(())
 }
@@ -60,13 +79,19 @@ fn relative(apart: f64, size: f64, tolerances: &Tolerances) -> f64 {
 }
 
 fn norm(values: &[f32]) -> f64 {
-    values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt()
+    values
+        .iter()
+        .map(|value| f64::from(*value).powi(2))
+        .sum::<f64>()
+        .sqrt()
 }
 
 /// The gradient of every weight, by canonical name. A weight that the loss does not depend on has none: zeros.
 fn gradients<B: Ops>(model: &Decoder<B>) -> HashMap<String, Vec<f32>> {
     let gradient = |param: bridge_ops::Param<B>| {
-        let values = param.take_grad().map_or_else(|| vec![0.0; param.numel()], to_f32_vec::<B>);
+        let values = param
+            .take_grad()
+            .map_or_else(|| vec![0.0; param.numel()], to_f32_vec::<B>);
         (param.name().to_owned(), values)
     };
     model.params().into_iter().map(gradient).collect()
@@ -75,16 +100,31 @@ fn gradients<B: Ops>(model: &Decoder<B>) -> HashMap<String, Vec<f32>> {
 /// The reference must speak of exactly the weights that the checkpoint holds.
 fn check_names(plan: &Plan, reference: &Reference) -> Result<()> {
     let mapping = plan.mapping();
-    let names = reference.gradients.keys().chain(reference.full_gradients.keys());
-    if let Some(name) = names.into_iter().find(|name| mapping.foreign_index(name).is_none()) {
-        return Err(Error::reference(&reference.path, format!("has a gradient of `{name}`, which the model lacks")));
+    let names = reference
+        .gradients
+        .keys()
+        .chain(reference.full_gradients.keys());
+    if let Some(name) = names
+        .into_iter()
+        .find(|name| mapping.foreign_index(name).is_none())
+    {
+        return Err(Error::reference(
+            &reference.path,
+            format!("has a gradient of `{name}`, which the model lacks"),
+        ));
     }
     if reference.gradients.is_empty() {
         return Ok(());
     }
     let stored = plan.tensors.iter().flat_map(|tensor| &tensor.foreign);
-    match stored.into_iter().find(|name| !reference.gradients.contains_key(*name)) {
-        Some(name) => Err(Error::reference(&reference.path, format!("has no gradient of `{name}`"))),
+    match stored
+        .into_iter()
+        .find(|name| !reference.gradients.contains_key(*name))
+    {
+        Some(name) => Err(Error::reference(
+            &reference.path,
+            format!("has no gradient of `{name}`"),
+        )),
         None => Ok(()),
     }
 }
@@ -96,7 +136,11 @@ fn foreign_gradient(plan: &Plan, canonical: &HashMap<String, Vec<f32>>, name: &s
     let mut gradient = vec![0.0; mapping.foreign[index].shape.iter().product()];
     for piece in mapping.pieces_of_foreign(index) {
         let own = &canonical[&mapping.canonical[piece.canonical].name];
-        for (from, to) in piece.canonical_view.offsets().zip(piece.foreign_view.offsets()) {
+        for (from, to) in piece
+            .canonical_view
+            .offsets()
+            .zip(piece.foreign_view.offsets())
+        {
             gradient[to] = own[from];
         }
     }

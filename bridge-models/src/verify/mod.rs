@@ -9,10 +9,8 @@ mod tests;
 
 use std::path::Path;
 
-use bridge_core::checkpoint::Checkpoint;
-use bridge_core::layout::LayoutSpec;
-use bridge_core::plan::{TensorHeader, plan_import};
-use bridge_core::{HfConfig, Registry};
+use bridge_core::convert::HfModel;
+use bridge_core::{LayoutSpec, Registry};
 use bridge_ops::{Ops, to_f32_vec};
 
 pub use reference::{GradientStats, GreedyReference, LogitsReference, Reference};
@@ -23,7 +21,7 @@ use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::generate::{GenerateOptions, generate};
 use crate::run::loss_and_gradients;
-use crate::weights::{CheckpointSource, DtypePolicy};
+use crate::weights::{DtypePolicy, load_hf};
 
 /// How close is close enough.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -40,7 +38,12 @@ pub struct Tolerances {
 
 impl Default for Tolerances {
     fn default() -> Self {
-        Self { logits: 1e-4, loss: 1e-5, gradient: 1e-3, gradient_floor: 1e-6 }
+        Self {
+            logits: 1e-4,
+            loss: 1e-5,
+            gradient: 1e-3,
+            gradient_floor: 1e-6,
+        }
     }
 }
 
@@ -55,7 +58,10 @@ pub struct VerifyOptions {
 
 impl Default for VerifyOptions {
     fn default() -> Self {
-        Self { gradients: true, tolerances: Tolerances::default() }
+        Self {
+            gradients: true,
+            tolerances: Tolerances::default(),
+        }
     }
 }
 
@@ -73,24 +79,32 @@ pub fn verify<B: Ops>(
     device: &B::Device,
     backend: &str,
 ) -> Result<VerifyReport> {
-    let config = HfConfig::load(hf)?;
-    let bridge = registry.detect(&config)?;
-    let checkpoint = Checkpoint::open(hf).map_err(bridge_core::Error::from)?;
-    let headers: Vec<TensorHeader> = checkpoint.tensors().iter().map(TensorHeader::from).collect();
     let layout = LayoutSpec::default();
-    let plan = plan_import(bridge, &config, &headers, &layout)?;
+    let folder = HfModel::open(hf, registry, &layout)?;
     let reference = Reference::load(reference)?;
-    let mut source = CheckpointSource::new(&plan, &checkpoint, DtypePolicy::Float32);
-    let model = Decoder::<B>::build(plan.config.clone(), &mut source, device)?;
+    let model = load_hf::<B>(&folder, DtypePolicy::Float32, device)?;
 
-    let mut report = VerifyReport::new(&plan.family, &layout.to_string(), backend, "f32");
+    let mut report = VerifyReport::new(folder.bridge().name(), &layout.to_string(), backend, "f32");
     if let Some(logits) = &reference.logits {
         compare_logits(&model, &reference, logits, &options.tolerances, &mut report)?;
         if let Some(loss) = reference.loss {
             // One run gives loss and gradients; without gradients wanted they are dropped with the model.
-            compare_loss(&model, &reference, logits, loss, &options.tolerances, &mut report)?;
+            compare_loss(
+                &model,
+                &reference,
+                logits,
+                loss,
+                &options.tolerances,
+                &mut report,
+            )?;
             if options.gradients {
-                gradients::compare(&model, &plan, &reference, &options.tolerances, &mut report)?;
+                gradients::compare(
+                    &model,
+                    folder.plan(),
+                    &reference,
+                    &options.tolerances,
+                    &mut report,
+                )?;
             }
         }
     }
@@ -98,7 +112,10 @@ pub fn verify<B: Ops>(
         compare_greedy(&model, greedy, &mut report)?;
     }
     if report.comparisons.is_empty() {
-        return Err(Error::reference(&reference.path, "holds neither logits nor a greedy text to compare with"));
+        return Err(Error::reference(
+            &reference.path,
+            "holds neither logits nor a greedy text to compare with",
+        ));
     }
     Ok(report)
 }
@@ -111,7 +128,11 @@ fn compare_logits<B: Ops>(
     report: &mut VerifyReport,
 ) -> Result<()> {
     check_ids(model, reference, expected)?;
-    let ctx = ForwardContext::new(&expected.input_ids, [expected.batch, expected.seq], model.device());
+    let ctx = ForwardContext::new(
+        &expected.input_ids,
+        [expected.batch, expected.seq],
+        model.device(),
+    );
     let found = to_f32_vec::<B>(model.forward(&ctx));
     if found.len() != expected.logits.len() {
         let vocab = model.config().vocab_size;
@@ -123,11 +144,24 @@ fn compare_logits<B: Ops>(
         );
         return Err(Error::reference(&reference.path, problem));
     }
-    let differences = found.iter().zip(&expected.logits).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs());
+    let differences = found
+        .iter()
+        .zip(&expected.logits)
+        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs());
     // A NaN must not get lost in a maximum.
-    let worst = differences.fold(0.0, |worst: f64, d| if d.is_nan() || worst.is_nan() { f64::NAN } else { worst.max(d) });
+    let worst = differences.fold(0.0, |worst: f64, d| {
+        if d.is_nan() || worst.is_nan() {
+            f64::NAN
+        } else {
+            worst.max(d)
+        }
+    });
     report.logits_max_abs_diff = Some(worst);
-    report.compare("logits, largest absolute difference", worst, tolerances.logits);
+    report.compare(
+        "logits, largest absolute difference",
+        worst,
+        tolerances.logits,
+    );
     Ok(())
 }
 
@@ -140,39 +174,77 @@ fn compare_loss<B: Ops>(
     report: &mut VerifyReport,
 ) -> Result<()> {
     let targets = shifted(inputs);
-    if let Some(bad) = targets.iter().find(|t| **t != IGNORED_TARGET && !in_vocabulary(**t, model)) {
-        return Err(Error::reference(&reference.path, format!("label {bad} lies outside the vocabulary")));
+    if let Some(bad) = targets
+        .iter()
+        .find(|t| **t != IGNORED_TARGET && !in_vocabulary(**t, model))
+    {
+        return Err(Error::reference(
+            &reference.path,
+            format!("label {bad} lies outside the vocabulary"),
+        ));
     }
-    let ctx = ForwardContext::new(&inputs.input_ids, [inputs.batch, inputs.seq], model.device());
+    let ctx = ForwardContext::new(
+        &inputs.input_ids,
+        [inputs.batch, inputs.seq],
+        model.device(),
+    );
     let found = loss_and_gradients(model, &ctx, &targets).mean_loss();
     report.loss = Some(found);
     report.loss_reference = Some(expected);
-    report.compare("loss, absolute difference", (found - expected).abs(), tolerances.loss);
+    report.compare(
+        "loss, absolute difference",
+        (found - expected).abs(),
+        tolerances.loss,
+    );
     Ok(())
 }
 
 /// Each token's label is the one after it; the last of a row has none.
 fn shifted(inputs: &LogitsReference) -> Vec<i64> {
     let labels = inputs.labels.chunks(inputs.seq);
-    labels.flat_map(|row| row[1..].iter().copied().chain([IGNORED_TARGET])).collect()
+    labels
+        .flat_map(|row| row[1..].iter().copied().chain([IGNORED_TARGET]))
+        .collect()
 }
 
 fn in_vocabulary<B: Ops>(id: i64, model: &Decoder<B>) -> bool {
     usize::try_from(id).is_ok_and(|id| id < model.config().vocab_size)
 }
 
-fn check_ids<B: Ops>(model: &Decoder<B>, reference: &Reference, inputs: &LogitsReference) -> Result<()> {
+fn check_ids<B: Ops>(
+    model: &Decoder<B>,
+    reference: &Reference,
+    inputs: &LogitsReference,
+) -> Result<()> {
     let check = model.check_token_ids(&inputs.input_ids);
-    check.map_err(|error| Error::reference(&reference.path, format!("input_ids: {error}; is this the model's own?")))
+    check.map_err(|error| {
+        Error::reference(
+            &reference.path,
+            format!("input_ids: {error}; is this the model's own?"),
+        )
+    })
 }
 
-fn compare_greedy<B: Ops>(model: &Decoder<B>, expected: &GreedyReference, report: &mut VerifyReport) -> Result<()> {
+fn compare_greedy<B: Ops>(
+    model: &Decoder<B>,
+    expected: &GreedyReference,
+    report: &mut VerifyReport,
+) -> Result<()> {
     let mut matches = true;
-    for (use_cache, what) in [(true, "greedy text with a cache"), (false, "greedy text without a cache")] {
-        let options =
-            GenerateOptions { max_new_tokens: expected.token_ids.len(), use_cache, ..GenerateOptions::default() };
+    for (use_cache, what) in [
+        (true, "greedy text with a cache"),
+        (false, "greedy text without a cache"),
+    ] {
+        let options = GenerateOptions {
+            max_new_tokens: expected.token_ids.len(),
+            use_cache,
+            ..GenerateOptions::default()
+        };
         let found = generate(model, &expected.prompt, &options)?.token_ids;
-        let wrong = found.iter().zip(&expected.token_ids).position(|(a, b)| a != b);
+        let wrong = found
+            .iter()
+            .zip(&expected.token_ids)
+            .position(|(a, b)| a != b);
         matches &= wrong.is_none() && found.len() == expected.token_ids.len();
         report.compare_exact(what, &found, &expected.token_ids);
     }

@@ -93,10 +93,16 @@ impl Reference {
     pub fn load(dir: &Path) -> Result<Self> {
         let (json, tensors) = (dir.join(JSON_FILE), dir.join(TENSOR_FILE));
         if !json.is_file() && !tensors.is_file() {
-            let problem = format!("holds neither {JSON_FILE} nor {TENSOR_FILE}; is it a folder of reference numbers?");
+            let problem = format!(
+                "holds neither {JSON_FILE} nor {TENSOR_FILE}; is it a folder of reference numbers?"
+            );
             return Err(Error::reference(dir, problem));
         }
-        let numbers = if json.is_file() { Some(read_numbers(&json)?) } else { None };
+        let numbers = if json.is_file() {
+            Some(read_numbers(&json)?)
+        } else {
+            None
+        };
         let mut reference = Self {
             path: dir.to_path_buf(),
             logits: None,
@@ -111,7 +117,12 @@ impl Reference {
             reference.greedy = match (numbers.gen_prompt, numbers.gen_ids) {
                 (Some(prompt), Some(token_ids)) => Some(GreedyReference { prompt, token_ids }),
                 (None, None) => None,
-                _ => return Err(Error::reference(json, "has one of gen_prompt and gen_ids, expected both or neither")),
+                _ => {
+                    return Err(Error::reference(
+                        json,
+                        "has one of gen_prompt and gen_ids, expected both or neither",
+                    ));
+                }
             };
         }
         if tensors.is_file() {
@@ -121,25 +132,38 @@ impl Reference {
     }
 
     fn read_tensors(&mut self, dir: &Path, path: &Path) -> Result<()> {
-        let file = Checkpoint::open_files(dir, [TENSOR_FILE.to_owned()]).map_err(bridge_core::Error::from)?;
+        let file = Checkpoint::open_files(dir, [TENSOR_FILE.to_owned()])
+            .map_err(bridge_core::Error::from)?;
         for info in file.tensors() {
             if let Some(name) = info.name.strip_prefix(GRADIENT_PREFIX) {
-                self.full_gradients.insert(name.to_owned(), floats(&file, info, path)?);
+                self.full_gradients
+                    .insert(name.to_owned(), floats(&file, info, path)?);
             }
         }
         let known = ["input_ids", "labels", "logits"];
         let [Some(ids), Some(labels), Some(logits)] = known.map(|name| file.get(name)) else {
-            return Err(Error::reference(path, format!("lacks one of {}", known.join(", "))));
+            return Err(Error::reference(
+                path,
+                format!("lacks one of {}", known.join(", ")),
+            ));
         };
         let stranger = |name: &str| !known.contains(&name) && !name.starts_with(GRADIENT_PREFIX);
         if let Some(info) = file.tensors().iter().find(|info| stranger(&info.name)) {
-            let problem = format!("holds the model input `{}`, which text models do not take", info.name);
+            let problem = format!(
+                "holds the model input `{}`, which text models do not take",
+                info.name
+            );
             return Err(Error::reference(path, problem));
         }
         let &[batch, seq] = ids.shape.as_slice() else {
-            return Err(Error::reference(path, format!("input_ids has shape {:?}, expected [batch, seq]", ids.shape)));
+            return Err(Error::reference(
+                path,
+                format!("input_ids has shape {:?}, expected [batch, seq]", ids.shape),
+            ));
         };
-        let fits = labels.shape == ids.shape && logits.shape.len() == 3 && logits.shape[..2] == [batch, seq];
+        let fits = labels.shape == ids.shape
+            && logits.shape.len() == 3
+            && logits.shape[..2] == [batch, seq];
         if !fits || batch == 0 || seq == 0 {
             let problem = format!(
                 "input_ids {:?}, labels {:?} and logits {:?} do not fit together",
@@ -148,7 +172,8 @@ impl Reference {
             return Err(Error::reference(path, problem));
         }
         let input_ids = integers(&file, ids, path)?.into_iter().map(|id| {
-            u32::try_from(id).map_err(|_| Error::reference(path, format!("input_ids holds {id}, no token id")))
+            u32::try_from(id)
+                .map_err(|_| Error::reference(path, format!("input_ids holds {id}, no token id")))
         });
         self.logits = Some(LogitsReference {
             batch,
@@ -165,7 +190,10 @@ fn read_numbers(path: &Path) -> Result<Numbers> {
     let io = |source| bridge_core::Error::io("read", path, source);
     let size = std::fs::metadata(path).map_err(io)?.len();
     if size > MAX_JSON_BYTES {
-        return Err(Error::reference(path, format!("is {size} bytes large, expected at most {MAX_JSON_BYTES}")));
+        return Err(Error::reference(
+            path,
+            format!("is {size} bytes large, expected at most {MAX_JSON_BYTES}"),
+        ));
     }
     let bytes = std::fs::read(path).map_err(io)?;
     serde_json::from_slice(&bytes).map_err(|error| Error::reference(path, error.to_string()))
@@ -182,11 +210,25 @@ fn floats(file: &Checkpoint, info: &TensorInfo, path: &Path) -> Result<Vec<f32>>
 fn integers(file: &Checkpoint, info: &TensorInfo, path: &Path) -> Result<Vec<i64>> {
     let bytes = file.read(info).map_err(bridge_core::Error::from)?;
     match info.dtype {
-        DType::I64 => Ok(bytes.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect()),
-        DType::I32 => Ok(bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b).into()).collect()),
+        DType::I64 => Ok(bytes
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|bytes| i64::from_le_bytes(*bytes))
+            .collect()),
+        DType::I32 => Ok(bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| i32::from_le_bytes(*b).into())
+            .collect()),
         other => Err(Error::reference(
             path,
-            format!("tensor `{}` is {}, expected I64 or I32", info.name, other.as_str()),
+            format!(
+                "tensor `{}` is {}, expected I64 or I32",
+                info.name,
+                other.as_str()
+            ),
         )),
     }
 }

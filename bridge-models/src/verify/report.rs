@@ -67,16 +67,33 @@ impl VerifyReport {
 
     /// Records a difference; NaN does not pass.
     pub(super) fn compare(&mut self, what: impl Into<String>, difference: f64, allowed: f64) {
-        self.record(what, difference <= allowed, format!("{difference:.3e}, allowed {allowed:.0e}"));
+        self.record(
+            what,
+            difference <= allowed,
+            format!("{difference:.3e}, allowed {allowed:.0e}"),
+        );
     }
 
-    pub(super) fn compare_exact(&mut self, what: impl Into<String>, found: &[u32], expected: &[u32]) {
-        let same = found.iter().zip(expected).take_while(|(a, b)| a == b).count();
+    pub(super) fn compare_exact(
+        &mut self,
+        what: impl Into<String>,
+        found: &[u32],
+        expected: &[u32],
+    ) {
+        let same = found
+            .iter()
+            .zip(expected)
+            .take_while(|(a, b)| a == b)
+            .count();
         let detail = match (found.get(same), expected.get(same)) {
             (None, None) => format!("{} tokens equal", expected.len()),
             (found, expected) => {
                 let show = |token: Option<&u32>| token.map_or("nothing".to_owned(), u32::to_string);
-                format!("token {same} is {}, expected {}", show(found), show(expected))
+                format!(
+                    "token {same} is {}, expected {}",
+                    show(found),
+                    show(expected)
+                )
             }
         };
         self.record(what, found == expected, detail);
@@ -84,15 +101,32 @@ impl VerifyReport {
 
     fn record(&mut self, what: impl Into<String>, passed: bool, detail: String) {
         self.passed &= passed;
-        self.comparisons.push(Comparison { what: what.into(), detail, passed });
+        self.comparisons.push(Comparison {
+            what: what.into(),
+            detail,
+            passed,
+        });
     }
 }
 
 impl fmt::Display for VerifyReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} ({}, {}, {})", self.family, self.layout, self.backend, self.dtype)?;
-        for Comparison { what, detail, passed } in &self.comparisons {
-            writeln!(f, "  {} {what}: {detail}", if *passed { "ok    " } else { "FAILED" })?;
+        writeln!(
+            f,
+            "{} ({}, {}, {})",
+            self.family, self.layout, self.backend, self.dtype
+        )?;
+        for Comparison {
+            what,
+            detail,
+            passed,
+        } in &self.comparisons
+        {
+            writeln!(
+                f,
+                "  {} {what}: {detail}",
+                if *passed { "ok    " } else { "FAILED" }
+            )?;
         }
         f.write_str(if self.passed { "passed" } else { "FAILED" })
     }

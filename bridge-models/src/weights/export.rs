@@ -35,7 +35,12 @@ pub fn export_weights<B: Ops, E>(
     for param in model.params() {
         let dtype = dtype.unwrap_or_else(|| stored_dtype(&param));
         let (shape, bytes) = (param.shape(), param_bytes(&param, dtype));
-        write(WeightBytes { name: param.name(), shape: &shape, dtype, bytes: &bytes })?;
+        write(WeightBytes {
+            name: param.name(),
+            shape: &shape,
+            dtype,
+            bytes: &bytes,
+        })?;
     }
     Ok(())
 }
@@ -57,8 +62,12 @@ pub fn stored_dtype<B: Ops>(param: &Param<B>) -> DType {
 /// If `dtype` is not a float of 16 bits or more.
 pub fn param_bytes<B: Ops>(param: &Param<B>, dtype: DType) -> Vec<u8> {
     let values = to_f32_vec::<B>(param.value());
-    let size = dtype.byte_len(&[values.len()]).and_then(|size| usize::try_from(size).ok());
-    let mut bytes = vec![0; size.unwrap_or_else(|| panic!("weights cannot be written as {}", dtype.as_str()))];
-    encode_f32(&values, dtype, &mut bytes).unwrap_or_else(|error| panic!("weights cannot be written: {error}"));
+    let size = dtype
+        .byte_len(&[values.len()])
+        .and_then(|size| usize::try_from(size).ok());
+    let mut bytes =
+        vec![0; size.unwrap_or_else(|| panic!("weights cannot be written as {}", dtype.as_str()))];
+    encode_f32(&values, dtype, &mut bytes)
+        .unwrap_or_else(|error| panic!("weights cannot be written: {error}"));
     bytes
 }

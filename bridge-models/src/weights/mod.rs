@@ -3,14 +3,19 @@
 mod export;
 mod hf;
 mod init;
+mod native;
 mod policy;
 mod role;
 mod source;
 
 pub use export::{WeightBytes, export_weights, param_bytes, stored_dtype};
-pub use hf::{CheckpointSource, load_decoder};
+pub use hf::{HfWeights, load_hf};
 pub use init::{Init, RandomInit};
+pub use native::{NativeWeights, load_native, native_config};
 pub use policy::DtypePolicy;
 pub(crate) use policy::held_tensor;
 pub use role::ParamRole;
 pub use source::{ParamBuilder, WeightSource};
+
+#[cfg(test)]
+mod tests;

@@ -38,12 +38,21 @@ pub(crate) fn held_tensor<B: Ops>(
     device: &B::Device,
     origin: impl Fn() -> String,
 ) -> Result<Float<B>> {
-    let refused = || Error::WeightDtype { origin: origin(), name: name.to_owned(), found: stored.as_str().to_owned() };
-    let held = policy.held(ParamRole::of(name, shape), stored).ok_or_else(refused)?;
+    let refused = || Error::WeightDtype {
+        origin: origin(),
+        name: name.to_owned(),
+        found: stored.as_str().to_owned(),
+    };
+    let held = policy
+        .held(ParamRole::of(name, shape), stored)
+        .ok_or_else(refused)?;
     let bytes = if held == stored {
         bytes
     } else {
-        let size = held.byte_len(shape).and_then(|size| usize::try_from(size).ok()).ok_or_else(refused)?;
+        let size = held
+            .byte_len(shape)
+            .and_then(|size| usize::try_from(size).ok())
+            .ok_or_else(refused)?;
         let mut cast = vec![0; size];
         cast_bytes(&bytes, stored, held, &mut cast).map_err(|_| refused())?;
         cast

@@ -48,13 +48,25 @@ mod tests {
         for (name, shape, role) in [
             ("embedding.weight", &[7, 4][..], ParamRole::Embedding),
             ("lm_head.weight", &[7, 4], ParamRole::Matrix),
-            ("layers.0.attention.o_proj.weight", &[4, 6], ParamRole::OutputProjection),
+            (
+                "layers.0.attention.o_proj.weight",
+                &[4, 6],
+                ParamRole::OutputProjection,
+            ),
             ("layers.0.attention.o_proj.bias", &[4], ParamRole::Bias),
-            ("layers.11.mlp.down_proj.weight", &[4, 6], ParamRole::OutputProjection),
+            (
+                "layers.11.mlp.down_proj.weight",
+                &[4, 6],
+                ParamRole::OutputProjection,
+            ),
             ("layers.0.mlp.up_proj.weight", &[6, 4], ParamRole::Matrix),
             ("layers.0.input_norm.weight", &[4], ParamRole::NormScale),
             ("layers.0.input_norm.bias", &[4], ParamRole::Bias),
-            ("layers.0.attention.q_norm.weight", &[4], ParamRole::NormScale),
+            (
+                "layers.0.attention.q_norm.weight",
+                &[4],
+                ParamRole::NormScale,
+            ),
             ("final_norm.weight", &[4], ParamRole::NormScale),
             ("my.gain", &[4], ParamRole::NormScale),
         ] {

@@ -23,7 +23,10 @@ pub struct ParamBuilder<'a, B: Ops> {
 impl<'a, B: Ops> ParamBuilder<'a, B> {
     /// Parameters on `device` from `source`.
     pub fn new(source: &'a mut dyn WeightSource<B>, device: &B::Device) -> Self {
-        Self { source, device: device.clone() }
+        Self {
+            source,
+            device: device.clone(),
+        }
     }
 
     /// The parameter with canonical name `name` and `shape`.

@@ -49,18 +49,31 @@ unsafe impl<T: Send> Sync for SharedMut<'_, T> {}
 
 impl<'a, T> SharedMut<'a, T> {
     pub(crate) fn new(slice: &'a mut [T]) -> Self {
-        Self { ptr: slice.as_mut_ptr(), len: slice.len(), _borrow: PhantomData }
+        Self {
+            ptr: slice.as_mut_ptr(),
+            len: slice.len(),
+            _borrow: PhantomData,
+        }
     }
 
     /// The elements of `range`.
     ///
     /// # Safety
     /// No two ranges in use at the same time may overlap.
-    #[expect(clippy::mut_from_ref, reason = "the caller promises that ranges are disjoint")]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "the caller promises that ranges are disjoint"
+    )]
     pub(crate) unsafe fn slice(&self, range: std::ops::Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} elements", self.len);
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "{range:?} of {} elements",
+            self.len
+        );
         // SAFETY: in bounds by the assertion, disjoint from other slices by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(range.start), range.end - range.start) }
+        unsafe {
+            std::slice::from_raw_parts_mut(self.ptr.add(range.start), range.end - range.start)
+        }
     }
 
     /// The address of element `index`, for strided access.

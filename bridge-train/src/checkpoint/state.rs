@@ -84,9 +84,11 @@ pub(super) fn parse(json: &[u8], origin: &str) -> Result<Saved> {
     Ok(Saved { state, optimizer_steps: file.optimizer_steps, model: file.model })
 }
 
-/// The places where two descriptions of a model differ, as `path: there and here`.
+/// The places where two descriptions of a model differ, as `path is A there and B here`. `there` came from a file.
 pub(super) fn differences(there: &serde_json::Value, here: &serde_json::Value) -> Vec<String> {
     use serde_json::Value;
+    // Parsing may miss a number's last bit, so both descriptions are compared as they come out of a file.
+    let here: Value = serde_json::from_str(&here.to_string()).expect("JSON that was just printed");
     fn walk(path: &str, there: &Value, here: &Value, found: &mut Vec<String>) {
         match (there, here) {
             (Value::Object(a), Value::Object(b)) => {
@@ -108,7 +110,7 @@ pub(super) fn differences(there: &serde_json::Value, here: &serde_json::Value) -
         }
     }
     let mut found = Vec::new();
-    walk("", there, here, &mut found);
+    walk("", there, &here, &mut found);
     found
 }
 
@@ -141,15 +143,25 @@ mod tests {
 
     #[test]
     fn differences_name_their_path() {
-        let there = json!({"hidden_size": 48, "norm": {"eps": 1e-5}, "layers": [1, 2], "gone": true});
-        let here = json!({"hidden_size": 64, "norm": {"eps": 1e-6}, "layers": [1, 2, 3]});
+        let there = json!({"hidden_size": 48, "norm": {"eps": 0.25}, "layers": [1, 2], "gone": true});
+        let here = json!({"hidden_size": 64, "norm": {"eps": 0.5}, "layers": [1, 2, 3]});
         let expected = [
             "hidden_size is 48 there and 64 here",
-            "norm.eps is 1e-5 there and 1e-6 here",
+            "norm.eps is 0.25 there and 0.5 here",
             "layers is a list of 2 there and a list of 3 here",
             "gone is true there and null here",
         ];
         assert_eq!(differences(&there, &here), expected);
         assert!(differences(&here, &here).is_empty());
+    }
+
+    #[test]
+    fn numbers_with_many_digits_do_not_differ_from_themselves() {
+        for bits in (0..2000u64).map(|i| 0x3e00_0000_0000_0000 + i * 0x0000_0abc_def1_2345) {
+            let model = json!({"eps": f64::from_bits(bits)});
+            let saved = Saved { state: TrainState::default(), optimizer_steps: 0, model: model.clone() };
+            let back = parse(&to_json(&saved), "here").unwrap();
+            assert_eq!(differences(&back.model, &model), [String::new(); 0]);
+        }
     }
 }

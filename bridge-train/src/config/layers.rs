@@ -12,6 +12,14 @@ use super::value::{Kind, parse_untyped};
 use super::{RESERVED_SECTIONS, schema};
 use crate::error::{Error, Result};
 
+/// Keys of which one is to be given: a later layer that gives one replaces another of an earlier layer.
+const ALTERNATIVES: &[(&str, &[&str])] = &[
+    ("train", &["train_iters", "train_samples"]),
+    ("scheduler", &["lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"]),
+    ("scheduler", &["lr_decay_iters", "lr_decay_samples"]),
+    ("scheduler", &["lr_wsd_decay_iters", "lr_wsd_decay_samples"]),
+];
+
 /// Layers of configuration, the later over the earlier: recipe, file, `key=value`.
 ///
 /// ```
@@ -158,8 +166,22 @@ impl ConfigLayers {
             self.problem(format!("{section}.{key}"), origin, super::unknown_choice(word, names));
             return;
         }
+        self.drop_replaced(section, key, origin);
         self.section_mut(section).insert(key.to_owned(), value);
         self.origins.insert(format!("{section}.{key}"), origin.to_owned());
+    }
+
+    /// Drops what other layers said that `key`, set by `origin`, replaces: another way to say the same thing, or, where
+    /// it names a whole model, everything about the model. Two ways in one layer stay, and are reported later.
+    fn drop_replaced(&mut self, section: &str, key: &str, origin: &str) {
+        let names_a_model = section == model::SECTION && model::WHOLE.contains(&key);
+        let group = ALTERNATIVES.iter().find(|(owner, keys)| *owner == section && keys.contains(&key));
+        let Some(Value::Table(table)) = self.merged.get_mut(section) else { return };
+        let origins = &self.origins;
+        table.retain(|other, _| {
+            let replaced = names_a_model || group.is_some_and(|(_, keys)| keys.contains(&other));
+            other == key || !replaced || origins.get(&format!("{section}.{other}")).is_some_and(|by| by == origin)
+        });
     }
 
     fn set_inside(&mut self, section: &str, key: &str, inner: &[&str], value: Value, origin: &str) {
@@ -266,6 +288,27 @@ mod tests {
         assert_eq!(get("optimizer", "lr"), "1.0");
         assert_eq!(get("model", "rope_scaling"), "{ factor = 8.0 }");
         assert!(layers.problems_with(Problems::default()).is_empty());
+    }
+
+    #[test]
+    fn another_way_to_say_the_same_replaces_an_earlier_layer() {
+        let mut layers = ConfigLayers::new();
+        let recipe = "[scheduler]\nlr_warmup_iters = 9\n[model]\npreset = \"llama3_8b\"\nhead_dim = 7\n";
+        layers.push_toml("recipe", recipe).unwrap();
+        layers.push_override("scheduler.lr_warmup_fraction=0.5");
+        layers.push_override("model.hf=folder");
+        layers.push_override("model.num_hidden_layers=2");
+        let is_set = |section, key| layers.get(section, key).is_some();
+        assert!(is_set("scheduler", "lr_warmup_fraction") && !is_set("scheduler", "lr_warmup_iters"));
+        assert!(is_set("model", "hf") && is_set("model", "num_hidden_layers"));
+        assert!(!is_set("model", "preset") && !is_set("model", "head_dim"));
+    }
+
+    #[test]
+    fn two_ways_in_one_layer_stay_for_the_error() {
+        let mut layers = ConfigLayers::new();
+        layers.push_toml("file", "[train]\ntrain_iters = 9\ntrain_samples = 90\n").unwrap();
+        assert!(layers.get("train", "train_iters").is_some() && layers.get("train", "train_samples").is_some());
     }
 
     #[test]

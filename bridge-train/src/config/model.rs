@@ -15,11 +15,15 @@ use super::value::Kind;
 /// Name of the section.
 pub const SECTION: &str = "model";
 
+/// The keys that name a whole model.
+pub(crate) const WHOLE: &[&str] = &["hf", "preset"];
+
 /// The keys of the section.
 pub const SCHEMA: SectionSchema = SectionSchema {
     name: SECTION,
     keys: &[
         key("hf", Kind::String, "Folder or hub id whose config.json describes the model; the other keys change it."),
+        key("preset", Kind::String, "Named size, for example llama32_1b (see `models list`); the other keys change it."),
         key("architecture", Kind::String, "Hugging Face architecture, for example LlamaForCausalLM."),
         key("model_type", Kind::String, "Hugging Face model type, where the architecture does not tell."),
         key("hidden_size", Kind::Integer, "Width of the residual stream."),
@@ -58,6 +62,8 @@ pub struct ModelConfig {
     pub keys: Table,
     /// The folder that `model.hf` stands for, if it was given.
     pub hf_dir: Option<PathBuf>,
+    /// The `config.json` that the section comes to.
+    pub hf_config: HfConfig,
     /// What every weight and every layer follows from.
     pub decoder: DecoderConfig,
     /// The family.
@@ -93,10 +99,14 @@ pub(crate) fn read(
         }
     }
     let hf = keys.get("hf").and_then(Value::as_str);
-    if hf.is_none() && !keys.contains_key("architecture") {
+    let preset = keys.get("preset").and_then(Value::as_str);
+    if hf.is_some() && preset.is_some() {
+        problems.add("model.preset", "is set together with model.hf; keep one");
+    }
+    if hf.is_none() && preset.is_none() && !keys.contains_key("architecture") {
         problems.add(
             SECTION,
-            "describes no model; set model.hf, or model.architecture and the words of a config.json",
+            "describes no model; set model.hf, model.preset, or model.architecture and the words of a config.json",
         );
     }
     if problems.len() > before {
@@ -105,15 +115,15 @@ pub(crate) fn read(
     let attempt = || -> Result<ModelConfig, (&'static str, String)> {
         let in_hf = |message: String| ("model.hf", message);
         let hf_dir = hf.map(hf_folder).transpose().map_err(in_hf)?;
-        let mut json = match &hf_dir {
-            Some(dir) => HfConfig::load(dir).map_err(|e| in_hf(e.to_string()))?.json().clone(),
-            None => serde_json::Map::new(),
+        let config = match (&hf_dir, preset) {
+            (Some(dir), _) => HfConfig::load(dir).map_err(|e| in_hf(e.to_string()))?,
+            (None, Some(name)) => preset_config(name).map_err(|message| ("model.preset", message))?,
+            (None, None) => HfConfig::from_json(serde_json::Map::new(), "the [model] section"),
         };
-        apply(keys, &mut json);
-        let config = HfConfig::from_json(json, "the [model] section");
+        let config = apply(keys, config);
         let bridge = registry.detect(&config).map_err(|e| (SECTION, e.to_string()))?;
         let decoder = bridge.config(&config).map_err(|e| (SECTION, e.to_string()))?;
-        Ok(ModelConfig { keys: keys.clone(), hf_dir, decoder, bridge })
+        Ok(ModelConfig { keys: keys.clone(), hf_dir, hf_config: config, decoder, bridge })
     };
     match attempt() {
         Ok(model) => Some(model),
@@ -124,20 +134,40 @@ pub(crate) fn read(
     }
 }
 
-/// Puts the section's words over those of a `config.json`.
-fn apply(keys: &Table, json: &mut serde_json::Map<String, serde_json::Value>) {
-    for (name, value) in keys {
+fn preset_config(name: &str) -> Result<HfConfig, String> {
+    let (family, decoder) = bridge_models::families::preset(name).map_err(|e| e.to_string())?;
+    let json = family.hf_config(&decoder).map_err(|e| e.to_string())?;
+    Ok(HfConfig::from_json(json, format!("the preset {name} with the [model] section over it")))
+}
+
+/// Puts the section's words over those of a `config.json`. Without any, the config keeps its bytes.
+fn apply(keys: &Table, config: HfConfig) -> HfConfig {
+    let mut words = keys.iter().filter(|(name, _)| !WHOLE.contains(&name.as_str())).peekable();
+    if words.peek().is_none() {
+        return config;
+    }
+    let mut json = config.json().clone();
+    for (name, value) in words {
         let value = to_json(value);
-        match name.as_str() {
-            "hf" => {}
-            "architecture" => {
+        match (name.as_str(), json.get_mut("rope_parameters").and_then(|rope| rope.as_object_mut())) {
+            ("architecture", _) => {
                 json.insert("architectures".into(), serde_json::Value::Array(vec![value]));
+            }
+            // Newer files hold both rotary keys in one object, which would win over the older spelling.
+            ("rope_theta", Some(rope)) => {
+                rope.insert(name.clone(), value);
+            }
+            ("rope_scaling", Some(rope)) => {
+                let theta = rope.remove("rope_theta");
+                *rope = value.as_object().cloned().unwrap_or_default();
+                rope.extend(theta.map(|theta| ("rope_theta".to_owned(), theta)));
             }
             _ => {
                 json.insert(name.clone(), value);
             }
         }
     }
+    HfConfig::from_json(json, format!("{} with the [model] section over it", config.origin()))
 }
 
 fn to_json(value: &Value) -> serde_json::Value {
@@ -160,7 +190,6 @@ fn check(value: &Value, kind: Kind) -> Result<(), String> {
         Kind::Float => f64::from_toml(value).map(drop),
         Kind::String | Kind::Choice(_) => String::from_toml(value).map(drop),
         Kind::StringList => Vec::<String>::from_toml(value).map(drop),
-        Kind::FloatList => Vec::<f64>::from_toml(value).map(drop),
         Kind::Integers => Vec::<u64>::from_toml(value).map(drop),
         Kind::Table => Table::from_toml(value).map(drop),
     }

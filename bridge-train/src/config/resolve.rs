@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bridge_core::Registry;
+use bridge_data::{BlendSpec, SplitWeights};
 use toml::{Table, Value};
 
 use super::model::{self, ModelConfig};
@@ -306,14 +307,14 @@ impl Sections {
         problems.require(needs_path || data.data_path.is_empty(), "data.data_path", || {
             format!("is not read by data.source = \"{}\"; set data.source to text or indexed", data.source)
         });
-        problems.require(
-            data.data_weights.is_empty() || data.data_weights.len() == data.data_path.len(),
-            "data.data_weights",
-            || format!("has {} entries for {} of data_path", data.data_weights.len(), data.data_path.len()),
-        );
-        problems.require(data.data_weights.iter().all(|w| *w >= 0.0), "data.data_weights", || {
-            "holds a negative weight".into()
-        });
+        if !data.data_path.is_empty()
+            && let Err(error) = BlendSpec::parse(&data.data_path)
+        {
+            problems.add("data.data_path", error.to_string());
+        }
+        if let Err(error) = data.split.parse::<SplitWeights>() {
+            problems.add("data.split", error.to_string());
+        }
         let has_folder = self.tokenizer.path.is_some() || model.is_none_or(|m| m.hf_dir.is_some());
         problems.require(self.tokenizer.kind != TokenizerKind::HuggingFace || has_folder, "tokenizer.path", || {
             "must be set: the folder with tokenizer.json (or set tokenizer.kind to bytes or bpe)".into()

@@ -177,16 +177,21 @@ section! {
         seq_length: usize,
         /// Where samples come from.
         source: DataSource = DataSource::Corpus,
-        /// Files (source `text`) or path prefixes without `.bin` (source `indexed`).
+        /// Files (source `text`) or path prefixes without `.bin` (source `indexed`). Each may have its weight in the
+        /// mixture before it: 0.3,first,0.7,second.
         data_path: Vec<String> = Vec::new(),
-        /// Weight of each entry of data_path in the blend. Default: equal.
-        data_weights: Vec<f64> = Vec::new(),
         /// Shares of the documents for training, validation and test.
         split: String = "969,30,1".into(),
         /// Field of a JSONL line that holds the text.
         json_key: String = "text".into(),
         /// Seed of the sample order. Default: train.seed.
         seed: Option<u64> = None,
+        /// Positions begin again with each document.
+        reset_position_ids: bool = false,
+        /// Attention stays within a document.
+        reset_attention_mask: bool = false,
+        /// The first token of a document, which nothing before it foretells, does not count in the loss.
+        eod_mask_loss: bool = false,
     }
 }
 

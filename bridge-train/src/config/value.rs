@@ -18,8 +18,6 @@ pub enum Kind {
     Choice(&'static [&'static str]),
     /// A list of texts.
     StringList,
-    /// A list of finite numbers.
-    FloatList,
     /// A table of further keys that this crate does not interpret.
     Table,
     /// A whole number or a list of whole numbers.
@@ -36,7 +34,6 @@ impl Kind {
             Kind::String => "a text".into(),
             Kind::Choice(names) => format!("one of {}", names.join(", ")),
             Kind::StringList => "a list of texts".into(),
-            Kind::FloatList => "a list of numbers".into(),
             Kind::Table => "a table".into(),
             Kind::Integers => "a whole number or a list of them".into(),
         }
@@ -59,7 +56,6 @@ impl Kind {
             Kind::Float => parse_float(text).ok_or_else(expected),
             Kind::String | Kind::Choice(_) => Ok(Value::String(unquote(text).to_owned())),
             Kind::StringList => parse_list(text, |item| Some(Value::String(item.to_owned()))).ok_or_else(expected),
-            Kind::FloatList => parse_list(text, parse_float).ok_or_else(expected),
             Kind::Integers => parse_integer(text).or_else(|| parse_list(text, parse_integer)).ok_or_else(expected),
             Kind::Table => parse_toml(text).filter(Value::is_table).ok_or_else(|| {
                 format!("`{text}` is not a table; write one as {{ name = value }} or set its keys one by one")
@@ -166,17 +162,16 @@ impl ConfigValue for Vec<String> {
         match value {
             // One text stands for a list of one.
             Value::String(one) => Ok(vec![one.clone()]),
-            Value::Array(items) => items.iter().map(String::from_toml).collect(),
+            // A weight among paths may be written as the number it is.
+            Value::Array(items) => items
+                .iter()
+                .map(|item| match item {
+                    Value::Integer(_) | Value::Float(_) => Ok(item.to_string()),
+                    other => String::from_toml(other),
+                })
+                .collect(),
             _ => Err(mismatch(value, Self::KIND)),
         }
-    }
-}
-
-impl ConfigValue for Vec<f64> {
-    const KIND: Kind = Kind::FloatList;
-    fn from_toml(value: &Value) -> Result<Self, String> {
-        let items = value.as_array().ok_or_else(|| mismatch(value, Self::KIND))?;
-        items.iter().map(f64::from_toml).collect()
     }
 }
 
@@ -279,7 +274,6 @@ mod tests {
         parses(Kind::String, "\"quoted text\"", "\"quoted text\"");
         parses(Kind::StringList, "a, b", "[\"a\", \"b\"]");
         parses(Kind::StringList, "[\"a\", \"b,c\"]", "[\"a\", \"b,c\"]");
-        parses(Kind::FloatList, "0.3,0.7", "[0.3, 0.7]");
         parses(Kind::Integers, "2", "2");
         parses(Kind::Integers, "2,3", "[2, 3]");
     }

@@ -44,6 +44,9 @@ impl Callback for Console {
             bar.set_length(run.train_iters);
             bar.set_position(run.first_iteration);
         }
+        for note in &run.notes {
+            self.line(&format!("note: {note}"));
+        }
         let from = match run.first_iteration {
             0 => String::new(),
             n => format!(", continuing after step {n}"),

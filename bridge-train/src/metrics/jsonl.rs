@@ -156,7 +156,8 @@ mod tests {
 
     fn run(dir: &Path, first_iteration: u64, losses: &[(u64, f64)]) {
         let mut lines = JsonLines::new(dir);
-        let info = RunInfo { first_iteration, train_iters: 9, num_parameters: 1, tokens_per_step: 64 };
+        let info =
+            RunInfo { first_iteration, train_iters: 9, num_parameters: 1, tokens_per_step: 64, notes: Vec::new() };
         lines.on_train_start(&info).unwrap();
         for (iteration, loss) in losses {
             lines.on_step_end(&step(*iteration, *loss)).unwrap();

@@ -25,7 +25,10 @@ pub(crate) fn write(folder: &Path, bytes: u64) -> Result<u64> {
         .iter()
         .map(|t| TensorSpec::new(t.name.as_str(), DType::BF16, t.shape.as_slice()))
         .collect();
-    let sizes: Vec<u64> = tensors.iter().map(|t| t.shape.iter().product::<usize>() as u64 * 2).collect();
+    let sizes: Vec<u64> = tensors
+        .iter()
+        .map(|t| t.shape.iter().product::<usize>() as u64 * 2)
+        .collect();
     let total: u64 = sizes.iter().sum();
     let writer = ShardedWriter::create(folder, tensors, WriterOptions::default())?;
     let progress = ByteProgress::new("making the checkpoint");
@@ -54,9 +57,14 @@ fn config(bytes: u64) -> Result<HfConfig> {
     let widths = [4096u64, 2048, 1024, 512, 256, 128, 64];
     let layer = |h: u64| 2 * 13 * h * h;
     let ends = |h: u64| 2 * 2 * vocab(h) * h;
-    let hidden = widths.into_iter().find(|h| bytes >= ends(*h) + 4 * layer(*h));
+    let hidden = widths
+        .into_iter()
+        .find(|h| bytes >= ends(*h) + 4 * layer(*h));
     let hidden = hidden.ok_or_else(|| {
-        Failure::input(format!("--synthetic: the smallest checkpoint has {} bytes", ends(64) + 4 * layer(64)))
+        Failure::input(format!(
+            "--synthetic: the smallest checkpoint has {} bytes",
+            ends(64) + 4 * layer(64)
+        ))
     })?;
     let layers = (bytes - ends(hidden)) / layer(hidden);
     // Four groups at least, heads of 128 at most.
@@ -78,7 +86,10 @@ fn config(bytes: u64) -> Result<HfConfig> {
         "tie_word_embeddings": false,
         "torch_dtype": "bfloat16",
     });
-    Ok(HfConfig::from_slice(json.to_string().as_bytes(), "the synthetic checkpoint")?)
+    Ok(HfConfig::from_slice(
+        json.to_string().as_bytes(),
+        "the synthetic checkpoint",
+    )?)
 }
 
 fn vocab(hidden: u64) -> u64 {
@@ -94,7 +105,9 @@ fn random_bf16(bytes: usize) -> Vec<u8> {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        block.extend_from_slice(&((state & 0x81ff_81ff_81ff_81ff) | 0x3c00_3c00_3c00_3c00).to_le_bytes());
+        block.extend_from_slice(
+            &((state & 0x81ff_81ff_81ff_81ff) | 0x3c00_3c00_3c00_3c00).to_le_bytes(),
+        );
     }
     block.truncate(bytes);
     block

@@ -25,24 +25,49 @@ impl Outcome {
     /// The JSON object on the last line of stdout.
     #[track_caller]
     pub(crate) fn json(&self) -> Value {
-        let last = self.stdout.lines().last().unwrap_or_else(|| panic!("nothing on stdout; stderr: {}", self.stderr));
-        serde_json::from_str(last).unwrap_or_else(|e| panic!("{e} in {last:?}; stderr: {}", self.stderr))
+        let last = self
+            .stdout
+            .lines()
+            .last()
+            .unwrap_or_else(|| panic!("nothing on stdout; stderr: {}", self.stderr));
+        serde_json::from_str(last)
+            .unwrap_or_else(|e| panic!("{e} in {last:?}; stderr: {}", self.stderr))
     }
 
     /// Asserts success and gives the outcome back.
     #[track_caller]
     pub(crate) fn ok(self) -> Self {
-        assert_eq!(self.code, Some(0), "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        assert_eq!(
+            self.code,
+            Some(0),
+            "stdout: {}\nstderr: {}",
+            self.stdout,
+            self.stderr
+        );
         self
     }
 
     /// Asserts a clean failure: this exit code, these words on stderr, no panic.
     #[track_caller]
     pub(crate) fn fails(self, code: i32, words: &[&str]) -> Self {
-        assert!(!self.stderr.contains("panicked"), "it panicked: {}", self.stderr);
-        assert_eq!(self.code, Some(code), "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        assert!(
+            !self.stderr.contains("panicked"),
+            "it panicked: {}",
+            self.stderr
+        );
+        assert_eq!(
+            self.code,
+            Some(code),
+            "stdout: {}\nstderr: {}",
+            self.stdout,
+            self.stderr
+        );
         for word in words {
-            assert!(self.stderr.contains(word), "{word:?} is not in: {}", self.stderr);
+            assert!(
+                self.stderr.contains(word),
+                "{word:?} is not in: {}",
+                self.stderr
+            );
         }
         self
     }
@@ -54,18 +79,31 @@ pub(crate) fn command() -> Command {
 }
 
 pub(crate) fn surroundings(mut command: Command) -> Command {
-    for name in ["HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "RUST_LOG"] {
+    for name in [
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_TOKEN",
+        "HF_ENDPOINT",
+        "RUST_LOG",
+    ] {
         command.env_remove(name);
     }
     // A test that would reach for the network must fail at once.
-    command.env("HF_HUB_OFFLINE", "1").env("RUST_BACKTRACE", "0").env("RAYON_NUM_THREADS", "2");
+    command
+        .env("HF_HUB_OFFLINE", "1")
+        .env("RUST_BACKTRACE", "0")
+        .env("RAYON_NUM_THREADS", "2");
     command
 }
 
 pub(crate) fn finish(mut command: Command) -> Outcome {
     let output = command.output().expect("the binary starts");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("utf-8 output");
-    Outcome { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    Outcome {
+        code: output.status.code(),
+        stdout: text(output.stdout),
+        stderr: text(output.stderr),
+    }
 }
 
 /// Runs the binary with these arguments.
@@ -77,7 +115,9 @@ pub(crate) fn bridge<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Outcome {
 
 /// A folder under `tests/fixtures`.
 pub(crate) fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/fixtures")
+        .join(name)
 }
 
 /// A path as an argument.
@@ -92,7 +132,9 @@ pub(crate) struct Workbench {
 
 impl Workbench {
     pub(crate) fn new(name: &str) -> Self {
-        let bench = Self { dir: tempfile::tempdir().expect("a temporary folder") };
+        let bench = Self {
+            dir: tempfile::tempdir().expect("a temporary folder"),
+        };
         fs::create_dir(bench.hf()).expect("a folder");
         for entry in fs::read_dir(fixture(name)).expect("the fixture").flatten() {
             if entry.path().is_file() {
@@ -103,7 +145,9 @@ impl Workbench {
     }
 
     pub(crate) fn empty() -> Self {
-        Self { dir: tempfile::tempdir().expect("a temporary folder") }
+        Self {
+            dir: tempfile::tempdir().expect("a temporary folder"),
+        }
     }
 
     pub(crate) fn hf(&self) -> PathBuf {
@@ -116,8 +160,11 @@ impl Workbench {
 
     /// Names in the temporary folder, to see that a failed command left nothing.
     pub(crate) fn entries(&self) -> Vec<String> {
-        let mut names: Vec<String> =
-            fs::read_dir(self.dir.path()).expect("the folder").flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        let mut names: Vec<String> = fs::read_dir(self.dir.path())
+            .expect("the folder")
+            .flatten()
+            .map(|e| e.file_name().to_string_lossy().into_owned())
+            .collect();
         names.sort();
         names
     }
@@ -137,7 +184,8 @@ impl Workbench {
 }
 
 pub(crate) fn edit_json(path: &Path, change: impl FnOnce(&mut Value)) {
-    let mut value: Value = serde_json::from_slice(&fs::read(path).expect("json file")).expect("json");
+    let mut value: Value =
+        serde_json::from_slice(&fs::read(path).expect("json file")).expect("json");
     change(&mut value);
     fs::write(path, value.to_string()).expect("written");
 }
@@ -147,7 +195,10 @@ pub(crate) fn read_safetensors(path: &Path) -> (serde_json::Map<String, Value>, 
     let bytes = fs::read(path).expect("a safetensors file");
     let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
     let header: Value = serde_json::from_slice(&bytes[8..8 + length]).expect("a JSON header");
-    (header.as_object().expect("an object").clone(), bytes[8 + length..].to_vec())
+    (
+        header.as_object().expect("an object").clone(),
+        bytes[8 + length..].to_vec(),
+    )
 }
 
 pub(crate) fn write_safetensors(path: &Path, header: &str, data: &[u8]) {
@@ -171,7 +222,11 @@ pub(crate) fn tensors(folder: &Path) -> BTreeMap<String, (String, Value, Vec<u8>
             let offset = |i: usize| info["data_offsets"][i].as_u64().expect("an offset") as usize;
             let bytes = data[offset(0)..offset(1)].to_vec();
             let dtype = info["dtype"].as_str().expect("a dtype").to_owned();
-            assert!(all.insert(tensor, (dtype, info["shape"].clone(), bytes)).is_none(), "a tensor stands twice");
+            assert!(
+                all.insert(tensor, (dtype, info["shape"].clone(), bytes))
+                    .is_none(),
+                "a tensor stands twice"
+            );
         }
     }
     all
@@ -197,7 +252,11 @@ const TINY: [&str; 13] = [
 /// `pretrain` of a tiny model into `dir`, with further overrides.
 pub(crate) fn pretrain(dir: &Path, overrides: &[&str]) -> Command {
     let mut command = command();
-    command.arg("pretrain").args(TINY).arg(format!("checkpoint.dir={}", arg(dir))).args(overrides);
+    command
+        .arg("pretrain")
+        .args(TINY)
+        .arg(format!("checkpoint.dir={}", arg(dir)))
+        .args(overrides);
     command
 }
 
@@ -212,12 +271,26 @@ pub(crate) fn latest(dir: &Path) -> PathBuf {
 pub(crate) fn native_tensors(checkpoint: &Path) -> BTreeMap<String, (String, Value, Vec<u8>)> {
     let mut all = BTreeMap::new();
     for part in ["model", "optimizer"] {
-        for entry in fs::read_dir(checkpoint.join(part)).expect("a part of the checkpoint").flatten() {
+        for entry in fs::read_dir(checkpoint.join(part))
+            .expect("a part of the checkpoint")
+            .flatten()
+        {
             let (header, data) = read_safetensors(&entry.path());
-            for (name, info) in header.into_iter().filter(|(name, _)| name != "__metadata__") {
-                let offset = |i: usize| info["data_offsets"][i].as_u64().expect("an offset") as usize;
-                let value = (info["dtype"].to_string(), info["shape"].clone(), data[offset(0)..offset(1)].to_vec());
-                assert!(all.insert(format!("{part}/{name}"), value).is_none(), "{name} stands twice");
+            for (name, info) in header
+                .into_iter()
+                .filter(|(name, _)| name != "__metadata__")
+            {
+                let offset =
+                    |i: usize| info["data_offsets"][i].as_u64().expect("an offset") as usize;
+                let value = (
+                    info["dtype"].to_string(),
+                    info["shape"].clone(),
+                    data[offset(0)..offset(1)].to_vec(),
+                );
+                assert!(
+                    all.insert(format!("{part}/{name}"), value).is_none(),
+                    "{name} stands twice"
+                );
             }
         }
     }

@@ -2,7 +2,9 @@
 
 use bridge_core::config::Activation;
 
-use crate::families::keys::{BOS, EOS, HEAD_DIM, KEY_VALUE_HEADS, LAYERS, ROPE_SCALING, ROPE_THETA};
+use crate::families::keys::{
+    BOS, EOS, HEAD_DIM, KEY_VALUE_HEADS, LAYERS, ROPE_SCALING, ROPE_THETA,
+};
 use crate::families::spec::{ConfigKey, activation, constant, flag, number, size};
 
 pub(super) const MAP: &[ConfigKey] = &[
@@ -16,7 +18,12 @@ pub(super) const MAP: &[ConfigKey] = &[
     size!("max_position_embeddings", max_position_embeddings, |_| 2048),
     activation!("hidden_act", Activation::Silu),
     number!("rms_norm_eps", norm.eps, 1e-6),
-    flag!("attention_bias", false, attention_bias, attention_output_bias),
+    flag!(
+        "attention_bias",
+        false,
+        attention_bias,
+        attention_output_bias
+    ),
     flag!("mlp_bias", false, mlp_bias),
     ROPE_THETA,
     ROPE_SCALING,

@@ -3,9 +3,12 @@ use bridge_core::{HfConfig, ModelBridge};
 use serde_json::{Value, json};
 
 use super::{SPEC, presets};
+use crate::families::testing::check_reference;
 
 fn parse(json: Value) -> bridge_core::Result<bridge_core::DecoderConfig> {
-    let Value::Object(map) = json else { panic!("an object") };
+    let Value::Object(map) = json else {
+        panic!("an object")
+    };
     SPEC.config(&HfConfig::from_json(map, "config.json"))
 }
 
@@ -31,7 +34,12 @@ fn every_preset_survives_its_config_file() {
         let config = (preset.config)();
         let json = SPEC.hf_config(&config).unwrap();
         assert_eq!(json["architectures"], json!(["LlamaForCausalLM"]));
-        assert_eq!(parse(Value::Object(json)).unwrap(), config, "{}", preset.name);
+        assert_eq!(
+            parse(Value::Object(json)).unwrap(),
+            config,
+            "{}",
+            preset.name
+        );
     }
 }
 
@@ -57,7 +65,11 @@ fn presets_have_the_published_sizes() {
         ("smollm2_1_7b", 1_711_376_384),
     ] {
         let (_, config) = crate::families::preset(name).unwrap();
-        let found: u64 = config.tensors().iter().map(|tensor| tensor.numel() as u64).sum();
+        let found: u64 = config
+            .tensors()
+            .iter()
+            .map(|tensor| tensor.numel() as u64)
+            .sum();
         assert_eq!(found, parameters, "{name}");
     }
 }
@@ -65,48 +77,102 @@ fn presets_have_the_published_sizes() {
 #[test]
 fn absent_keys_have_the_defaults_of_the_reference() {
     let mut json = base();
-    for key in ["num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"] {
+    for key in [
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+    ] {
         json.as_object_mut().unwrap().remove(key);
     }
     let config = parse(json).unwrap();
     assert_eq!((config.num_key_value_heads, config.head_dim), (6, 8));
-    assert_eq!((config.max_position_embeddings, config.norm.eps), (2048, 1e-6));
+    assert_eq!(
+        (config.max_position_embeddings, config.norm.eps),
+        (2048, 1e-6)
+    );
     assert!(!config.tie_word_embeddings && !config.attention_bias && !config.mlp_bias);
     assert_eq!(config.rope.unwrap().theta, 10_000.0);
 }
 
 #[test]
 fn biases_follow_the_config() {
-    let config = parse(with(&[("attention_bias", json!(true)), ("mlp_bias", json!(true))])).unwrap();
-    let names: Vec<String> = config.tensors().into_iter().map(|tensor| tensor.name).collect();
-    for proj in ["attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down"] {
-        assert!(names.contains(&format!("layers.2.{proj}_proj.bias")), "{proj}");
+    let config = parse(with(&[
+        ("attention_bias", json!(true)),
+        ("mlp_bias", json!(true)),
+    ]))
+    .unwrap();
+    let names: Vec<String> = config
+        .tensors()
+        .into_iter()
+        .map(|tensor| tensor.name)
+        .collect();
+    for proj in [
+        "attention.q",
+        "attention.k",
+        "attention.v",
+        "attention.o",
+        "mlp.gate",
+        "mlp.up",
+        "mlp.down",
+    ] {
+        assert!(
+            names.contains(&format!("layers.2.{proj}_proj.bias")),
+            "{proj}"
+        );
     }
     SPEC.weights(&config).resolve(&config.tensors()).unwrap();
-    assert_eq!(parse(Value::Object(SPEC.hf_config(&config).unwrap())).unwrap(), config);
+    assert_eq!(
+        parse(Value::Object(SPEC.hf_config(&config).unwrap())).unwrap(),
+        config
+    );
 }
 
 #[test]
 fn both_spellings_of_rope_agree() {
     let hub = with(&[
         ("rope_theta", json!(500.0)),
-        ("rope_scaling", json!({"rope_type": "linear", "factor": 4.0})),
+        (
+            "rope_scaling",
+            json!({"rope_type": "linear", "factor": 4.0}),
+        ),
     ]);
-    let newer = with(&[("rope_parameters", json!({"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0}))]);
+    let newer = with(&[(
+        "rope_parameters",
+        json!({"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0}),
+    )]);
     let (hub, newer) = (parse(hub).unwrap(), parse(newer).unwrap());
     assert_eq!(hub, newer);
-    assert_eq!(hub.rope.unwrap().scaling, RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(
+        hub.rope.unwrap().scaling,
+        RopeScaling::Linear { factor: 4.0 }
+    );
 }
 
 #[test]
 fn what_cannot_be_read_is_refused() {
     for (json, expected) in [
-        (with(&[("rope_scaling", json!({"rope_type": "longrope", "factor": 4.0}))]), "longrope"),
+        (
+            with(&[(
+                "rope_scaling",
+                json!({"rope_type": "longrope", "factor": 4.0}),
+            )]),
+            "longrope",
+        ),
         (with(&[("hidden_act", json!("swiglu"))]), "hidden_act"),
         (with(&[("hidden_size", json!("48"))]), "hidden_size"),
-        (with(&[("hidden_size", Value::Null)]), "hidden_size is missing"),
-        (with(&[("num_key_value_heads", json!(4))]), "num_key_value_heads"),
-        (with(&[("num_hidden_layers", json!(1_000_000_000))]), "num_hidden_layers"),
+        (
+            with(&[("hidden_size", Value::Null)]),
+            "hidden_size is missing",
+        ),
+        (
+            with(&[("num_key_value_heads", json!(4))]),
+            "num_key_value_heads",
+        ),
+        (
+            with(&[("num_hidden_layers", json!(1_000_000_000))]),
+            "num_hidden_layers",
+        ),
         (with(&[("head_dim", json!(0))]), "head_dim"),
     ] {
         let error = parse(json).unwrap_err().to_string();
@@ -122,10 +188,20 @@ fn what_a_config_file_cannot_say_is_refused() {
     assert!(error.contains("cannot say embedding_scale"), "{error}");
     let mut config = presets::tiny();
     config.layers[1] = bridge_core::config::LayerConfig::dense_with_window(Some(8));
-    assert!(SPEC.hf_config(&config).unwrap_err().to_string().contains("cannot say layers"));
+    assert!(
+        SPEC.hf_config(&config)
+            .unwrap_err()
+            .to_string()
+            .contains("cannot say layers")
+    );
     let mut config = presets::tiny();
     config.attention_bias = true; // without the output projection's
-    assert!(SPEC.hf_config(&config).unwrap_err().to_string().contains("cannot say attention_output_bias"));
+    assert!(
+        SPEC.hf_config(&config)
+            .unwrap_err()
+            .to_string()
+            .contains("cannot say attention_output_bias")
+    );
 }
 
 #[test]
@@ -134,8 +210,23 @@ fn every_weight_is_mapped() {
         let mut config = presets::tiny();
         config.tie_word_embeddings = tied;
         let mapping = SPEC.weights(&config).resolve(&config.tensors()).unwrap();
-        assert!(mapping.foreign_index("model.layers.2.post_attention_layernorm.weight").is_some());
+        assert!(
+            mapping
+                .foreign_index("model.layers.2.post_attention_layernorm.weight")
+                .is_some()
+        );
         assert!(mapping.foreign_index("lm_head.weight").is_some());
-        assert!(mapping.ignored("model.layers.0.self_attn.rotary_emb.inv_freq").is_some());
+        assert!(
+            mapping
+                .ignored("model.layers.0.self_attn.rotary_emb.inv_freq")
+                .is_some()
+        );
+    }
+}
+
+#[test]
+fn references_are_matched() {
+    for name in ["llama2", "llama3_1", "llama3_2", "llama_nemotron_nano"] {
+        check_reference(name);
     }
 }

@@ -62,7 +62,11 @@ pub(crate) unsafe fn tile(
         // SAFETY: row and columns are within the tile the caller gave.
         let c = unsafe { std::slice::from_raw_parts_mut(c.add(row * ldc), cols) };
         for (c, value) in c.iter_mut().zip(&whole[row * NR..]) {
-            *c = if output == Output::Add { *c + value } else { *value };
+            *c = if output == Output::Add {
+                *c + value
+            } else {
+                *value
+            };
         }
     }
 }
@@ -70,7 +74,15 @@ pub(crate) unsafe fn tile(
 /// # Safety
 /// As [`tile`], with `rows == MR` and `cols == NR`.
 #[inline]
-unsafe fn whole_tile(isa: Isa, depth: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize, output: Output) {
+unsafe fn whole_tile(
+    isa: Isa,
+    depth: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    output: Output,
+) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: passed on.
@@ -82,9 +94,21 @@ unsafe fn whole_tile(isa: Isa, depth: usize, a: *const f32, b: *const f32, c: *m
 
 /// # Safety
 /// As [`whole_tile`].
-unsafe fn portable_whole_tile(depth: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize, output: Output) {
+unsafe fn portable_whole_tile(
+    depth: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    output: Output,
+) {
     // SAFETY: the panels are of this size.
-    let (a, b) = unsafe { (std::slice::from_raw_parts(a, depth * MR), std::slice::from_raw_parts(b, depth * NR)) };
+    let (a, b) = unsafe {
+        (
+            std::slice::from_raw_parts(a, depth * MR),
+            std::slice::from_raw_parts(b, depth * NR),
+        )
+    };
     let mut sums = [[0.0_f32; NR]; MR];
     for (a, b) in a.chunks_exact(MR).zip(b.chunks_exact(NR)) {
         for (sums, a) in sums.iter_mut().zip(a) {
@@ -97,7 +121,11 @@ unsafe fn portable_whole_tile(depth: usize, a: *const f32, b: *const f32, c: *mu
         // SAFETY: a row of the tile.
         let c = unsafe { std::slice::from_raw_parts_mut(c.add(row * ldc), NR) };
         for (c, sum) in c.iter_mut().zip(sums) {
-            *c = if output == Output::Add { *c + sum } else { *sum };
+            *c = if output == Output::Add {
+                *c + sum
+            } else {
+                *sum
+            };
         }
     }
 }
@@ -105,8 +133,8 @@ unsafe fn portable_whole_tile(depth: usize, a: *const f32, b: *const f32, c: *mu
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::{
-        _MM_HINT_T0, _mm_prefetch, _mm256_add_ps, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps,
-        _mm256_setzero_ps, _mm256_storeu_ps,
+        _MM_HINT_T0, _mm_prefetch, _mm256_add_ps, _mm256_broadcast_ss, _mm256_fmadd_ps,
+        _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps,
     };
 
     use super::{MR, Output};

@@ -57,7 +57,12 @@ impl<'a, T: Copy> Matrix<'a, T> {
     }
 
     /// A matrix with rows that are contiguous and `row_stride` apart.
-    pub(crate) fn with_row_stride(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
+    pub(crate) fn with_row_stride(
+        data: &'a [T],
+        rows: usize,
+        cols: usize,
+        row_stride: usize,
+    ) -> Self {
         Self::new(data, 0, (rows, cols), (row_stride, 1))
     }
 
@@ -68,7 +73,14 @@ impl<'a, T: Copy> Matrix<'a, T> {
         (rows, cols): (usize, usize),
         (row_stride, col_stride): (usize, usize),
     ) -> Self {
-        let matrix = Self { data, offset, rows, cols, row_stride, col_stride };
+        let matrix = Self {
+            data,
+            offset,
+            rows,
+            cols,
+            row_stride,
+            col_stride,
+        };
         assert!(
             rows == 0 || cols == 0 || matrix.index(rows - 1, cols - 1) < data.len(),
             "a matrix of {rows} x {cols} with strides {row_stride}, {col_stride} from {offset} exceeds {} elements",
@@ -101,14 +113,19 @@ impl<'a, T: Copy> Matrix<'a, T> {
 ///
 /// # Panics
 /// When the sizes do not fit.
-pub(crate) fn gemm<T: Element>(a: Matrix<'_, f32>, b: Matrix<'_, T>, c: &mut [f32], ldc: usize, output: Output) {
-    let threads = if a.rows * a.cols * b.cols < MIN_PARALLEL { 1 } else { num_threads() };
+pub(crate) fn gemm<T: Element>(
+    a: Matrix<'_, f32>,
+    b: Matrix<'_, T>,
+    c: &mut [f32],
+    ldc: usize,
+    output: Output,
+) {
+    let threads = if a.rows * a.cols * b.cols < MIN_PARALLEL {
+        1
+    } else {
+        num_threads()
+    };
     gemm_on(threads, a, b, c, ldc, output);
-}
-
-/// [`gemm`] on the current thread, for kernels that are parallel at a higher level.
-pub(crate) fn gemm_serial<T: Element>(a: Matrix<'_, f32>, b: Matrix<'_, T>, c: &mut [f32], ldc: usize, output: Output) {
-    gemm_on(1, a, b, c, ldc, output);
 }
 
 fn gemm_on<T: Element>(
@@ -124,7 +141,11 @@ fn gemm_on<T: Element>(
     if m == 0 || n == 0 {
         return;
     }
-    assert!(ldc >= n && (m - 1) * ldc + n <= c.len(), "an output of {m} x {n}, rows {ldc} apart, in {}", c.len());
+    assert!(
+        ldc >= n && (m - 1) * ldc + n <= c.len(),
+        "an output of {m} x {n}, rows {ldc} apart, in {}",
+        c.len()
+    );
     if k == 0 {
         if output == Output::Overwrite {
             c.chunks_mut(ldc).take(m).for_each(|row| row[..n].fill(0.0));
@@ -141,18 +162,110 @@ fn gemm_on<T: Element>(
             for block in ranges(k, block_depth) {
                 let panels = cols.len().div_ceil(NR);
                 let right = reserve(right, panels * NR * block.len());
-                pack_right_in_parallel(threads, isa, &b, block.clone(), cols.clone(), right);
-                let output = if block.start == 0 { output } else { Output::Add };
-                let product = BlockProduct { isa, a, right, block: block.clone(), cols: cols.clone(), depth, output };
+                pack::pack_right(threads, isa, &b, block.clone(), cols.clone(), right);
+                let output = if block.start == 0 {
+                    output
+                } else {
+                    Output::Add
+                };
+                let product = BlockProduct {
+                    isa,
+                    a,
+                    right,
+                    block: block.clone(),
+                    cols: cols.clone(),
+                    depth,
+                    output,
+                };
                 product.run(threads, c, ldc);
             }
         }
     });
 }
 
+/// Operands packed once and multiplied several times, for kernels that work on blocks which fit in a cache. The sum
+/// over the depth is not cut into pieces, so the depth should not exceed a few hundred.
+pub(crate) mod block {
+    use super::kernel::{self, MR, NR};
+    use super::pack;
+    use super::{Element, Isa, Matrix, Output};
+
+    /// Values that a packed left operand of `rows x depth` takes.
+    pub(crate) fn left_len(rows: usize, depth: usize) -> usize {
+        rows.next_multiple_of(MR) * depth
+    }
+
+    /// Values that a packed right operand of `depth x cols` takes.
+    pub(crate) fn right_len(depth: usize, cols: usize) -> usize {
+        depth * cols.next_multiple_of(NR)
+    }
+
+    /// Packs a left operand into the first values of `packed`.
+    pub(crate) fn pack_left(isa: Isa, a: &Matrix<'_, f32>, packed: &mut [f32]) {
+        pack::pack_left(
+            isa,
+            a,
+            0..a.rows,
+            0..a.cols,
+            &mut packed[..left_len(a.rows, a.cols)],
+        );
+    }
+
+    /// Packs a right operand into the first values of `packed`.
+    pub(crate) fn pack_right<T: Element>(isa: Isa, b: &Matrix<'_, T>, packed: &mut [f32]) {
+        pack::pack_right(
+            1,
+            isa,
+            b,
+            0..b.rows,
+            0..b.cols,
+            &mut packed[..right_len(b.rows, b.cols)],
+        );
+    }
+
+    /// `c = a b` or `c += a b` of packed operands; c: [rows, cols] with rows `ldc` apart.
+    ///
+    /// The right operand may be packed deeper and wider than it is used: `packed_depth >= depth`.
+    pub(crate) fn multiply(
+        isa: Isa,
+        left: &[f32],
+        (right, packed_depth): (&[f32], usize),
+        (rows, depth, cols): (usize, usize, usize),
+        (c, ldc): (&mut [f32], usize),
+        output: Output,
+    ) {
+        if rows == 0 || cols == 0 || depth == 0 {
+            return;
+        }
+        let left = &left[..left_len(rows, depth)];
+        let right = &right[..right_len(packed_depth, cols)];
+        assert!(
+            depth <= packed_depth && ldc >= cols && (rows - 1) * ldc + cols <= c.len(),
+            "a product of {rows} x {depth} and {depth} (of {packed_depth}) x {cols} in {}",
+            c.len()
+        );
+        for (right, col) in right
+            .chunks_exact(packed_depth * NR)
+            .zip((0..cols).step_by(NR))
+        {
+            for (left, row) in left.chunks_exact(depth * MR).zip((0..rows).step_by(MR)) {
+                let size = (MR.min(rows - row), NR.min(cols - col));
+                // SAFETY: the panels are whole, the tile is within c, the processor was asked for `isa`.
+                unsafe {
+                    let c = c.as_mut_ptr().add(row * ldc + col);
+                    let (left, right) = (left.as_ptr(), right.as_ptr());
+                    kernel::tile(isa, depth, left, right, c, ldc, size, output);
+                }
+            }
+        }
+    }
+}
+
 /// Depth of the pieces that `k` is summed in: equal, at most [`MAX_DEPTH`].
 fn panel_depth(k: usize) -> usize {
-    k.div_ceil(k.div_ceil(MAX_DEPTH)).next_multiple_of(8).min(k.max(1))
+    k.div_ceil(k.div_ceil(MAX_DEPTH))
+        .next_multiple_of(8)
+        .min(k.max(1))
 }
 
 /// Depth (a multiple of `depth`, or all) and number of columns of the block of the right operand packed at once.
@@ -167,29 +280,9 @@ fn right_block(k: usize, n: usize, depth: usize) -> (usize, usize) {
 }
 
 fn ranges(len: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len).step_by(step).map(move |start| start..(start + step).min(len))
-}
-
-fn pack_right_in_parallel<T: Element>(
-    threads: usize,
-    isa: Isa,
-    b: &Matrix<'_, T>,
-    block: Range<usize>,
-    cols: Range<usize>,
-    right: &mut [f32],
-) {
-    let panel = block.len() * NR;
-    // A job packs at least 32 KiB.
-    let jobs = if threads == 1 { 1 } else { (right.len() >> 13).clamp(1, 4 * threads) };
-    let shared = SharedMut::new(right);
-    run_jobs(jobs, |job| {
-        let part = part(cols.len(), jobs, NR, job);
-        let panels = part.start / NR..part.end.div_ceil(NR);
-        // SAFETY: jobs pack different panels.
-        let right = unsafe { shared.slice(panels.start * panel..panels.end * panel) };
-        let cols = cols.start + part.start..cols.start + part.end;
-        pack::pack_right(isa, b, block.clone(), cols, right);
-    });
+    (0..len)
+        .step_by(step)
+        .map(move |start| start..(start + step).min(len))
 }
 
 /// The product of the left operand with one packed block of the right one.
@@ -212,10 +305,18 @@ impl BlockProduct<'_> {
             let wanted = self.a.rows.div_ceil(largest);
             // A multiple of the number of threads, if there are rows enough.
             let even = wanted.next_multiple_of(threads);
-            if self.a.rows >= even * 4 * MR { even } else { wanted }
+            if self.a.rows >= even * 4 * MR {
+                even
+            } else {
+                wanted
+            }
         };
         // Few rows: cut the columns as well.
-        let col_blocks = if row_blocks >= threads { 1 } else { (2 * threads).div_ceil(row_blocks).min(panels) };
+        let col_blocks = if row_blocks >= threads {
+            1
+        } else {
+            (2 * threads).div_ceil(row_blocks).min(panels)
+        };
         run_jobs_on(threads, row_blocks * col_blocks, |job| {
             let rows = part(self.a.rows, row_blocks, MR, job / col_blocks);
             let panels = part(panels, col_blocks, 1, job % col_blocks);
@@ -228,24 +329,47 @@ impl BlockProduct<'_> {
     ///
     /// # Safety
     /// Nobody else may access these elements of `c`, which has room for all of the product.
-    unsafe fn part(&self, rows: Range<usize>, panels: Range<usize>, c: SharedMut<'_, f32>, ldc: usize) {
+    unsafe fn part(
+        &self,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        c: SharedMut<'_, f32>,
+        ldc: usize,
+    ) {
         with_buffer(&LEFT, |left| {
             for piece in ranges(self.block.len(), self.depth) {
                 let left = reserve(left, rows.len().div_ceil(MR) * MR * piece.len());
                 let depth = self.block.start + piece.start..self.block.start + piece.end;
                 pack::pack_left(self.isa, &self.a, rows.clone(), depth, left);
-                let output = if piece.start == 0 { self.output } else { Output::Add };
+                let output = if piece.start == 0 {
+                    self.output
+                } else {
+                    Output::Add
+                };
                 for panel in panels.clone() {
                     let col = panel * NR;
                     let width = NR.min(self.cols.len() - col);
-                    let right = &self.right[(panel * self.block.len() + piece.start) * NR..][..piece.len() * NR];
-                    for (left, row) in left.chunks_exact(piece.len() * MR).zip(rows.clone().step_by(MR)) {
+                    let right = &self.right[(panel * self.block.len() + piece.start) * NR..]
+                        [..piece.len() * NR];
+                    for (left, row) in left
+                        .chunks_exact(piece.len() * MR)
+                        .zip(rows.clone().step_by(MR))
+                    {
                         let height = MR.min(rows.end - row);
                         // SAFETY: the panels are whole, the tile is within c, the processor was asked.
                         unsafe {
                             let c = c.at(row * ldc + self.cols.start + col);
                             let size = (height, width);
-                            kernel::tile(self.isa, piece.len(), left.as_ptr(), right.as_ptr(), c, ldc, size, output);
+                            kernel::tile(
+                                self.isa,
+                                piece.len(),
+                                left.as_ptr(),
+                                right.as_ptr(),
+                                c,
+                                ldc,
+                                size,
+                                output,
+                            );
                         }
                     }
                 }
@@ -255,7 +379,11 @@ impl BlockProduct<'_> {
 }
 
 fn run_jobs_on(threads: usize, count: usize, job: impl Fn(usize) + Send + Sync) {
-    if threads == 1 { (0..count).for_each(job) } else { run_jobs(count, job) }
+    if threads == 1 {
+        (0..count).for_each(job)
+    } else {
+        run_jobs(count, job)
+    }
 }
 
 thread_local! {
@@ -265,7 +393,10 @@ thread_local! {
 
 /// Lends the thread's packing buffer. A thread that waits for others may start on another product meanwhile; that one
 /// then gets a buffer of its own.
-fn with_buffer<R>(key: &'static std::thread::LocalKey<RefCell<Vec<f32>>>, f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
+fn with_buffer<R>(
+    key: &'static std::thread::LocalKey<RefCell<Vec<f32>>>,
+    f: impl FnOnce(&mut Vec<f32>) -> R,
+) -> R {
     let mut buffer = key.take();
     let result = f(&mut buffer);
     key.set(buffer);

@@ -1,0 +1,253 @@
+//! Native checkpoint to Hugging Face folder.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use super::companions::{Companions, SkippedFile};
+use super::config_edit::replace_values;
+use super::source_record::{CARRIED_DIR, SourceRecord};
+use super::transfer::{self, Segment, Sink, Transfer};
+use super::{ConvertOptions, HF_DIR, Progress};
+use crate::checkpoint::native::{Group, NativeCheckpoint, NativeTensor};
+use crate::checkpoint::{
+    Checkpoint, DEFAULT_MAX_SHARD_BYTES, RangeReader, ShardedWriter, TensorSpec, WriterOptions,
+};
+use crate::config::HfConfig;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::mapping::{View, ViewPair};
+use crate::plan::{ExportPlan, TensorHeader, plan_export};
+use crate::registry::Registry;
+
+/// What an export writes.
+#[derive(Debug, Clone, Default)]
+pub struct ExportOptions {
+    /// Type to write weights as; `None` keeps the stored ones.
+    pub dtype: Option<DType>,
+    /// Most bytes of tensors per file; `None` keeps the files of the source, or takes
+    /// [`DEFAULT_MAX_SHARD_BYTES`] where there was none.
+    pub max_shard_bytes: Option<u64>,
+    /// How to work.
+    pub convert: ConvertOptions,
+}
+
+/// What an export did.
+#[derive(Debug)]
+pub struct ExportReport {
+    /// The new folder.
+    pub dir: PathBuf,
+    /// Number of tensors written.
+    pub tensors: usize,
+    /// Bytes of tensors written.
+    pub bytes: u64,
+    /// The safetensors files written.
+    pub files: Vec<String>,
+    /// The type now stated in `config.json`, where it had to change.
+    pub changed_dtype: Option<DType>,
+    /// Files beside the weights that were left behind.
+    pub skipped_files: Vec<SkippedFile>,
+}
+
+/// Exports the native checkpoint `native` (its folder, or that of one iteration) as the Hugging Face folder `out`.
+///
+/// An import that was not changed comes back as the same files, byte for byte. `config.json` is the source's, except
+/// for the dtype key where the dtype really changed.
+///
+/// # Errors
+/// Before anything is written: if the checkpoint cannot be read, does not fit the model, or `out` exists. While
+/// writing: if the disk fails or `progress` stops it; nothing is left behind then.
+pub fn export(
+    native: &Path,
+    out: &Path,
+    registry: &Registry,
+    options: &ExportOptions,
+    progress: &dyn Progress,
+) -> Result<ExportReport> {
+    let native = NativeCheckpoint::open(native)?;
+    let hf = native.dir().join(HF_DIR);
+    export_opened(&native, &hf, out, registry, options, progress)
+}
+
+/// [`export`] of an open checkpoint whose `hf` folder may lie elsewhere.
+pub(super) fn export_opened(
+    native: &NativeCheckpoint,
+    hf: &Path,
+    out: &Path,
+    registry: &Registry,
+    options: &ExportOptions,
+    progress: &dyn Progress,
+) -> Result<ExportReport> {
+    let config = HfConfig::load(&hf.join("config.json"))?;
+    let bridge = registry.detect(&config)?;
+    let typed = bridge.config(&config)?;
+    let record = SourceRecord::load(hf)?;
+    let source = record.as_ref().map(SourceRecord::headers).transpose()?;
+    let had = |name: &str| source.as_ref().is_some_and(|source| source.get(name).is_some());
+    let stored: Vec<TensorHeader> = native
+        .index()
+        .model
+        .iter()
+        .map(|(name, tensor)| TensorHeader::new(name.as_str(), tensor.dtype, tensor.shape.as_slice()))
+        .collect();
+    let had: Option<&dyn Fn(&str) -> bool> = if source.is_some() { Some(&had) } else { None };
+    let plan = plan_export(bridge, &typed, &stored, options.dtype, had)?;
+    let carried_dir = hf.join(CARRIED_DIR);
+    let carried = carried_dir.is_dir().then(|| Checkpoint::open(&carried_dir)).transpose()?;
+    let companions = Companions::find(hf, options.convert.copy_code)?;
+
+    let mut specs: Vec<TensorSpec> = plan.headers().map(|h| TensorSpec::new(h.name, h.dtype, h.shape)).collect();
+    let mut transfers = transfers(native, &plan)?;
+    if let Some(carried) = &carried {
+        carry(carried, &mut specs, &mut transfers);
+    }
+    let layout = match (&record, &source, options.max_shard_bytes) {
+        (Some(record), Some(source), None) if same_names(source, &specs) => Some(record.layout(source, &specs)?),
+        _ => None,
+    };
+    let (config_bytes, changed_dtype) = export_config(&config, source.as_ref(), &specs);
+
+    let writer = ShardedWriter::create(
+        out,
+        specs,
+        WriterOptions {
+            max_shard_bytes: options.max_shard_bytes.unwrap_or(DEFAULT_MAX_SHARD_BYTES),
+            durability: options.convert.durability,
+            existing: options.convert.existing,
+            layout,
+            ..WriterOptions::default()
+        },
+    )?;
+    writer.add_file("config.json", &config_bytes)?;
+    companions.copy(hf, writer.staging_dir())?;
+    let bytes = transfers.iter().map(Transfer::bytes).sum();
+    progress.begin("export", bytes);
+    transfer::run(&transfers, &writer, options.convert.resources(), progress)?;
+    let tensors = transfers.len();
+    drop(transfers);
+    let dir = writer.finish()?;
+    let files = Checkpoint::open(&dir)?.files().iter().map(|file| file.name().to_owned()).collect();
+    Ok(ExportReport { dir, tensors, bytes, files, changed_dtype, skipped_files: companions.skipped })
+}
+
+impl Sink for ShardedWriter {
+    fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+        Ok(self.write_at(tensor, offset, bytes)?)
+    }
+
+    fn copy(&self, tensor: usize, offset: u64, reader: &dyn RangeReader, start: u64, len: u64) -> Result<()> {
+        Ok(self.copy_from(tensor, offset, reader, start, len)?)
+    }
+}
+
+/// What makes each foreign tensor of the plan, in its order.
+fn transfers<'a>(native: &'a NativeCheckpoint, plan: &ExportPlan) -> Result<Vec<Transfer<'a>>> {
+    let mut transfers = Vec::with_capacity(plan.written.len());
+    for (position, (foreign, dtype)) in plan.written.iter().enumerate() {
+        let tensor = &plan.mapping.foreign[*foreign];
+        let mut segments = Vec::new();
+        for piece in plan.mapping.pieces_of_foreign(*foreign) {
+            let name = &plan.mapping.canonical[piece.canonical].name;
+            let stored = native.tensor(Group::Model, name)?;
+            segments.extend(stored_segments(native, name, stored, &piece.canonical_view, &piece.foreign_view)?);
+        }
+        let (name, numel) = (tensor.name.clone(), tensor.shape.iter().product());
+        transfers.push(Transfer { tensor: position, name, numel, dtype: *dtype, segments });
+    }
+    Ok(transfers)
+}
+
+/// The stored elements of the view `canonical` of a native tensor, piece by piece, each with its part of `target`.
+pub(super) fn stored_segments<'a>(
+    native: &'a NativeCheckpoint,
+    name: &str,
+    stored: &NativeTensor,
+    canonical: &View,
+    target: &View,
+) -> Result<Vec<Segment<'a>>> {
+    let pair = ViewPair { near: canonical.clone(), far: target.clone() };
+    let mut segments = Vec::new();
+    for piece in &stored.pieces {
+        let region = piece.region();
+        let ranges: Vec<Range<usize>> =
+            region.offset.iter().zip(&region.shape).map(|(start, extent)| *start..start + extent).collect();
+        let parts = pair.within(&stored.shape, &ranges);
+        if parts.is_empty() {
+            continue;
+        }
+        // A piece is one row-major block, so the run of its own region is all of it.
+        let mut place = None;
+        native.for_each_run(Group::Model, name, &region, |run| {
+            place.get_or_insert((run.reader, run.offset));
+            Ok(())
+        })?;
+        if let Some((reader, base)) = place {
+            segments.extend(parts.into_iter().map(|part| Segment {
+                target: part.far,
+                source: part.near,
+                dtype: stored.dtype,
+                reader,
+                base,
+            }));
+        }
+    }
+    Ok(segments)
+}
+
+/// Adds the tensors that the model does not use and the import kept.
+fn carry<'a>(carried: &'a Checkpoint, specs: &mut Vec<TensorSpec>, transfers: &mut Vec<Transfer<'a>>) {
+    for info in carried.tensors() {
+        let numel = info.shape.iter().product();
+        let view = View::whole(&[numel]);
+        transfers.push(Transfer {
+            tensor: specs.len(),
+            name: info.name.clone(),
+            numel,
+            dtype: info.dtype,
+            segments: vec![Segment {
+                target: view.clone(),
+                source: view,
+                dtype: info.dtype,
+                reader: carried.reader(info),
+                base: info.offset,
+            }],
+        });
+        specs.push(TensorSpec::new(info.name.as_str(), info.dtype, info.shape.as_slice()));
+    }
+}
+
+fn same_names(source: &Checkpoint, specs: &[TensorSpec]) -> bool {
+    source.tensors().len() == specs.len() && specs.iter().all(|spec| source.get(&spec.name).is_some())
+}
+
+/// The bytes of `config.json`, and the dtype that was put into it, if it had to change.
+fn export_config(config: &HfConfig, source: Option<&Checkpoint>, specs: &[TensorSpec]) -> (Vec<u8>, Option<DType>) {
+    let written = main_dtype(specs.iter().map(|spec| (spec.dtype, spec.shape.as_slice())));
+    let had = match source {
+        Some(source) => main_dtype(source.tensors().iter().map(|info| (info.dtype, info.shape.as_slice()))),
+        None => config.reader().dtype(),
+    };
+    let name = match written {
+        Some(DType::F64) => "\"float64\"",
+        Some(DType::F32) => "\"float32\"",
+        Some(DType::F16) => "\"float16\"",
+        Some(DType::BF16) => "\"bfloat16\"",
+        _ => return (config.raw().to_vec(), None),
+    };
+    if written == had {
+        return (config.raw().to_vec(), None);
+    }
+    match replace_values(config.raw(), &["dtype", "torch_dtype"], name) {
+        Some(edited) if edited != config.raw() => (edited, written),
+        _ => (config.raw().to_vec(), None),
+    }
+}
+
+/// The type of most elements.
+fn main_dtype<'a>(tensors: impl Iterator<Item = (DType, &'a [usize])>) -> Option<DType> {
+    let mut counts: HashMap<DType, u64> = HashMap::new();
+    for (dtype, shape) in tensors {
+        *counts.entry(dtype).or_default() += shape.iter().map(|extent| *extent as u64).product::<u64>();
+    }
+    counts.into_iter().max_by_key(|(dtype, count)| (*count, *dtype)).map(|(dtype, _)| dtype)
+}

@@ -1,0 +1,171 @@
+//! Hugging Face folder to native checkpoint.
+
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use super::companions::{Companions, SkippedFile, write_new};
+use super::load::HfModel;
+use super::source_record::{CARRIED_DIR, SourceRecord};
+use super::transfer::{self, Sink, Transfer};
+use super::{ConvertOptions, HF_DIR, Progress};
+use crate::checkpoint::native::{Group, NativeWriter, PieceSpec, PieceWriter, list_iterations};
+use crate::checkpoint::{CheckpointError, Existing, RangeReader, ShardedWriter, TensorSpec, WriterOptions};
+use crate::error::{Error, Result};
+use crate::layout::LayoutSpec;
+use crate::mapping::ForeignRole;
+use crate::plan::Plan;
+use crate::registry::Registry;
+
+/// What an import did.
+#[derive(Debug)]
+pub struct ImportReport {
+    /// The folder of the new checkpoint's only iteration.
+    pub dir: PathBuf,
+    /// The plan that was carried out.
+    pub plan: Plan,
+    /// Bytes of tensors written.
+    pub bytes: u64,
+    /// Files beside the weights that were left behind.
+    pub skipped_files: Vec<SkippedFile>,
+}
+
+/// Imports the model in the Hugging Face folder `hf_dir` as the native checkpoint `out`, iteration 0.
+///
+/// `hf/` in the checkpoint keeps the source's `config.json` and the files beside its weights verbatim, a record of its
+/// safetensors files, and the tensors that the model does not use, so that an export can give everything back.
+///
+/// # Errors
+/// Before anything is written: if the source cannot be read, does not fit together, or `out` exists. While writing: if
+/// the disk fails, two stored copies of a tied weight differ, or `progress` stops it; nothing is left behind then.
+pub fn import(
+    hf_dir: &Path,
+    out: &Path,
+    registry: &Registry,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<ImportReport> {
+    let model = HfModel::open(hf_dir, registry, &LayoutSpec::default())?;
+    check_target(out, options.existing)?;
+    let companions = Companions::find(hf_dir, options.copy_code)?;
+    let record = SourceRecord::of(model.checkpoint())?;
+
+    let writer = NativeWriter::begin(out, 0, options.durability)?;
+    let hf = writer.staging_dir().join(HF_DIR);
+    fs::create_dir_all(&hf).map_err(|source| Error::io("create folder", &hf, source))?;
+    write_new(hf.join("config.json"), model.hf_config().raw())?;
+    companions.copy(hf_dir, &hf)?;
+    record.save(&hf)?;
+    carry_ignored(&model, &hf.join(CARRIED_DIR), options)?;
+
+    let bytes = model.plan().total_bytes;
+    progress.begin("import", bytes);
+    let order = by_place(&model);
+    let tensors = &model.plan().tensors;
+    let pieces = order.iter().map(|index| {
+        let tensor = &tensors[*index];
+        PieceSpec::whole(tensor.canonical.as_str(), tensor.dtype, tensor.shape.as_slice())
+    });
+    let file = writer.piece_file(Group::Model, 0, pieces.collect())?;
+    let transfers: Vec<Transfer<'_>> = order
+        .iter()
+        .enumerate()
+        .map(|(piece, index)| model.transfer(*index, &whole(&tensors[*index].shape), piece))
+        .collect();
+    transfer::run(&transfers, &file, options.resources(), progress)?;
+    check_tied(&model, options, progress)?;
+    file.finish()?;
+    let dir = writer.finish(1, 0)?;
+    Ok(ImportReport { dir, bytes, skipped_files: companions.skipped, plan: model.into_plan() })
+}
+
+impl Sink for PieceWriter {
+    fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+        Ok(self.write_at(tensor, offset, bytes)?)
+    }
+
+    fn copy(&self, tensor: usize, offset: u64, reader: &dyn RangeReader, start: u64, len: u64) -> Result<()> {
+        Ok(self.copy_from(tensor, offset, reader, start, len)?)
+    }
+}
+
+pub(super) fn whole(shape: &[usize]) -> Vec<Range<usize>> {
+    shape.iter().map(|extent| 0..*extent).collect()
+}
+
+/// A new checkpoint, or one that holds nothing but an earlier import: a training run is never overwritten by one.
+fn check_target(out: &Path, existing: Existing) -> Result<()> {
+    let occupied = match fs::read_dir(out) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        Err(error) => return Err(Error::io("open folder", out, error)),
+    };
+    if !occupied {
+        return Ok(());
+    }
+    let only_import = || Ok::<bool, Error>(list_iterations(out)?.iter().map(|(number, _)| *number).eq([0]));
+    match existing {
+        Existing::Replace if only_import()? => Ok(()),
+        Existing::Replace => Err(CheckpointError::NotReplaceable { path: out.to_path_buf() }.into()),
+        Existing::Refuse => Err(CheckpointError::OutputExists { path: out.to_path_buf() }.into()),
+    }
+}
+
+/// The canonical tensors in the order in which their bytes lie in the source, so that both files are walked forwards.
+fn by_place(model: &HfModel) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..model.plan().tensors.len()).collect();
+    order.sort_by_key(|index| {
+        let name = model.plan().tensors[*index].foreign.first();
+        name.and_then(|name| model.checkpoint().get(name)).map(|info| (info.file, info.offset))
+    });
+    order
+}
+
+/// Keeps the tensors that the model does not use, for the export.
+fn carry_ignored(model: &HfModel, dir: &Path, options: &ConvertOptions) -> Result<()> {
+    let names: Vec<&str> = model.plan().ignored.iter().map(|tensor| tensor.name.as_str()).collect();
+    let infos: Vec<_> = names.iter().filter_map(|name| model.checkpoint().get(name)).collect();
+    if infos.is_empty() {
+        return Ok(());
+    }
+    let specs = infos.iter().map(|info| TensorSpec::new(info.name.as_str(), info.dtype, info.shape.as_slice()));
+    let writer_options = WriterOptions { durability: options.durability, ..WriterOptions::default() };
+    let writer = ShardedWriter::create(dir, specs.collect(), writer_options)?;
+    for (position, info) in infos.iter().enumerate() {
+        writer.copy_from(position, 0, model.checkpoint().reader(info), info.offset, info.len)?;
+    }
+    writer.finish()?;
+    Ok(())
+}
+
+/// Where a tied weight is stored twice, one copy is imported; the other must be equal, or it would be lost.
+fn check_tied(model: &HfModel, options: &ConvertOptions, progress: &dyn Progress) -> Result<()> {
+    let (mapping, plan) = (model.plan().mapping(), model.plan());
+    let mut pairs = Vec::new();
+    for (foreign, tensor) in mapping.foreign.iter().enumerate() {
+        let ForeignRole::TiedCopy { of } = tensor.role else { continue };
+        let imported = plan.sources(of).iter().any(|piece| piece.foreign == foreign);
+        if !imported && model.checkpoint().get(&tensor.name).is_some() {
+            let mut copy = model.tied_transfer(of, foreign);
+            copy.name = tensor.name.clone();
+            pairs.push((copy, model.transfer(of, &whole(&plan.tensors[of].shape), 0)));
+        }
+    }
+    if pairs.is_empty() {
+        return Ok(());
+    }
+    progress.begin("compare tied weights", pairs.iter().map(|(copy, _)| copy.bytes()).sum());
+    let differing = Mutex::new(None);
+    transfer::compare(&pairs, options.resources(), progress, &|name| {
+        differing.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(name.to_owned());
+    })?;
+    match differing.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+        None => Ok(()),
+        Some(name) => Err(Error::TiedWeightsDiffer(format!(
+            "tensor `{name}` of {} differs from the weight that the config ties it to; set tie_word_embeddings to \
+             false in config.json if it is a weight of its own, or remove it from the checkpoint",
+            model.checkpoint().describe()
+        ))),
+    }
+}

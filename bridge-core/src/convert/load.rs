@@ -1,0 +1,170 @@
+//! Reading canonical weights straight out of a Hugging Face folder.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+
+use super::transfer::{Resources, Segment, Transfer};
+use crate::bridge::ModelBridge;
+use crate::checkpoint::{Checkpoint, TensorInfo};
+use crate::config::{DecoderConfig, HfConfig};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::LayoutSpec;
+use crate::mapping::{View, ViewPair};
+use crate::plan::{Plan, TensorHeader, plan_import};
+use crate::registry::Registry;
+
+/// A model in a Hugging Face folder: its config, its files and the plan that connects them. Opening reads headers only;
+/// any slice of any canonical tensor can then be read, so that each rank reads just its own.
+pub struct HfModel {
+    bridge: &'static dyn ModelBridge,
+    config: HfConfig,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    by_name: HashMap<String, usize>,
+}
+
+impl HfModel {
+    /// Opens the model in `dir`, to be held at `layout`.
+    ///
+    /// # Errors
+    /// If a file cannot be read or is malformed, the architecture is not in `registry`, or the plan has gaps.
+    pub fn open(dir: &Path, registry: &Registry, layout: &LayoutSpec) -> Result<Self> {
+        let config = HfConfig::load(dir)?;
+        let bridge = registry.detect(&config)?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let plan = plan_import(bridge, &config, &headers(&checkpoint), layout)?;
+        let names = plan.tensors.iter().map(|tensor| tensor.canonical.clone());
+        let by_name = names.enumerate().map(|(index, name)| (name, index)).collect();
+        Ok(Self { bridge, config, checkpoint, plan, by_name })
+    }
+
+    /// The family's bridge.
+    pub fn bridge(&self) -> &'static dyn ModelBridge {
+        self.bridge
+    }
+
+    /// The model's `config.json`.
+    pub fn hf_config(&self) -> &HfConfig {
+        &self.config
+    }
+
+    /// The typed config.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.plan.config
+    }
+
+    /// The files.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    pub(super) fn into_plan(self) -> Plan {
+        self.plan
+    }
+
+    /// Shape and stored type of canonical tensor `name`.
+    ///
+    /// # Errors
+    /// If the model has no such tensor.
+    pub fn tensor(&self, name: &str) -> Result<(&[usize], DType)> {
+        let tensor = &self.plan.tensors[self.index(name)?];
+        Ok((&tensor.shape, tensor.dtype))
+    }
+
+    /// Reads canonical tensor `name` whole, row-major, as stored.
+    ///
+    /// # Errors
+    /// If the model has no such tensor, or a file cannot be read.
+    pub fn read(&self, name: &str) -> Result<Vec<u8>> {
+        let shape = &self.plan.tensors[self.index(name)?].shape;
+        let whole: Vec<Range<usize>> = shape.iter().map(|extent| 0..*extent).collect();
+        self.read_slice(name, &whole)
+    }
+
+    /// Reads the part `region` (a range per dimension) of canonical tensor `name`, row-major, as stored.
+    ///
+    /// # Errors
+    /// If the model has no such tensor, the region is not within it, or a file cannot be read.
+    pub fn read_slice(&self, name: &str, region: &[Range<usize>]) -> Result<Vec<u8>> {
+        let index = self.index(name)?;
+        let tensor = &self.plan.tensors[index];
+        let within = |(range, extent): (&Range<usize>, &usize)| range.start <= range.end && range.end <= *extent;
+        if region.len() != tensor.shape.len() || !region.iter().zip(&tensor.shape).all(within) {
+            return Err(Error::InvalidArgument(format!(
+                "slice {region:?} is not within tensor `{name}` of shape {:?}",
+                tensor.shape
+            )));
+        }
+        let transfer = self.transfer(index, region, 0);
+        transfer.read(Resources { threads: 1, memory_budget: 64 << 20 })
+    }
+
+    fn index(&self, name: &str) -> Result<usize> {
+        self.by_name.get(name).copied().ok_or_else(|| {
+            let known = self.plan.tensors.iter().map(|tensor| tensor.canonical.as_str());
+            let near = crate::registry::nearest(name, known).map(|n| format!("; did you mean `{n}`?"));
+            Error::InvalidArgument(format!("the model has no tensor `{name}`{}", near.unwrap_or_default()))
+        })
+    }
+
+    /// What makes `region` of canonical tensor number `index`, for the sink's tensor `target`.
+    pub(super) fn transfer(&self, index: usize, region: &[Range<usize>], target: usize) -> Transfer<'_> {
+        let pieces = self.plan.sources(index).into_iter().map(|piece| (piece.foreign, &piece.canonical_view, &piece.foreign_view));
+        self.transfer_of(index, region, target, pieces)
+    }
+
+    /// The same from a tied copy, which lies in foreign tensor number `foreign`.
+    pub(super) fn tied_transfer(&self, index: usize, foreign: usize) -> Transfer<'_> {
+        let whole: Vec<Range<usize>> = self.plan.tensors[index].shape.iter().map(|extent| 0..*extent).collect();
+        let pieces = self.plan.mapping.pieces_of_foreign(foreign).filter(|piece| piece.canonical == index);
+        let pieces = pieces.map(|piece| (piece.foreign, &piece.canonical_view, &piece.foreign_view));
+        self.transfer_of(index, &whole, 0, pieces)
+    }
+
+    fn transfer_of<'a>(
+        &'a self,
+        index: usize,
+        region: &[Range<usize>],
+        target: usize,
+        pieces: impl Iterator<Item = (usize, &'a View, &'a View)>,
+    ) -> Transfer<'a> {
+        let tensor = &self.plan.tensors[index];
+        let mut segments = Vec::new();
+        for (foreign, near, far) in pieces {
+            // The plan holds only foreign tensors that the checkpoint has.
+            let Some(info) = self.checkpoint.get(&self.plan.mapping.foreign[foreign].name) else { continue };
+            let pair = ViewPair { near: near.clone(), far: far.clone() };
+            segments.extend(pair.within(&tensor.shape, region).into_iter().map(|part| Segment {
+                target: part.near,
+                source: part.far,
+                dtype: info.dtype,
+                reader: self.checkpoint.reader(info),
+                base: info.offset,
+            }));
+        }
+        Transfer {
+            tensor: target,
+            name: tensor.canonical.clone(),
+            numel: region.iter().map(Range::len).product(),
+            dtype: tensor.dtype,
+            segments,
+        }
+    }
+}
+
+/// The headers of a checkpoint, with the file of each tensor for messages.
+fn headers(checkpoint: &Checkpoint) -> Vec<TensorHeader> {
+    let several = checkpoint.files().len() > 1;
+    let header = |info: &TensorInfo| TensorHeader {
+        file: several.then(|| checkpoint.files()[info.file].name().to_owned()),
+        ..TensorHeader::from(info)
+    };
+    checkpoint.tensors().iter().map(header).collect()
+}

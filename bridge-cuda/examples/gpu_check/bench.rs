@@ -1,0 +1,334 @@
+//! Times of the kernels a training step is made of, as the rate of their floor: TFLOP/s or GB/s.
+
+use bridge_cuda::{AdamWTensor, Cuda, CudaDevice, CudaTensor, adamw_step_many, sum_squares_many};
+use bridge_ops::{
+    Activation, AdamWStep, AttentionSpec, CrossEntropySpec, DType, GradSlot, LossGradRequest,
+    NormSpec, Ops, RotaryDirection, RotaryStyle,
+};
+use burn_backend::ops::{FloatTensorOps, IntTensorOps};
+use burn_backend::{Distribution, FloatDType, IntDType, Shape};
+
+struct Bench<'a> {
+    device: CudaDevice,
+    only: Option<&'a str>,
+}
+
+impl Bench<'_> {
+    fn random(&self, shape: &[usize], dtype: FloatDType) -> CudaTensor {
+        Cuda::float_random(
+            Shape::from(shape.to_vec()),
+            Distribution::Normal(0.0, 1.0),
+            &self.device,
+            dtype,
+        )
+    }
+
+    fn bf16(&self, shape: &[usize]) -> CudaTensor {
+        self.random(shape, FloatDType::BF16)
+    }
+
+    fn wanted(&self, name: &str) -> bool {
+        self.only.is_none_or(|only| name.contains(only))
+    }
+
+    /// Median milliseconds of several runs, printed with the rate for `work` operations or bytes in units of 1e9.
+    fn time(&self, name: &str, unit: &str, work: f64, mut run: impl FnMut()) {
+        for _ in 0..3 {
+            run();
+        }
+        let mut times: Vec<f32> = (0..7)
+            .map(|_| {
+                self.device
+                    .time(|| (0..3).for_each(|_| run()))
+                    .expect("the kernels run")
+                    / 3.0
+            })
+            .collect();
+        times.sort_by(f32::total_cmp);
+        let median = f64::from(times[times.len() / 2]);
+        let (rate, unit) = if unit == "FLOP" {
+            (work / median * 1e-9, "TFLOP/s")
+        } else {
+            (work / median * 1e-6, "GB/s")
+        };
+        println!("{name:44} {median:9.3} ms {rate:9.1} {unit}");
+    }
+}
+
+/// Runs the benchmarks whose names contain `only`.
+pub(crate) fn run(device: CudaDevice, only: Option<&str>) {
+    let b = Bench { device, only };
+    products(&b);
+    attention(&b);
+    memory_bound(&b);
+    loss(&b);
+    optimizer(&b);
+    println!("{:?}", device.memory().expect("the device is open"));
+}
+
+fn products(b: &Bench) {
+    let shapes = [
+        (4096, 4096, 4096),
+        (8192, 8192, 8192),
+        (8192, 2048, 8192),
+        (8192, 2048, 2048),
+        (8192, 8192, 2048),
+        (16384, 2048, 2048),
+        (16384, 2048, 512),
+        (16384, 2048, 8192),
+        (16384, 8192, 2048),
+    ];
+    for (m, k, n) in shapes {
+        let name = format!("product {m}x{k}x{n}");
+        if !b.wanted(&name) {
+            continue;
+        }
+        let flop = 2.0 * m as f64 * k as f64 * n as f64;
+        let (x, w, dy) = (b.bf16(&[m, k]), b.bf16(&[n, k]), b.bf16(&[m, n]));
+        b.time(&format!("{name} y = x w^T"), "FLOP", flop, || {
+            Cuda::linear_forward(x.clone(), w.clone(), None);
+        });
+        b.time(&format!("{name} dx"), "FLOP", flop, || {
+            Cuda::linear_backward_input(dy.clone(), w.clone());
+        });
+        let mut sum = Some(b.random(&[n, k], FloatDType::F32));
+        b.time(&format!("{name} dw (f32 +=)"), "FLOP", flop, || {
+            let slot = GradSlot::Sum(sum.take().expect("put back below"));
+            sum = Some(Cuda::linear_accumulate_weight_grad(
+                x.clone(),
+                dy.clone(),
+                slot,
+            ));
+        });
+        let (candidate, ms) =
+            bridge_cuda::tune(&x, &Cuda::float_transpose(w.clone())).expect("tuning runs");
+        println!(
+            "{:44} {ms:9.3} ms {:9.1} TFLOP/s (candidate {candidate})",
+            "  tuned y",
+            flop / f64::from(ms) * 1e-9
+        );
+    }
+}
+
+fn attention(b: &Bench) {
+    for (batch, seq, heads, kv, d) in [
+        (4, 4096, 32, 8, 64),
+        (2, 8192, 32, 8, 64),
+        (1, 8192, 32, 8, 128),
+        (4, 2048, 32, 32, 64),
+        (2, 4096, 32, 32, 128),
+    ] {
+        let name = format!("attention b{batch} s{seq} h{heads}/{kv} d{d} causal");
+        if !b.wanted(&name) {
+            continue;
+        }
+        let flop = 2.0 * batch as f64 * heads as f64 * (seq * seq) as f64 * d as f64;
+        let q = b.bf16(&[batch, seq, heads, d]);
+        let (k, v) = (b.bf16(&[batch, seq, kv, d]), b.bf16(&[batch, seq, kv, d]));
+        let rule = AttentionSpec::<Cuda>::causal().rule;
+        b.time(&format!("{name} forward"), "FLOP", flop, || {
+            Cuda::attention_forward(q.clone(), k.clone(), v.clone(), None, &rule);
+        });
+        let output = Cuda::attention_forward(q.clone(), k.clone(), v.clone(), None, &rule);
+        let dout = b.bf16(&[batch, seq, heads, d]);
+        b.time(&format!("{name} backward"), "FLOP", 2.5 * flop, || {
+            Cuda::attention_backward(
+                q.clone(),
+                k.clone(),
+                v.clone(),
+                None,
+                output.clone(),
+                dout.clone(),
+                &rule,
+            );
+        });
+    }
+}
+
+fn memory_bound(b: &Bench) {
+    if !b.wanted("memory") {
+        return;
+    }
+    let (tokens, hidden, intermediate) = (16384, 2048, 8192);
+    let bytes = (tokens * hidden * 2) as f64;
+    let (x, w, dy) = (
+        b.bf16(&[1, tokens, hidden]),
+        b.bf16(&[hidden]),
+        b.bf16(&[1, tokens, hidden]),
+    );
+    let spec = NormSpec::new(1e-5);
+    b.time("memory: copy 1 GiB", "B", 2.0 * (1u64 << 30) as f64, {
+        let big = b.bf16(&[1 << 29]);
+        move || {
+            Cuda::float_mul_scalar(big.clone(), 1.0.into());
+        }
+    });
+    b.time("memory: add", "B", 3.0 * bytes, || {
+        Cuda::add(x.clone(), dy.clone());
+    });
+    b.time("memory: rms_norm forward", "B", 2.0 * bytes, || {
+        Cuda::rms_norm_forward(x.clone(), w.clone(), spec);
+    });
+    b.time("memory: rms_norm backward", "B", 3.0 * bytes, || {
+        Cuda::rms_norm_backward(x.clone(), w.clone(), dy.clone(), spec);
+    });
+    let (gate, up, dg) = (
+        b.bf16(&[tokens, intermediate]),
+        b.bf16(&[tokens, intermediate]),
+        b.bf16(&[tokens, intermediate]),
+    );
+    let bytes = (tokens * intermediate * 2) as f64;
+    b.time("memory: swiglu forward", "B", 3.0 * bytes, || {
+        Cuda::gated_activation_forward(gate.clone(), up.clone(), Activation::Silu);
+    });
+    b.time("memory: swiglu backward", "B", 5.0 * bytes, || {
+        Cuda::gated_activation_backward(gate.clone(), up.clone(), dg.clone(), Activation::Silu);
+    });
+    let q = b.bf16(&[4, 4096, 32, 64]);
+    let (cos, sin) = (
+        b.random(&[1, 4096, 32], FloatDType::F32),
+        b.random(&[1, 4096, 32], FloatDType::F32),
+    );
+    b.time(
+        "memory: rotary",
+        "B",
+        2.0 * (16384 * 2048 * 2) as f64,
+        || {
+            Cuda::rotary(
+                q.clone(),
+                cos.clone(),
+                sin.clone(),
+                RotaryStyle::Halves,
+                RotaryDirection::Forward,
+            );
+        },
+    );
+    let vocab = 128_256;
+    let table = b.bf16(&[vocab, hidden]);
+    let ids = Cuda::int_random(
+        Shape::from(vec![4, 4096]),
+        Distribution::Uniform(0.0, vocab as f64),
+        &b.device,
+        IntDType::I32,
+    );
+    let dy = b.bf16(&[4, 4096, hidden]);
+    b.time(
+        "memory: embedding forward",
+        "B",
+        2.0 * (16384 * 2048 * 2) as f64,
+        || {
+            Cuda::embedding_forward(ids.clone(), table.clone(), DType::BF16);
+        },
+    );
+    let mut sum = Some(b.random(&[vocab, hidden], FloatDType::F32));
+    b.time(
+        "memory: embedding gradient",
+        "B",
+        (16384 * 2048 * 10) as f64,
+        || {
+            let slot = GradSlot::Sum(sum.take().expect("put back below"));
+            sum = Some(Cuda::embedding_accumulate_grad(
+                ids.clone(),
+                dy.clone(),
+                vocab,
+                slot,
+            ));
+        },
+    );
+}
+
+fn loss(b: &Bench) {
+    if !b.wanted("linear_cross_entropy") {
+        return;
+    }
+    let (tokens, hidden, vocab) = (16384, 2048, 128_256);
+    let flop = 2.0 * tokens as f64 * hidden as f64 * vocab as f64;
+    let (x, w) = (
+        b.bf16(&[tokens, hidden]),
+        b.random(&[vocab, hidden], FloatDType::BF16),
+    );
+    let w = Cuda::float_mul_scalar(w, 0.02.into());
+    let targets = Cuda::int_random(
+        Shape::from(vec![tokens]),
+        Distribution::Uniform(0.0, vocab as f64),
+        &b.device,
+        IntDType::I32,
+    );
+    let dloss = Cuda::float_full(
+        Shape::from(vec![tokens]),
+        (1.0 / tokens as f64).into(),
+        &b.device,
+        FloatDType::F32,
+    );
+    let spec = CrossEntropySpec::default();
+    b.time("linear_cross_entropy forward", "FLOP", flop, || {
+        Cuda::linear_cross_entropy_forward(x.clone(), w.clone(), targets.clone(), &spec);
+    });
+    let mut sum = Some(Cuda::float_zeros(
+        Shape::from(vec![vocab, hidden]),
+        &b.device,
+        FloatDType::F32,
+    ));
+    b.time(
+        "linear_cross_entropy with gradients",
+        "FLOP",
+        3.0 * flop,
+        || {
+            let weight = Some(GradSlot::Sum(sum.take().expect("put back below")));
+            let request = LossGradRequest {
+                input: true,
+                weight,
+            };
+            let (_, grads) = Cuda::linear_cross_entropy_with_grads(
+                x.clone(),
+                w.clone(),
+                targets.clone(),
+                dloss.clone(),
+                &spec,
+                request,
+            );
+            sum = grads.weight;
+        },
+    );
+}
+
+fn optimizer(b: &Bench) {
+    if !b.wanted("adamw") {
+        return;
+    }
+    // The 1.24e9 parameters of a Llama 3.2 1B, in tensors of 16 Mi elements.
+    let (count, size) = (74, 1 << 24);
+    let new = |dtype| -> Vec<CudaTensor> { (0..count).map(|_| b.random(&[size], dtype)).collect() };
+    let (master, grad, m, copy) = (
+        new(FloatDType::F32),
+        new(FloatDType::F32),
+        new(FloatDType::F32),
+        new(FloatDType::BF16),
+    );
+    let v: Vec<CudaTensor> = m.iter().map(|m| Cuda::float_abs(m.clone())).collect();
+    let step = AdamWStep::new(10, 1e-4, (0.9, 0.95), 1e-8, 0.1);
+    let tensors: Vec<AdamWTensor> = (0..count)
+        .map(|i| AdamWTensor {
+            master: &master[i],
+            grad: &grad[i],
+            m: &m[i],
+            v: &v[i],
+            copy: Some(&copy[i]),
+        })
+        .collect();
+    b.time(
+        "adamw, 1.24e9 parameters",
+        "B",
+        (count * size * 30) as f64,
+        || adamw_step_many(&tensors, &step),
+    );
+    let grads: Vec<&CudaTensor> = grad.iter().collect();
+    b.time(
+        "adamw: norm of all gradients",
+        "B",
+        (count * size * 4) as f64,
+        || {
+            sum_squares_many(&grads);
+        },
+    );
+}

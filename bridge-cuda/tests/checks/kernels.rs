@@ -1,0 +1,423 @@
+//! The kernels of `bridge_ops::Ops`, forward and backward.
+
+use std::sync::Arc;
+
+use bridge_ops::{
+    Activation, AdamWStep, AttentionRule, AttentionSpec, CrossEntropySpec, DType, GradSlot,
+    LossGradRequest, NormSpec, Ops, RotaryDirection, RotaryStyle, int_from_i64,
+};
+use burn_backend::TensorMetadata;
+
+use super::{Context, Group, group};
+
+const FLOATS: &[DType] = &[DType::F32, DType::BF16, DType::F16];
+
+pub(crate) fn groups() -> Vec<Group> {
+    vec![
+        group!(linear, FLOATS),
+        group!(embedding, FLOATS),
+        group!(rms_norm, FLOATS),
+        group!(layer_norm, FLOATS),
+        group!(rotary, FLOATS),
+        group!(activation, FLOATS),
+        group!(attention_small, FLOATS),
+        group!(attention_tiles, &[DType::BF16, DType::F16]),
+        group!(attention_rules, FLOATS),
+        group!(cross_entropy, FLOATS),
+        group!(linear_cross_entropy, FLOATS),
+        group!(adamw, &[DType::F32]),
+        group!(sum_squares, FLOATS),
+    ]
+}
+
+fn linear<B: Ops>(c: &mut Context<B>) {
+    for (seed, shape, out) in [
+        (1, [3, 5, 24], 40),
+        (2, [1, 64, 128], 96),
+        (3, [2, 3, 7], 5),
+        (4, [1, 1, 64], 128),
+    ] {
+        let x = c.float(seed, &shape);
+        let w = c.float(seed + 10, &[out, shape[2]]);
+        let bias = c.float(seed + 20, &[out]);
+        let dy = c.float(seed + 30, &[shape[0], shape[1], out]);
+        c.push("forward", B::linear_forward(x.clone(), w.clone(), None));
+        c.push(
+            "forward with bias",
+            B::linear_forward(x.clone(), w.clone(), Some(bias)),
+        );
+        c.push("dx", B::linear_backward_input(dy.clone(), w.clone()));
+        let first = B::linear_accumulate_weight_grad(x.clone(), dy.clone(), GradSlot::Empty);
+        c.push("dw", first.clone());
+        c.push(
+            "dw added",
+            B::linear_accumulate_weight_grad(x.clone(), dy.clone(), GradSlot::Sum(first.clone())),
+        );
+        let junk = c.float32(seed + 40, &[out, shape[2]]);
+        c.push(
+            "dw over stale",
+            B::linear_accumulate_weight_grad(x, dy.clone(), GradSlot::Stale(junk)),
+        );
+        c.push("dw unchanged", first);
+        let sum = B::linear_accumulate_bias_grad(dy.clone(), GradSlot::Empty);
+        c.push("db", sum.clone());
+        c.push(
+            "db added",
+            B::linear_accumulate_bias_grad(dy, GradSlot::Sum(sum)),
+        );
+    }
+}
+
+fn embedding<B: Ops>(c: &mut Context<B>) {
+    for (seed, vocab, hidden, tokens) in [(50, 131, 48, 37), (51, 17, 7, 600), (52, 5, 256, 64)] {
+        let ids = c.indices(seed, &[1, tokens], vocab);
+        let w = c.float(seed + 1, &[vocab, hidden]);
+        let dtype = c.dtype;
+        c.push("forward", B::embedding_forward(ids.clone(), w, dtype));
+        let dy = c.float(seed + 2, &[1, tokens, hidden]);
+        let sum = B::embedding_accumulate_grad(ids.clone(), dy.clone(), vocab, GradSlot::Empty);
+        c.push("gradient", sum.clone());
+        c.push(
+            "gradient added",
+            B::embedding_accumulate_grad(ids, dy, vocab, GradSlot::Sum(sum)),
+        );
+    }
+}
+
+fn rms_norm<B: Ops>(c: &mut Context<B>) {
+    for (seed, rows, hidden) in [
+        (60, 37, 48),
+        (61, 5, 2048),
+        (62, 700, 64),
+        (63, 3, 33),
+        (64, 2, 9000),
+        (65, 2, 5001),
+    ] {
+        for unit_offset in [false, true] {
+            let spec = NormSpec {
+                eps: 1e-5,
+                unit_offset,
+            };
+            let (x, dy) = (
+                c.float(seed, &[1, rows, hidden]),
+                c.float(seed + 100, &[1, rows, hidden]),
+            );
+            let w = c.float(seed + 200, &[hidden]);
+            c.push("forward", B::rms_norm_forward(x.clone(), w.clone(), spec));
+            let (dx, dw) = B::rms_norm_backward(x, w, dy, spec);
+            c.push("dx", dx);
+            c.push("dw", dw);
+        }
+    }
+}
+
+fn layer_norm<B: Ops>(c: &mut Context<B>) {
+    for (seed, rows, hidden) in [(70, 37, 48), (71, 5, 2048), (72, 600, 64), (73, 3, 33)] {
+        let spec = NormSpec {
+            eps: 1e-5,
+            unit_offset: seed == 71,
+        };
+        let (x, dy) = (
+            c.float(seed, &[1, rows, hidden]),
+            c.float(seed + 100, &[1, rows, hidden]),
+        );
+        let (w, b) = (
+            c.float(seed + 200, &[hidden]),
+            c.float(seed + 300, &[hidden]),
+        );
+        c.push(
+            "forward",
+            B::layer_norm_forward(x.clone(), w.clone(), Some(b), spec),
+        );
+        c.push(
+            "forward without bias",
+            B::layer_norm_forward(x.clone(), w.clone(), None, spec),
+        );
+        let (dx, dw, db) = B::layer_norm_backward(x, w, dy, spec);
+        c.push("dx", dx);
+        c.push("dw", dw);
+        c.push("db", db);
+    }
+}
+
+fn rotary<B: Ops>(c: &mut Context<B>) {
+    for (seed, heads, d, half) in [
+        (80, 6, 64, 32),
+        (81, 2, 16, 8),
+        (82, 3, 20, 6),
+        (83, 1, 10, 5),
+    ] {
+        for (style, tables) in [(RotaryStyle::Halves, 1), (RotaryStyle::Pairs, 2)] {
+            let x = c.float(seed, &[2, 7, heads, d]);
+            let (cos, sin) = (
+                c.float32(seed + 1, &[tables, 7, half]),
+                c.float32(seed + 2, &[tables, 7, half]),
+            );
+            for direction in [RotaryDirection::Forward, RotaryDirection::Backward] {
+                c.push(
+                    "rotary",
+                    B::rotary(x.clone(), cos.clone(), sin.clone(), style, direction),
+                );
+            }
+            let by_head = B::float_swap_dims(c.float(seed + 3, &[2, heads, 7, d]), 1, 2);
+            c.push(
+                "of a view",
+                B::rotary(by_head, cos, sin, style, RotaryDirection::Forward),
+            );
+        }
+    }
+}
+
+fn activation<B: Ops>(c: &mut Context<B>) {
+    let (gate, up, dy) = (
+        c.float(90, &[3, 5, 77]),
+        c.float(91, &[3, 5, 77]),
+        c.float(92, &[3, 5, 77]),
+    );
+    for act in Activation::ALL {
+        let name = act.as_str();
+        c.push(name, B::activation_forward(gate.clone(), act));
+        c.push(name, B::activation_backward(gate.clone(), dy.clone(), act));
+        c.push(
+            name,
+            B::gated_activation_forward(gate.clone(), up.clone(), act),
+        );
+        let (dgate, dup) = B::gated_activation_backward(gate.clone(), up.clone(), dy.clone(), act);
+        c.push(name, dgate);
+        c.push(name, dup);
+    }
+}
+
+/// Sizes of an attention problem: batch, queries, keys, heads, key heads, channels, value channels.
+type Sizes = [usize; 7];
+
+fn attend<B: Ops>(
+    c: &mut Context<B>,
+    seed: u64,
+    [batch, s, t, heads, kv_heads, d, dv]: Sizes,
+    rule: &AttentionRule,
+    sinks: bool,
+) {
+    let q = c.float(seed, &[batch, s, heads, d]);
+    let k = c.float(seed + 1, &[batch, t, kv_heads, d]);
+    let v = c.float(seed + 2, &[batch, t, kv_heads, dv]);
+    let dout = c.float(seed + 3, &[batch, s, heads, dv]);
+    let sinks = sinks.then(|| c.float(seed + 4, &[heads]));
+    let output = B::attention_forward(q.clone(), k.clone(), v.clone(), sinks.clone(), rule);
+    c.push("output", output.output.clone());
+    c.push("lse", output.lse.clone());
+    let grads = B::attention_backward(q, k, v, sinks, output, dout, rule);
+    c.push("dq", grads.dq);
+    c.push("dk", grads.dk);
+    c.push("dv", grads.dv);
+    if let Some(dsinks) = grads.dsinks {
+        c.push("dsinks", dsinks);
+    }
+}
+
+fn causal<B: Ops>() -> AttentionRule {
+    AttentionSpec::<B>::causal().rule
+}
+
+fn bidirectional<B: Ops>() -> AttentionRule {
+    AttentionSpec::<B>::bidirectional().rule
+}
+
+fn attention_small<B: Ops>(c: &mut Context<B>) {
+    attend(c, 100, [2, 9, 9, 6, 2, 16, 16], &causal::<B>(), false);
+    attend(
+        c,
+        110,
+        [1, 5, 200, 4, 4, 24, 40],
+        &bidirectional::<B>(),
+        false,
+    );
+    attend(c, 120, [1, 150, 150, 2, 1, 48, 48], &causal::<B>(), true);
+}
+
+fn attention_tiles<B: Ops>(c: &mut Context<B>) {
+    for d in [64, 128] {
+        attend(c, 130, [2, 64, 64, 2, 1, d, d], &causal::<B>(), false);
+        attend(c, 140, [1, 200, 200, 4, 2, d, d], &causal::<B>(), false);
+        attend(
+            c,
+            150,
+            [1, 130, 77, 2, 2, d, d],
+            &bidirectional::<B>(),
+            false,
+        );
+        attend(c, 160, [1, 321, 321, 3, 1, d, d], &causal::<B>(), true);
+    }
+}
+
+fn attention_rules<B: Ops>(c: &mut Context<B>) {
+    for d in [16, 64, 128] {
+        let sizes = [1, 150, 150, 4, 2, d, d];
+        attend(
+            c,
+            170,
+            sizes,
+            &AttentionRule {
+                window: Some(40),
+                ..causal::<B>()
+            },
+            false,
+        );
+        attend(
+            c,
+            180,
+            sizes,
+            &AttentionRule {
+                window: Some(70),
+                ..causal::<B>()
+            },
+            true,
+        );
+        attend(
+            c,
+            190,
+            sizes,
+            &AttentionRule {
+                softcap: Some(3.0),
+                ..causal::<B>()
+            },
+            false,
+        );
+        attend(
+            c,
+            200,
+            sizes,
+            &AttentionRule {
+                scale: Some(0.05),
+                ..causal::<B>()
+            },
+            false,
+        );
+        attend(
+            c,
+            210,
+            [1, 3, 150, 4, 2, d, d],
+            &AttentionRule {
+                q_offset: 100,
+                kv_len: Some(103),
+                ..causal::<B>()
+            },
+            false,
+        );
+        attend(
+            c,
+            220,
+            [1, 1, 300, 4, 2, d, d],
+            &AttentionRule {
+                q_offset: 230,
+                kv_len: Some(231),
+                ..causal::<B>()
+            },
+            false,
+        );
+        let documents: Arc<[usize]> = Arc::from([0, 30, 41, 130, 150, 151, 300]);
+        attend(
+            c,
+            230,
+            [2, 150, 150, 4, 2, d, d],
+            &AttentionRule {
+                cu_seqlens: Some(documents),
+                ..causal::<B>()
+            },
+            false,
+        );
+    }
+}
+
+fn targets<B: Ops>(c: &Context<B>, seed: u64, tokens: usize, vocab: usize) -> bridge_ops::Int<B> {
+    let values: Vec<i64> = super::numbers(seed, tokens)
+        .iter()
+        .enumerate()
+        .map(|(i, x)| {
+            if i % 5 == 3 {
+                -100
+            } else {
+                ((x + 2.0) * 1e5) as i64 % vocab as i64
+            }
+        })
+        .collect();
+    int_from_i64::<B>(&values, &[tokens], &c.device)
+}
+
+fn cross_entropy<B: Ops>(c: &mut Context<B>) {
+    for (seed, tokens, vocab) in [(240, 13, 131), (241, 7, 4096), (242, 3, 50_001)] {
+        for logit_softcap in [None, Some(5.0)] {
+            let spec = CrossEntropySpec {
+                logit_softcap,
+                ..Default::default()
+            };
+            let logits = c.float(seed, &[tokens, vocab]);
+            let targets = targets(c, seed + 1, tokens, vocab);
+            let output = B::cross_entropy_forward(logits.clone(), targets.clone(), &spec);
+            c.push("loss", output.loss);
+            c.push("lse", output.lse.clone());
+            let dloss = c.float32(seed + 2, &[tokens]);
+            c.push(
+                "dlogits",
+                B::cross_entropy_backward(logits, targets, output.lse, dloss, &spec),
+            );
+        }
+    }
+}
+
+fn linear_cross_entropy<B: Ops>(c: &mut Context<B>) {
+    for (seed, tokens, hidden, vocab) in [(250, 37, 48, 131), (251, 300, 64, 1000)] {
+        let spec = CrossEntropySpec::default();
+        let x = c.float(seed, &[tokens, hidden]);
+        let w = c.float(seed + 1, &[vocab, hidden]);
+        let targets = targets(c, seed + 2, tokens, vocab);
+        let dloss = c.float32(seed + 3, &[tokens]);
+        let output = B::linear_cross_entropy_forward(x.clone(), w.clone(), targets.clone(), &spec);
+        c.push("loss", output.loss);
+        let request = || LossGradRequest {
+            input: true,
+            weight: Some(GradSlot::Empty),
+        };
+        let grads = B::linear_cross_entropy_backward(
+            x.clone(),
+            w.clone(),
+            targets.clone(),
+            output.lse,
+            dloss.clone(),
+            &spec,
+            request(),
+        );
+        c.push("dx", grads.input.expect("asked for"));
+        c.push("dw", grads.weight.expect("asked for"));
+        let (output, grads) =
+            B::linear_cross_entropy_with_grads(x, w, targets, dloss, &spec, request());
+        c.push("loss at once", output.loss);
+        c.push("dx at once", grads.input.expect("asked for"));
+        c.push("dw at once", grads.weight.expect("asked for"));
+    }
+}
+
+fn adamw<B: Ops>(c: &mut Context<B>) {
+    for (seed, shape) in [(260, [33, 7]), (261, [64, 128])] {
+        let mut param = c.float32(seed, &shape);
+        let zeros = || bridge_ops::float_zeros::<B>(&shape, DType::F32, &c.device);
+        let (mut m, mut v) = (zeros(), zeros());
+        for t in 1..=3 {
+            let mut step = AdamWStep::new(t, 1e-2, (0.9, 0.95), 1e-8, 0.1);
+            step.grad_scale = 0.7;
+            let grad = c.float32(seed + 10 + t, &shape);
+            (param, m, v) = B::adamw_step(param, grad, m, v, &step);
+        }
+        c.push("param", param);
+        c.push("m", m);
+        c.push("v", v);
+    }
+}
+
+fn sum_squares<B: Ops>(c: &mut Context<B>) {
+    for (seed, count) in [(270, 5), (271, 100_001), (272, 4096)] {
+        let x = c.float(seed, &[count]);
+        assert_eq!(x.shape().num_elements(), count);
+        c.push("sum of squares", B::sum_squares(x));
+    }
+}

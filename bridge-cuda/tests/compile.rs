@@ -1,0 +1,121 @@
+//! Every kernel file compiles, for the oldest chip supported and for Hopper. Needs NVRTC but no GPU.
+
+use bridge_cuda::{Library, SOURCES, compile};
+
+/// Definitions under which a file is compiled here: one or two of the many combinations that programs use.
+fn variants(file: &str) -> Vec<Vec<(&'static str, &'static str)>> {
+    let elementwise = |op, a, o| {
+        vec![
+            ("OP", op),
+            ("ARITY", "3"),
+            ("TYPE_O", o),
+            ("TYPE_A", a),
+            ("TYPE_B", a),
+            ("TYPE_C", a),
+        ]
+    };
+    let norm = |ty, weight| {
+        vec![
+            ("TYPE", ty),
+            ("WEIGHT", weight),
+            ("VECTOR", "4"),
+            ("PACKS", "2"),
+            ("OFFSET", "0.0f"),
+            ("BIAS", "1"),
+        ]
+    };
+    let attention = |d| {
+        vec![
+            ("TYPE", "bf16"),
+            ("D", d),
+            ("SOFTCAP", "0"),
+            ("DOCUMENTS", "0"),
+        ]
+    };
+    match file {
+        "adamw" => vec![
+            vec![("PARAM", "float"), ("GRAD", "float")],
+            vec![("PARAM", "bf16"), ("GRAD", "bf16")],
+        ],
+        "attention" => vec![
+            attention("64"),
+            attention("128"),
+            vec![
+                ("TYPE", "f16"),
+                ("D", "64"),
+                ("SOFTCAP", "1"),
+                ("DOCUMENTS", "1"),
+            ],
+        ],
+        "cross_entropy" => vec![vec![
+            ("TYPE", "bf16"),
+            ("INDEX", "i32"),
+            ("SOFTCAP", "1"),
+            ("VECTOR", "8"),
+        ]],
+        "elementwise" => vec![
+            elementwise("AddTensor", "bf16", "bf16"),
+            elementwise("Tanh", "double", "double"),
+            elementwise("PowScalar", "i64", "i64"),
+            elementwise("GreaterTensor", "float", "u8"),
+        ],
+        "embedding" => vec![vec![
+            ("TYPE", "bf16"),
+            ("WEIGHT", "float"),
+            ("INDEX", "i64"),
+            ("VECTOR", "4"),
+        ]],
+        "gated_activation" => vec![
+            vec![("TYPE", "bf16"), ("ACT", "Silu")],
+            vec![("TYPE", "float"), ("ACT", "GeluTanh")],
+        ],
+        "index" => vec![vec![("TYPE", "bf16"), ("INDEX", "i32"), ("OP", "Plus")]],
+        "layer_norm" | "rms_norm" => vec![norm("bf16", "float"), norm("f16", "f16")],
+        "reduce" => vec![
+            vec![("TYPE", "bf16"), ("TYPE_O", "float"), ("OP", "Sum")],
+            vec![
+                ("TYPE", "u8"),
+                ("TYPE_O", "i32"),
+                ("OP", "Minimum"),
+                ("ARG", "1"),
+            ],
+        ],
+        "rotary" => vec![
+            vec![("TYPE", "bf16"), ("PAIRS", "0")],
+            vec![("TYPE", "float"), ("PAIRS", "1")],
+        ],
+        "scan" => vec![
+            vec![("TYPE", "i32"), ("OP", "Plus")],
+            vec![("TYPE", "f16"), ("OP", "Larger")],
+        ],
+        "softmax" => vec![
+            vec![("TYPE", "bf16"), ("LOG", "0")],
+            vec![("TYPE", "double"), ("LOG", "1")],
+        ],
+        "sort" => vec![vec![("TYPE", "bf16"), ("DESCENDING", "1")]],
+        "arange" | "matmul_int" => vec![vec![("TYPE", "i32")]],
+        "attention_generic" | "conv" | "random" => {
+            vec![vec![("TYPE", "bf16")], vec![("TYPE", "double")]]
+        }
+        other => panic!("{other}.cu has no variants here"),
+    }
+}
+
+#[test]
+fn kernels_compile() {
+    if let Err(error) = Library::Nvrtc.load() {
+        println!("skipped: no NVRTC: {error}");
+        return;
+    }
+    for &(file, _) in SOURCES {
+        for defines in variants(file) {
+            for arch in ["sm_80", "sm_90"] {
+                let cubin = compile(file, &defines, arch).unwrap_or_else(|error| panic!("{error}"));
+                assert!(
+                    cubin.starts_with(b"\x7fELF"),
+                    "{file} for {arch} is machine code"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! A whole run from a resolved configuration.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bridge_core::checkpoint::native::NativeCheckpoint;
+use bridge_core::convert::{HF_DIR, HfModel};
+use bridge_core::{CanonicalTensor, HfConfig, LayoutSpec, Registry};
+use bridge_data::Split;
+use bridge_models::weights::{HfWeights, NativeWeights, native_config};
+use bridge_models::{Decoder, DtypePolicy, Init, RandomInit, SegmentedModel};
+use bridge_ops::{DType, Ops};
+use bridge_tokenizers::Tokenizer;
+
+use crate::callback::{Callback, Callbacks, Summary};
+use crate::checkpoint::{CONFIG_FILE, CheckpointStore, ZeroSource};
+use crate::config::{Platform, PrecisionMode, ResolvedConfig};
+use crate::error::{Error, Result};
+use crate::metrics::{JsonLines, LossPlot, TensorBoard};
+use crate::signals::StopFlag;
+use crate::sources::{load_tokenizer, load_training_data};
+use crate::trainer::{Trainer, TrainerOptions};
+
+/// What a run needs beside its configuration.
+pub struct PretrainContext<'a, B: Ops> {
+    /// Where it computes.
+    pub device: B::Device,
+    /// What that backend offers.
+    pub platform: Platform,
+    /// The model families that are known, for weights from a Hugging Face folder.
+    pub registry: &'a Registry,
+    /// Turns a folder or hub id into a folder, or says why not.
+    pub hf_folder: &'a dyn Fn(&str) -> Result<PathBuf, String>,
+    /// What the run is called in its reports.
+    pub name: &'a str,
+    /// Hears what happens, after the reports that the configuration asks for.
+    pub callback: &'a mut dyn Callback,
+    /// Ends the run gracefully when raised.
+    pub stop: StopFlag,
+}
+
+/// What a run leaves in memory.
+pub struct PretrainOutcome<B: Ops> {
+    /// How it went.
+    pub summary: Summary,
+    /// The trained model.
+    pub model: Decoder<B>,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+}
+
+/// Trains the model that `config` describes, from fresh or given weights, or continues the run that
+/// `config.checkpoint.dir` holds.
+///
+/// # Errors
+/// If the configuration asks for what the platform lacks, something it names cannot be read, or the run fails (see
+/// [`Trainer::run`]).
+pub fn pretrain<B: Ops>(config: &ResolvedConfig, context: PretrainContext<'_, B>) -> Result<PretrainOutcome<B>> {
+    context.platform.check(config)?;
+    let tokenizer = load_tokenizer(config, context.hf_folder)?;
+    let data = load_training_data(config, &tokenizer)?;
+    let train = data.get(Split::Train).cloned().ok_or_else(|| Error::Setting {
+        key: "data.split",
+        problem: format!("\"{}\" leaves no documents for training", config.data.split),
+    })?;
+    let store = checkpoint_store(config, &tokenizer)?;
+    let resuming = store.has_checkpoint()?;
+    let model = build_model::<B>(config, &context, resuming)?;
+
+    let reports = PathBuf::from(config.logging.dir.as_deref().unwrap_or(&config.checkpoint.dir));
+    let mut callbacks = Callbacks::new();
+    if config.logging.jsonl || config.logging.tensorboard || config.logging.plot {
+        std::fs::create_dir_all(&reports).map_err(|source| Error::io("create folder", &reports, source))?;
+    }
+    if config.logging.jsonl {
+        callbacks.push(JsonLines::new(&reports));
+    }
+    if config.logging.tensorboard {
+        callbacks.push(TensorBoard::create(&reports.join("tensorboard"))?);
+    }
+    if config.logging.plot {
+        callbacks.push(LossPlot::new(&reports, context.name));
+    }
+    callbacks.push(context.callback);
+
+    let mut trainer = Trainer::new(&model, train, &context.device, TrainerOptions::from(config))?
+        .with_stop(context.stop)
+        .with_callback(&mut callbacks)
+        .with_checkpoints(store)?;
+    if let Some(valid) = data.get(Split::Valid) {
+        trainer = trainer.with_validation(Arc::clone(valid));
+    }
+    let summary = trainer.run()?;
+    drop(callbacks);
+    Ok(PretrainOutcome { summary, model, tokenizer })
+}
+
+fn build_model<B: Ops>(
+    config: &ResolvedConfig,
+    context: &PretrainContext<'_, B>,
+    resuming: bool,
+) -> Result<Decoder<B>> {
+    let decoder = config.model.decoder.clone();
+    let model = match &config.checkpoint.pretrained {
+        // The checkpoint is about to replace every weight.
+        _ if resuming => Decoder::build(decoder, &mut ZeroSource, &context.device)?,
+        Some(pretrained) => load_pretrained(config, context, pretrained)?,
+        None => {
+            let init = Init { seed: config.train.seed, ..Init::default() };
+            Decoder::build(decoder.clone(), &mut RandomInit::new(&init, &decoder), &context.device)?
+        }
+    };
+    if context.platform.precision(config.precision.mode) == PrecisionMode::Bf16Mixed {
+        for param in SegmentedModel::params(&model) {
+            param.set_value(B::cast(param.value(), DType::BF16));
+        }
+    }
+    Ok(model)
+}
+
+/// Weights from a native checkpoint or a Hugging Face folder.
+fn load_pretrained<B: Ops>(
+    config: &ResolvedConfig,
+    context: &PretrainContext<'_, B>,
+    pretrained: &str,
+) -> Result<Decoder<B>> {
+    let setting = |problem| Error::Setting { key: "checkpoint.pretrained", problem };
+    let decoder = config.model.decoder.clone();
+    // A source may hold more than the model asks for, and then silently give a part of another model.
+    let same_weights = |found: &[CanonicalTensor], place: &Path| {
+        if found == decoder.tensors() {
+            return Ok(());
+        }
+        let place = place.display();
+        Err(setting(format!(
+            "{place} holds other weights than the [model] section describes; set model.hf to the folder with its \
+             config.json instead of giving dims"
+        )))
+    };
+    let path = Path::new(pretrained);
+    if path.is_dir() && !path.join("config.json").exists() {
+        let checkpoint = NativeCheckpoint::open(path).map_err(bridge_core::Error::from)?;
+        let (bridge, _, found) = native_config(&checkpoint, context.registry)?;
+        same_weights(&bridge.tensors(&found), checkpoint.dir())?;
+        let mut source = NativeWeights::new(&checkpoint, DtypePolicy::Float32);
+        return Ok(Decoder::build(decoder.clone(), &mut source, &context.device)?);
+    }
+    let dir = (context.hf_folder)(pretrained).map_err(setting)?;
+    let model = HfModel::open(&dir, context.registry, &LayoutSpec::default())?;
+    same_weights(&model.bridge().tensors(model.config()), &dir)?;
+    // The arithmetic is the configuration's, which may differ, in the rotary scaling for example.
+    Ok(Decoder::build(decoder.clone(), &mut HfWeights::new(&model, DtypePolicy::Float32), &context.device)?)
+}
+
+fn checkpoint_store(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Result<CheckpointStore> {
+    let description = serde_json::to_value(&config.model.decoder).expect("a model's config is plain data");
+    let mut store = CheckpointStore::new(&config.checkpoint.dir, description)
+        .keep(config.checkpoint.most_recent_k)
+        .save_optim(config.checkpoint.save_optim)
+        .save_enabled(config.checkpoint.save)
+        .with_file(CONFIG_FILE, config.to_toml().into_bytes())
+        .with_file(format!("{HF_DIR}/config.json"), hf_config_json(config)?);
+    for (name, bytes) in tokenizer_files(tokenizer)? {
+        store = store.with_file(format!("{HF_DIR}/{name}"), bytes);
+    }
+    Ok(store)
+}
+
+/// The model's `config.json`: as it came, or written anew for a model that was described in the configuration.
+fn hf_config_json(config: &ResolvedConfig) -> Result<Vec<u8>> {
+    let model = &config.model;
+    if model.hf_dir.is_some() {
+        return Ok(model.hf_config.raw().to_vec());
+    }
+    let json = model.bridge.hf_config(&model.decoder)?;
+    Ok(HfConfig::from_json(json, "the model's config.json").raw().to_vec())
+}
+
+/// The tokenizer as Hugging Face files; none for one that has no such form.
+fn tokenizer_files(tokenizer: &Tokenizer) -> Result<Vec<(String, Vec<u8>)>> {
+    let read = |path: PathBuf| {
+        let bytes = std::fs::read(&path).map_err(|source| Error::io("read", &path, source))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok((name, bytes))
+    };
+    let sources = tokenizer.source_files();
+    if !sources.is_empty() {
+        return sources.into_iter().map(read).collect();
+    }
+    if tokenizer.kind() == bridge_tokenizers::TokenizerKind::Null {
+        return Ok(Vec::new());
+    }
+    let dir = tempfile::tempdir().map_err(|source| Error::io("create folder", std::env::temp_dir(), source))?;
+    tokenizer.save(dir.path())?;
+    let entries = std::fs::read_dir(dir.path()).map_err(|source| Error::io("read folder", dir.path(), source))?;
+    let mut files = entries
+        .map(|entry| read(entry.map_err(|source| Error::io("read folder", dir.path(), source))?.path()))
+        .collect::<Result<Vec<_>>>()?;
+    files.sort();
+    Ok(files)
+}
