@@ -160,7 +160,12 @@ impl CanonicalTensor {
     pub fn new(name: impl Into<String>, shape: impl Into<Vec<usize>>, shard: ShardRule) -> Self {
         let name = name.into();
         let place = place_of(&name);
-        Self { name, shape: shape.into(), shard, place }
+        Self {
+            name,
+            shape: shape.into(),
+            shard,
+            place,
+        }
     }
 
     /// The same tensor in another place.
@@ -179,7 +184,10 @@ fn place_of(name: &str) -> Place {
     if name.starts_with("embedding.") {
         return Place::First;
     }
-    let layer = name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')).and_then(|(l, _)| l.parse().ok());
+    let layer = name
+        .strip_prefix("layers.")
+        .and_then(|rest| rest.split_once('.'))
+        .and_then(|(l, _)| l.parse().ok());
     layer.map_or(Place::Last, Place::Layer)
 }
 

@@ -157,18 +157,27 @@ pub enum Error {
 }
 
 fn nearest_hint(nearest: Option<&str>) -> String {
-    nearest.map(|name| format!("; did you mean {name}?")).unwrap_or_default()
+    nearest
+        .map(|name| format!("; did you mean {name}?"))
+        .unwrap_or_default()
 }
 
 impl Error {
     /// An [`Error::Io`] for `path`.
     pub fn io(action: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Self {
-        Error::Io { action, path: path.into(), source }
+        Error::Io {
+            action,
+            path: path.into(),
+            source,
+        }
     }
 
     /// An [`Error::Malformed`].
     pub fn malformed(file: impl Into<String>, problem: impl Into<String>) -> Self {
-        Error::Malformed { file: file.into(), problem: problem.into() }
+        Error::Malformed {
+            file: file.into(),
+            problem: problem.into(),
+        }
     }
 
     /// Whether the fault lies in what was given (exit code 2) rather than in the run (exit code 3).

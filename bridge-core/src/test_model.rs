@@ -4,7 +4,8 @@ use serde_json::{Map, Value, json};
 
 use crate::bridge::ModelBridge;
 use crate::config::{
-    Activation, ConfigReader, DecoderConfig, HfConfig, LayerConfig, NormConfig, NormKind, RopeDefaults, RopeStyle,
+    Activation, ConfigReader, DecoderConfig, HfConfig, LayerConfig, NormConfig, NormKind,
+    RopeDefaults, RopeStyle,
 };
 use crate::error::Result;
 use crate::mapping::{Fused, WeightMap};
@@ -32,7 +33,9 @@ pub(crate) fn test_config(changes: Value) -> HfConfig {
     if let (Value::Object(json), Value::Object(changes)) = (&mut json, changes) {
         json.extend(changes);
     }
-    let Value::Object(json) = json else { unreachable!("an object literal") };
+    let Value::Object(json) = json else {
+        unreachable!("an object literal")
+    };
     HfConfig::from_json(json, "config.json")
 }
 
@@ -50,7 +53,12 @@ fn read(keys: &ConfigReader<'_>) -> DecoderConfig {
         head_dim: keys.size("head_dim"),
         vocab_size: keys.size("vocab_size"),
         max_position_embeddings,
-        norm: NormConfig { kind: NormKind::RmsNorm, eps: 1e-6, unit_offset: false, bias: false },
+        norm: NormConfig {
+            kind: NormKind::RmsNorm,
+            eps: 1e-6,
+            unit_offset: false,
+            bias: false,
+        },
         activation: keys.activation_or("hidden_act", Activation::Silu),
         gated_mlp: true,
         // The fused flavour has biases, so that one-dimensional tensors are fused as well.
@@ -94,7 +102,9 @@ impl ModelBridge for TestBridge {
     }
 
     fn hf_config(&self, config: &DecoderConfig) -> Result<Map<String, Value>> {
-        Ok(test_config(json!({ "hidden_size": config.hidden_size })).json().clone())
+        Ok(test_config(json!({ "hidden_size": config.hidden_size }))
+            .json()
+            .clone())
     }
 
     fn weights(&self, config: &DecoderConfig) -> WeightMap {
@@ -102,32 +112,59 @@ impl ModelBridge for TestBridge {
             .copy("embedding.weight", "model.embed_tokens.weight")
             .copy("lm_head.weight", "lm_head.weight")
             .copy("final_norm.weight", "model.norm.weight")
-            .copy("layers.{l}.{n:input_norm|mlp_norm}.weight", "model.layers.{l}.{n:input_norm|mlp_norm}.weight")
-            .tied("lm_head.weight", "embedding.weight", config.tie_word_embeddings)
-            .ignore("model.layers.{l}.self_attn.rotary_emb.inv_freq", "recomputed from rope_theta");
+            .copy(
+                "layers.{l}.{n:input_norm|mlp_norm}.weight",
+                "model.layers.{l}.{n:input_norm|mlp_norm}.weight",
+            )
+            .tied(
+                "lm_head.weight",
+                "embedding.weight",
+                config.tie_word_embeddings,
+            )
+            .ignore(
+                "model.layers.{l}.self_attn.rotary_emb.inv_freq",
+                "recomputed from rope_theta",
+            );
         if !config.attention_bias {
             return map
-                .copy("layers.{l}.attention.{p}_proj.weight", "model.layers.{l}.self_attn.{p}_proj.weight")
-                .copy("layers.{l}.mlp.{p}_proj.weight", "model.layers.{l}.mlp.{p}_proj.weight");
+                .copy(
+                    "layers.{l}.attention.{p}_proj.weight",
+                    "model.layers.{l}.self_attn.{p}_proj.weight",
+                )
+                .copy(
+                    "layers.{l}.mlp.{p}_proj.weight",
+                    "model.layers.{l}.mlp.{p}_proj.weight",
+                );
         }
         let qkv = |leaf: &str| {
             let part = |p: &str| format!("layers.{{l}}.attention.{p}_proj.{leaf}");
             let parts = [part("q"), part("k"), part("v")];
             let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
-            Fused::new(&format!("model.layers.{{l}}.self_attn.qkv.{leaf}"), &parts).groups(config.num_key_value_heads)
+            Fused::new(&format!("model.layers.{{l}}.self_attn.qkv.{leaf}"), &parts)
+                .groups(config.num_key_value_heads)
         };
         map.fuse(qkv("weight"))
             .fuse(qkv("bias"))
-            .map("layers.{l}.attention.o_proj.weight", "model.layers.{l}.self_attn.o", |view| view.transpose(0, 1))
+            .map(
+                "layers.{l}.attention.o_proj.weight",
+                "model.layers.{l}.self_attn.o",
+                |view| view.transpose(0, 1),
+            )
             .fuse(
                 Fused::new(
                     "model.layers.{l}.mlp.gate_up",
-                    &["layers.{l}.mlp.gate_proj.weight", "layers.{l}.mlp.up_proj.weight"],
+                    &[
+                        "layers.{l}.mlp.gate_proj.weight",
+                        "layers.{l}.mlp.up_proj.weight",
+                    ],
                 )
                 .dim(1)
                 .groups(config.intermediate_size)
                 .arrange(|view| view.transpose(0, 1)),
             )
-            .copy("layers.{l}.mlp.down_proj.weight", "model.layers.{l}.mlp.down.weight")
+            .copy(
+                "layers.{l}.mlp.down_proj.weight",
+                "model.layers.{l}.mlp.down.weight",
+            )
     }
 }

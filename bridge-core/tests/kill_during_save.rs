@@ -22,10 +22,14 @@ const SHAPE: [usize; 2] = [64, 96];
 fn values(iteration: u64, tensor: usize) -> Vec<u8> {
     let mut state = iteration.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ tensor as u64;
     let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as u32
     };
-    (0..SHAPE[0] * SHAPE[1]).flat_map(|_| next().to_le_bytes()).collect()
+    (0..SHAPE[0] * SHAPE[1])
+        .flat_map(|_| next().to_le_bytes())
+        .collect()
 }
 
 /// Saves with two ranks, each on a thread and with half of the rows, in both groups.
@@ -48,7 +52,11 @@ fn save(root: &Path, iteration: u64) {
                     for tensor in 0..TENSORS {
                         let bytes = values(iteration, tensor);
                         let middle = bytes.len() / 2;
-                        let mine = if rank == 0 { &bytes[..middle] } else { &bytes[middle..] };
+                        let mine = if rank == 0 {
+                            &bytes[..middle]
+                        } else {
+                            &bytes[middle..]
+                        };
                         file.write_at(tensor, 0, mine).unwrap();
                     }
                     file.finish().unwrap();
@@ -56,7 +64,9 @@ fn save(root: &Path, iteration: u64) {
             });
         }
     });
-    writer.add_file("train_state.json", iteration.to_string().as_bytes()).unwrap();
+    writer
+        .add_file("train_state.json", iteration.to_string().as_bytes())
+        .unwrap();
     writer.finish(2, 2).unwrap();
     native::retain(root, 3, iteration).unwrap();
 }
@@ -64,7 +74,9 @@ fn save(root: &Path, iteration: u64) {
 /// Not a test of its own: what the child process does, until it is killed.
 #[test]
 fn save_loop_of_the_child() {
-    let Some(root) = env::var_os(CHILD_FOLDER).map(PathBuf::from) else { return };
+    let Some(root) = env::var_os(CHILD_FOLDER).map(PathBuf::from) else {
+        return;
+    };
     let mut iteration = NativeCheckpoint::open(&root).unwrap().iteration();
     for round in 0u64.. {
         // Every fifth save takes the place of the one before.
@@ -84,16 +96,24 @@ fn verify(dir: &Path) -> u64 {
         assert_eq!(checkpoint.index().group(group).len(), TENSORS);
         for tensor in 0..TENSORS {
             let found = checkpoint.read(group, &format!("tensor.{tensor}")).unwrap();
-            assert!(found == values(iteration, tensor), "{group} tensor {tensor} of iteration {iteration}");
+            assert!(
+                found == values(iteration, tensor),
+                "{group} tensor {tensor} of iteration {iteration}"
+            );
         }
     }
-    assert_eq!(checkpoint.read_file("train_state.json").unwrap(), iteration.to_string().as_bytes());
+    assert_eq!(
+        checkpoint.read_file("train_state.json").unwrap(),
+        iteration.to_string().as_bytes()
+    );
     iteration
 }
 
 fn start_child(root: &Path) -> Child {
     let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["--exact", "save_loop_of_the_child", "--test-threads", "1"]).env(CHILD_FOLDER, root);
+    command
+        .args(["--exact", "save_loop_of_the_child", "--test-threads", "1"])
+        .env(CHILD_FOLDER, root);
     command.stdout(Stdio::null()).spawn().unwrap()
 }
 
@@ -108,10 +128,24 @@ fn a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint() {
         let mut child = start_child(&root);
         // The first save of the child shows as a change of `latest`; from then on it saves all the time.
         let begun = Instant::now();
-        let latest = fs::metadata(root.join("latest")).unwrap().modified().unwrap();
-        while fs::metadata(root.join("latest")).unwrap().modified().unwrap() == latest {
-            assert!(child.try_wait().unwrap().is_none(), "the child ended by itself");
-            assert!(begun.elapsed() < Duration::from_secs(60), "the child does not save");
+        let latest = fs::metadata(root.join("latest"))
+            .unwrap()
+            .modified()
+            .unwrap();
+        while fs::metadata(root.join("latest"))
+            .unwrap()
+            .modified()
+            .unwrap()
+            == latest
+        {
+            assert!(
+                child.try_wait().unwrap().is_none(),
+                "the child ended by itself"
+            );
+            assert!(
+                begun.elapsed() < Duration::from_secs(60),
+                "the child does not save"
+            );
             std::thread::sleep(Duration::from_millis(1));
         }
         // Spread over a few saves' time, in steps unrelated to it.
@@ -129,7 +163,10 @@ fn a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint() {
         interrupted += usize::from(hidden(&root) > 0);
     }
     assert!(newest >= KILLS as u64, "only {newest} saves");
-    assert!(interrupted > KILLS / 4, "only {interrupted} of {KILLS} kills met a save half-way");
+    assert!(
+        interrupted > KILLS / 4,
+        "only {interrupted} of {KILLS} kills met a save half-way"
+    );
 
     // The next save clears away what the killed ones left.
     save(&root, newest + 1);
@@ -138,6 +175,10 @@ fn a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint() {
 }
 
 fn hidden(root: &Path) -> usize {
-    let names = fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name());
-    names.filter(|name| name.to_string_lossy().starts_with('.')).count()
+    let names = fs::read_dir(root)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    names
+        .filter(|name| name.to_string_lossy().starts_with('.'))
+        .count()
 }

@@ -47,7 +47,14 @@ impl Batch {
     /// # Errors
     /// If there are none, or their lengths differ.
     pub fn from_samples(samples: impl IntoIterator<Item = Sample>) -> Result<Self> {
-        let mut joined = Self { batch: 0, seq: 0, tokens: vec![], labels: vec![], position_ids: vec![], cu_seqlens: None };
+        let mut joined = Self {
+            batch: 0,
+            seq: 0,
+            tokens: vec![],
+            labels: vec![],
+            position_ids: vec![],
+            cu_seqlens: None,
+        };
         let mut starts = vec![0];
         let mut packed = false;
         for sample in samples {
@@ -55,7 +62,11 @@ impl Batch {
                 joined.seq = sample.tokens.len();
             } else if sample.tokens.len() != joined.seq {
                 let value = format!("{} and {} tokens", joined.seq, sample.tokens.len());
-                return Err(DataError::BadOption { option: "samples", value, reason: "samples of a batch have one length".into() });
+                return Err(DataError::BadOption {
+                    option: "samples",
+                    value,
+                    reason: "samples of a batch have one length".into(),
+                });
             }
             let offset = joined.batch * joined.seq;
             packed |= sample.boundaries.len() > 2;
@@ -67,7 +78,11 @@ impl Batch {
         }
         if joined.batch == 0 {
             let reason = "a batch needs at least one".into();
-            return Err(DataError::BadOption { option: "samples", value: "none".into(), reason });
+            return Err(DataError::BadOption {
+                option: "samples",
+                value: "none".into(),
+                reason,
+            });
         }
         joined.cu_seqlens = packed.then(|| starts.into());
         Ok(joined)
@@ -78,12 +93,18 @@ impl Batch {
     /// # Errors
     /// If there are no indices or a sample cannot be read.
     pub fn load(dataset: &dyn Dataset, indices: &[u64]) -> Result<Self> {
-        let samples = indices.iter().map(|&index| dataset.sample(index)).collect::<Result<Vec<_>>>()?;
+        let samples = indices
+            .iter()
+            .map(|&index| dataset.sample(index))
+            .collect::<Result<Vec<_>>>()?;
         Self::from_samples(samples)
     }
 
     /// Number of places with a loss.
     pub fn loss_tokens(&self) -> usize {
-        self.labels.iter().filter(|&&label| label != IGNORE_INDEX).count()
+        self.labels
+            .iter()
+            .filter(|&&label| label != IGNORE_INDEX)
+            .count()
     }
 }

@@ -20,20 +20,45 @@ impl BlendSpec {
     /// # Errors
     /// If there are no words, or a weight is not above 0.
     pub fn parse<S: AsRef<str>>(words: &[S]) -> Result<Self> {
-        let bad = |value: &str, reason: &str| DataError::BadOption { option: "blend", value: value.into(), reason: reason.into() };
-        let words = words.iter().flat_map(|word| word.as_ref().split_whitespace()).collect::<Vec<_>>();
+        let bad = |value: &str, reason: &str| DataError::BadOption {
+            option: "blend",
+            value: value.into(),
+            reason: reason.into(),
+        };
+        let words = words
+            .iter()
+            .flat_map(|word| word.as_ref().split_whitespace())
+            .collect::<Vec<_>>();
         if words.is_empty() {
-            return Err(bad("", "name at least one dataset, or weights and datasets in turn, as in `0.3 books 0.7 web`"));
+            return Err(bad(
+                "",
+                "name at least one dataset, or weights and datasets in turn, as in `0.3 books 0.7 web`",
+            ));
         }
-        let weighted = words.len().is_multiple_of(2) && words.iter().step_by(2).all(|word| word.parse::<f64>().is_ok());
+        let weighted = words.len().is_multiple_of(2)
+            && words
+                .iter()
+                .step_by(2)
+                .all(|word| word.parse::<f64>().is_ok());
         if !weighted {
-            return Ok(Self { entries: words.into_iter().map(|path| (None, path.to_owned())).collect() });
+            return Ok(Self {
+                entries: words
+                    .into_iter()
+                    .map(|path| (None, path.to_owned()))
+                    .collect(),
+            });
         }
-        let pairs = words.chunks_exact(2).map(|pair| match pair[0].parse::<f64>() {
-            Ok(weight) if weight > 0.0 && weight.is_finite() => Ok((Some(weight), pair[1].to_owned())),
-            _ => Err(bad(pair[0], "a weight must be above 0")),
-        });
-        Ok(Self { entries: pairs.collect::<Result<_>>()? })
+        let pairs = words
+            .chunks_exact(2)
+            .map(|pair| match pair[0].parse::<f64>() {
+                Ok(weight) if weight > 0.0 && weight.is_finite() => {
+                    Ok((Some(weight), pair[1].to_owned()))
+                }
+                _ => Err(bad(pair[0], "a weight must be above 0")),
+            });
+        Ok(Self {
+            entries: pairs.collect::<Result<_>>()?,
+        })
     }
 }
 
@@ -68,15 +93,32 @@ impl BlendedDataset {
     /// # Errors
     /// If there are no datasets, lengths differ, only some have weights, or a weight is not above 0.
     pub fn new(parts: Vec<(Option<f64>, Arc<dyn Dataset>)>) -> Result<Self> {
-        let bad = |value: String, reason: &str| Err(DataError::BadOption { option: "blend", value, reason: reason.into() });
-        let Some((_, first)) = parts.first() else { return bad("nothing".into(), "name at least one dataset") };
+        let bad = |value: String, reason: &str| {
+            Err(DataError::BadOption {
+                option: "blend",
+                value,
+                reason: reason.into(),
+            })
+        };
+        let Some((_, first)) = parts.first() else {
+            return bad("nothing".into(), "name at least one dataset");
+        };
         let seq_length = first.seq_length();
-        if let Some((_, other)) = parts.iter().find(|(_, part)| part.seq_length() != seq_length) {
-            return bad(format!("{seq_length} and {} tokens", other.seq_length()), "samples of a mixture have one length");
+        if let Some((_, other)) = parts
+            .iter()
+            .find(|(_, part)| part.seq_length() != seq_length)
+        {
+            return bad(
+                format!("{seq_length} and {} tokens", other.seq_length()),
+                "samples of a mixture have one length",
+            );
         }
         let given = parts.iter().filter(|(weight, _)| weight.is_some()).count();
         if given != 0 && given != parts.len() {
-            return bad(format!("{given} weights for {} datasets", parts.len()), "give every dataset a weight, or none");
+            return bad(
+                format!("{given} weights for {} datasets", parts.len()),
+                "give every dataset a weight, or none",
+            );
         }
         let mut weights = Vec::with_capacity(parts.len());
         for (weight, part) in &parts {
@@ -89,8 +131,16 @@ impl BlendedDataset {
         let sum: f64 = weights.iter().sum();
         weights.iter_mut().for_each(|weight| *weight /= sum);
         let zeros = vec![0; parts.len()];
-        let state = Mutex::new(State { rows: zeros.clone(), next: 0, counts: zeros });
-        Ok(Self { parts: parts.into_iter().map(|(_, part)| part).collect(), weights, state })
+        let state = Mutex::new(State {
+            rows: zeros.clone(),
+            next: 0,
+            counts: zeros,
+        });
+        Ok(Self {
+            parts: parts.into_iter().map(|(_, part)| part).collect(),
+            weights,
+            state,
+        })
     }
 
     /// Which dataset sample `index` comes from, and its index there.
@@ -111,7 +161,9 @@ impl BlendedDataset {
             let place = state.counts[part];
             state.counts[part] += 1;
             state.next = at + 1;
-            if state.next.is_multiple_of(INTERVAL) && state.rows.len() as u64 == state.next / INTERVAL * width as u64 {
+            if state.next.is_multiple_of(INTERVAL)
+                && state.rows.len() as u64 == state.next / INTERVAL * width as u64
+            {
                 let counts = state.counts.clone();
                 state.rows.extend(counts);
             }
@@ -151,12 +203,17 @@ impl Dataset for BlendedDataset {
 
     fn describe(&self) -> String {
         let parts = self.parts.iter().zip(&self.weights);
-        parts.map(|(part, weight)| format!("{:.1} % {}", weight * 100.0, part.describe())).collect::<Vec<_>>().join("; ")
+        parts
+            .map(|(part, weight)| format!("{:.1} % {}", weight * 100.0, part.describe()))
+            .collect::<Vec<_>>()
+            .join("; ")
     }
 
     fn fingerprint(&self) -> Fingerprint {
         let parts = self.parts.iter().zip(&self.weights);
-        parts.fold(Fingerprint::new("blend"), |sum, (part, weight)| sum.number(part.fingerprint().0).number(weight.to_bits()))
+        parts.fold(Fingerprint::new("blend"), |sum, (part, weight)| {
+            sum.number(part.fingerprint().0).number(weight.to_bits())
+        })
     }
 }
 

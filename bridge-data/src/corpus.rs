@@ -43,9 +43,17 @@ mod tests {
         let chapters = documents().collect::<Vec<_>>();
         assert_eq!(chapters.len(), 136);
         for (index, chapter) in chapters[..135].iter().enumerate() {
-            assert!(chapter.starts_with(&format!("CHAPTER {}. ", index + 1)), "{:?}", &chapter[..20]);
+            assert!(
+                chapter.starts_with(&format!("CHAPTER {}. ", index + 1)),
+                "{:?}",
+                &chapter[..20]
+            );
         }
-        assert!(chapters.iter().all(|chapter| chapter.len() > 200 && chapter.ends_with(|c| c == '\n')));
+        assert!(
+            chapters
+                .iter()
+                .all(|chapter| chapter.len() > 200 && chapter.ends_with(|c| c == '\n'))
+        );
         assert_eq!(chapters.join("\n\n"), text());
     }
 }

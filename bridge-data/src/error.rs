@@ -62,7 +62,9 @@ pub enum DataError {
         end: u64,
     },
     /// A stored value that is not a token id.
-    #[error("sequence {index} of {place} holds {value} at token {position}, which is not a token id{limit}; was it made with another tokenizer?")]
+    #[error(
+        "sequence {index} of {place} holds {value} at token {position}, which is not a token id{limit}; was it made with another tokenizer?"
+    )]
     BadToken {
         /// The dataset.
         place: String,
@@ -102,7 +104,9 @@ pub enum DataError {
         reason: String,
     },
     /// Too little data for what was asked.
-    #[error("{what} has {documents} documents with {tokens} tokens together; at least 2 tokens are needed to predict one (give more data, or a split with a larger share)")]
+    #[error(
+        "{what} has {documents} documents with {tokens} tokens together; at least 2 tokens are needed to predict one (give more data, or a split with a larger share)"
+    )]
     TooFewTokens {
         /// The dataset and split.
         what: String,
@@ -133,8 +137,15 @@ pub enum DataError {
 }
 
 impl DataError {
-    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+    pub(crate) fn io(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { action, path, source }
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
     }
 }

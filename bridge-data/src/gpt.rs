@@ -94,7 +94,9 @@ struct EpochOrder {
 impl EpochOrder {
     /// The document at a place of the stream, counted from 0.
     fn document(&self, place: u64) -> u64 {
-        self.documents.as_ref().map_or(place, |order| order.get(place))
+        self.documents
+            .as_ref()
+            .map_or(place, |order| order.get(place))
     }
 }
 
@@ -103,24 +105,47 @@ impl GptDataset {
     ///
     /// # Errors
     /// If the window is empty, or the documents have fewer than two tokens together.
-    pub fn new(source: Arc<dyn TokenSource>, documents: Range<u64>, options: GptOptions) -> Result<Self> {
+    pub fn new(
+        source: Arc<dyn TokenSource>,
+        documents: Range<u64>,
+        options: GptOptions,
+    ) -> Result<Self> {
         if options.seq_length == 0 {
             let reason = "a sample needs at least one token".into();
-            return Err(DataError::BadOption { option: "seq_length", value: "0".into(), reason });
+            return Err(DataError::BadOption {
+                option: "seq_length",
+                value: "0".into(),
+                reason,
+            });
         }
         if documents.start > documents.end || documents.end > source.documents() {
             let (index, count) = (documents.end, source.documents());
-            return Err(DataError::NoSequence { place: source.describe(), index, count });
+            return Err(DataError::NoSequence {
+                place: source.describe(),
+                index,
+                count,
+            });
         }
         let count = documents.end - documents.start;
         let order = EpochOrder::new(source.as_ref(), &documents, &options, 0)?;
         let tokens = order.1;
         if tokens < 2 {
-            return Err(DataError::TooFewTokens { what: source.describe(), documents: count, tokens });
+            return Err(DataError::TooFewTokens {
+                what: source.describe(),
+                documents: count,
+                tokens,
+            });
         }
         let samples_per_epoch = (tokens - 1).div_ceil(options.seq_length as u64);
         let order = Arc::new(order.0.with_samples(samples_per_epoch, &options));
-        Ok(Self { source, documents, options, tokens, samples_per_epoch, epochs: Mutex::new([order].into()) })
+        Ok(Self {
+            source,
+            documents,
+            options,
+            tokens,
+            samples_per_epoch,
+            epochs: Mutex::new([order].into()),
+        })
     }
 
     /// Number of documents.
@@ -145,7 +170,8 @@ impl GptDataset {
         if let Some(known) = kept.iter().find(|known| known.epoch == epoch) {
             return Ok(known.clone());
         }
-        let (order, _) = EpochOrder::new(self.source.as_ref(), &self.documents, &self.options, epoch)?;
+        let (order, _) =
+            EpochOrder::new(self.source.as_ref(), &self.documents, &self.options, epoch)?;
         let order = Arc::new(order.with_samples(self.samples_per_epoch, &self.options));
         if kept.len() == EPOCHS_KEPT {
             kept.pop_front();
@@ -156,7 +182,10 @@ impl GptDataset {
 
     /// The tokens `start..start + len` of an epoch's stream, and the places among them where a document begins (not 0).
     fn window(&self, order: &EpochOrder, start: u64, len: u64) -> Result<(Vec<u32>, Vec<usize>)> {
-        let chunk = order.chunk_starts.partition_point(|&first| first <= start).saturating_sub(1);
+        let chunk = order
+            .chunk_starts
+            .partition_point(|&first| first <= start)
+            .saturating_sub(1);
         let mut place = chunk as u64 * CHUNK;
         let mut skip = start - order.chunk_starts.get(chunk).copied().unwrap_or(0);
         let mut tokens = Vec::with_capacity(len as usize);
@@ -182,7 +211,9 @@ impl GptDataset {
     }
 
     fn check_ids(&self, document: u64, start: u64, ids: &[u32]) -> Result<()> {
-        let Some(vocab_size) = self.options.vocab_size else { return Ok(()) };
+        let Some(vocab_size) = self.options.vocab_size else {
+            return Ok(());
+        };
         match ids.iter().position(|&id| id as usize >= vocab_size) {
             None => Ok(()),
             Some(index) => Err(DataError::BadToken {
@@ -198,13 +229,27 @@ impl GptDataset {
 
 impl EpochOrder {
     /// The order of documents and the length of the stream.
-    fn new(source: &dyn TokenSource, documents: &Range<u64>, options: &GptOptions, epoch: u64) -> Result<(Self, u64)> {
+    fn new(
+        source: &dyn TokenSource,
+        documents: &Range<u64>,
+        options: &GptOptions,
+        epoch: u64,
+    ) -> Result<(Self, u64)> {
         let count = documents.end - documents.start;
-        let order = options.shuffle.then(|| Permutation::new(count, derive_key(options.seed, Purpose::Documents, epoch)));
-        let mut this = Self { epoch, documents: order, samples: None, chunk_starts: Vec::new() };
+        let order = options
+            .shuffle
+            .then(|| Permutation::new(count, derive_key(options.seed, Purpose::Documents, epoch)));
+        let mut this = Self {
+            epoch,
+            documents: order,
+            samples: None,
+            chunk_starts: Vec::new(),
+        };
         let totals = (0..count.div_ceil(CHUNK)).into_par_iter().map(|chunk| {
             let places = chunk * CHUNK..count.min((chunk + 1) * CHUNK);
-            places.map(|place| source.document_len(documents.start + this.document(place))).sum::<Result<u64>>()
+            places
+                .map(|place| source.document_len(documents.start + this.document(place)))
+                .sum::<Result<u64>>()
         });
         let totals = totals.collect::<Result<Vec<u64>>>()?;
         let mut sum = 0;
@@ -238,7 +283,10 @@ impl Dataset for GptDataset {
     fn sample(&self, index: u64) -> Result<Sample> {
         let order = self.epoch(index / self.samples_per_epoch)?;
         let place = index % self.samples_per_epoch;
-        let number = order.samples.as_ref().map_or(place, |samples| samples.get(place));
+        let number = order
+            .samples
+            .as_ref()
+            .map_or(place, |samples| samples.get(place));
         let seq = self.options.seq_length as u64;
         let start = number * seq;
         let len = (seq + 1).min(self.tokens - start);
@@ -246,14 +294,24 @@ impl Dataset for GptDataset {
         if tokens.len() as u64 != len {
             // The lengths no longer add up to what they were when the dataset was opened.
             let (place, index) = (self.source.describe(), self.documents.end - 1);
-            return Err(DataError::NoTokens { place, index, len: tokens.len() as u64, start, end: start + len });
+            return Err(DataError::NoTokens {
+                place,
+                index,
+                len: tokens.len() as u64,
+                start,
+                end: start + len,
+            });
         }
         Ok(cut_sample(&tokens, starts, &self.options))
     }
 
     fn describe(&self) -> String {
         let (documents, tokens, samples) = (self.documents(), self.tokens, self.samples_per_epoch);
-        format!("{}: {documents} documents, {tokens} tokens, {samples} samples of {}", self.source.describe(), self.options.seq_length)
+        format!(
+            "{}: {documents} documents, {tokens} tokens, {samples} samples of {}",
+            self.source.describe(),
+            self.options.seq_length
+        )
     }
 
     fn fingerprint(&self) -> Fingerprint {
@@ -263,7 +321,11 @@ impl Dataset for GptDataset {
             .number(o.seed)
             .number(u64::from(o.shuffle))
             .number(o.eod.map_or(u64::MAX, u64::from))
-            .number(u64::from(o.reset_position_ids) | u64::from(o.reset_attention_mask) << 1 | u64::from(o.eod_mask_loss) << 2)
+            .number(
+                u64::from(o.reset_position_ids)
+                    | u64::from(o.reset_attention_mask) << 1
+                    | u64::from(o.eod_mask_loss) << 2,
+            )
     }
 }
 
@@ -297,12 +359,24 @@ fn cut_sample(window: &[u32], mut starts: Vec<usize>, options: &GptOptions) -> S
     if options.reset_position_ids {
         let ends = starts.iter().skip(1).copied().chain([seq]);
         for (&start, end) in starts.iter().zip(ends) {
-            position_ids[start..end].iter_mut().zip(0..).for_each(|(position, value)| *position = value);
+            position_ids[start..end]
+                .iter_mut()
+                .zip(0..)
+                .for_each(|(position, value)| *position = value);
         }
     }
-    let inner = if options.reset_attention_mask { starts } else { Vec::new() };
+    let inner = if options.reset_attention_mask {
+        starts
+    } else {
+        Vec::new()
+    };
     let boundaries = std::iter::once(0).chain(inner).chain([seq]).collect();
-    Sample { tokens, labels, position_ids, boundaries }
+    Sample {
+        tokens,
+        labels,
+        position_ids,
+        boundaries,
+    }
 }
 
 #[cfg(test)]

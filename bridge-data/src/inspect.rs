@@ -61,8 +61,16 @@ impl Summary {
         vec![
             format!("dataset    {}", self.prefix),
             format!("documents  {}", self.documents),
-            format!("sequences  {} ({} to {} tokens, {mean:.1} on average)", self.sequences, self.shortest, self.longest),
-            format!("tokens     {} ({}{})", self.tokens, self.dtype, if self.has_modes { ", with modes" } else { "" }),
+            format!(
+                "sequences  {} ({} to {} tokens, {mean:.1} on average)",
+                self.sequences, self.shortest, self.longest
+            ),
+            format!(
+                "tokens     {} ({}{})",
+                self.tokens,
+                self.dtype,
+                if self.has_modes { ", with modes" } else { "" }
+            ),
         ]
     }
 }
@@ -77,10 +85,23 @@ impl Summary {
 ///
 /// # Errors
 /// If the sample cannot be read, or an id is outside the tokenizer's vocabulary.
-pub fn sample_lines(dataset: &dyn Dataset, tokenizer: &Tokenizer, index: u64, limit: usize) -> Result<Vec<String>> {
+pub fn sample_lines(
+    dataset: &dyn Dataset,
+    tokenizer: &Tokenizer,
+    index: u64,
+    limit: usize,
+) -> Result<Vec<String>> {
     let sample = dataset.sample(index)?;
-    let with_loss = sample.labels.iter().filter(|&&label| label != IGNORE_INDEX).count();
-    let head = format!("sample {index} of {}: {} tokens, {with_loss} with loss", dataset.describe(), sample.tokens.len());
+    let with_loss = sample
+        .labels
+        .iter()
+        .filter(|&&label| label != IGNORE_INDEX)
+        .count();
+    let head = format!(
+        "sample {index} of {}: {} tokens, {with_loss} with loss",
+        dataset.describe(),
+        sample.tokens.len()
+    );
     let mut lines = vec![head];
     lines.extend(window_lines(&sample, tokenizer, limit)?);
     Ok(lines)
@@ -95,10 +116,17 @@ pub fn window_lines(sample: &Sample, tokenizer: &Tokenizer, limit: usize) -> Res
         let id = u32::try_from(id).unwrap_or(u32::MAX);
         let text = tokenizer.decode(&[id], SpecialTokens::Add)?;
         // Part of a character says nothing as text; the vocabulary's spelling does.
-        let text = if text.contains('\u{fffd}') { tokenizer.id_to_token(id).unwrap_or(text) } else { text };
+        let text = if text.contains('\u{fffd}') {
+            tokenizer.id_to_token(id).unwrap_or(text)
+        } else {
+            text
+        };
         Ok(format!("{text:?}"))
     };
-    let mut lines = vec![format!("{:>6} {:>9} {:>8}  {:<20} predicts", "place", "position", "id", "token")];
+    let mut lines = vec![format!(
+        "{:>6} {:>9} {:>8}  {:<20} predicts",
+        "place", "position", "id", "token"
+    )];
     for place in 0..sample.tokens.len().min(limit) {
         if place > 0 && sample.boundaries.contains(&place) {
             lines.push(format!("{:->6} document", ""));
@@ -108,7 +136,10 @@ pub fn window_lines(sample: &Sample, tokenizer: &Tokenizer, limit: usize) -> Res
             label => piece(label)?,
         };
         let (position, id) = (sample.position_ids[place], sample.tokens[place]);
-        lines.push(format!("{place:>6} {position:>9} {id:>8}  {:<20} {label}", piece(id)?));
+        lines.push(format!(
+            "{place:>6} {position:>9} {id:>8}  {:<20} {label}",
+            piece(id)?
+        ));
     }
     if sample.tokens.len() > limit {
         lines.push(format!("       and {} more", sample.tokens.len() - limit));

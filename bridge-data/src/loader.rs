@@ -35,10 +35,25 @@ impl Loader {
         batch_size_at: impl Fn(u64) -> usize + Send + 'static,
     ) -> Result<Self> {
         let (sender, batches) = sync_channel(AHEAD);
-        let read = move || read_ahead(dataset.as_ref(), &sampler, consumed_samples, &batch_size_at, &sender);
-        let reader = std::thread::Builder::new().name("data-loader".into()).spawn(read);
-        let reader = reader.map_err(|error| DataError::Loader { reason: format!("it could not be started: {error}") })?;
-        Ok(Self { batches: Some(batches), reader: Some(reader) })
+        let read = move || {
+            read_ahead(
+                dataset.as_ref(),
+                &sampler,
+                consumed_samples,
+                &batch_size_at,
+                &sender,
+            )
+        };
+        let reader = std::thread::Builder::new()
+            .name("data-loader".into())
+            .spawn(read);
+        let reader = reader.map_err(|error| DataError::Loader {
+            reason: format!("it could not be started: {error}"),
+        })?;
+        Ok(Self {
+            batches: Some(batches),
+            reader: Some(reader),
+        })
     }
 
     /// The micro-batches of the next global batch.
@@ -46,8 +61,15 @@ impl Loader {
     /// # Errors
     /// If the data cannot be read or the batch size cannot be dealt out; nothing more follows after an error.
     pub fn next_batch(&mut self) -> Result<Vec<Batch>> {
-        let gone = || Err(DataError::Loader { reason: "an earlier batch failed".into() });
-        self.batches.as_ref().and_then(|batches| batches.recv().ok()).unwrap_or_else(gone)
+        let gone = || {
+            Err(DataError::Loader {
+                reason: "an earlier batch failed".into(),
+            })
+        };
+        self.batches
+            .as_ref()
+            .and_then(|batches| batches.recv().ok())
+            .unwrap_or_else(gone)
     }
 }
 
@@ -60,9 +82,12 @@ fn read_ahead(
 ) {
     loop {
         let size = batch_size_at(consumed);
-        let batch = sampler
-            .micro_batches(consumed, size)
-            .and_then(|micro| micro.iter().map(|indices| Batch::load(dataset, indices)).collect::<Result<Vec<_>>>());
+        let batch = sampler.micro_batches(consumed, size).and_then(|micro| {
+            micro
+                .iter()
+                .map(|indices| Batch::load(dataset, indices))
+                .collect::<Result<Vec<_>>>()
+        });
         let failed = batch.is_err();
         if sender.send(batch).is_err() || failed {
             return;
@@ -90,11 +115,16 @@ mod tests {
     fn reading_ahead_gives_the_batches_of_the_sampler() {
         let data = Arc::new(MockGptDataset::new(9, 50, 3).unwrap());
         let sampler = GlobalBatchSampler::new(2, 3, 1).unwrap();
-        let mut loader = Loader::start(data.clone(), sampler, 12, |consumed| if consumed < 24 { 6 } else { 12 }).unwrap();
+        let mut loader = Loader::start(data.clone(), sampler, 12, |consumed| {
+            if consumed < 24 { 6 } else { 12 }
+        })
+        .unwrap();
         let mut consumed = 12;
         for size in [6, 6, 12, 12] {
             let expected = sampler.micro_batches(consumed, size).unwrap();
-            let expected = expected.iter().map(|indices| Batch::load(data.as_ref(), indices).unwrap());
+            let expected = expected
+                .iter()
+                .map(|indices| Batch::load(data.as_ref(), indices).unwrap());
             assert_eq!(loader.next_batch().unwrap(), expected.collect::<Vec<_>>());
             consumed += size as u64;
         }
@@ -103,8 +133,15 @@ mod tests {
     #[test]
     fn an_error_is_passed_on_and_ends_the_stream() {
         let data = Arc::new(MockGptDataset::new(9, 50, 3).unwrap());
-        let mut loader = Loader::start(data, GlobalBatchSampler::new(4, 1, 0).unwrap(), 0, |_| 6).unwrap();
-        assert!(loader.next_batch().unwrap_err().to_string().contains("global_batch_size = 6"));
+        let mut loader =
+            Loader::start(data, GlobalBatchSampler::new(4, 1, 0).unwrap(), 0, |_| 6).unwrap();
+        assert!(
+            loader
+                .next_batch()
+                .unwrap_err()
+                .to_string()
+                .contains("global_batch_size = 6")
+        );
         assert!(loader.next_batch().is_err());
     }
 }

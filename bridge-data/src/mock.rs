@@ -34,10 +34,18 @@ impl MockGptDataset {
     pub fn new(seq_length: usize, vocab_size: usize, seed: u64) -> Result<Self> {
         for (option, value) in [("seq_length", seq_length), ("vocab_size", vocab_size)] {
             if value == 0 {
-                return Err(DataError::BadOption { option, value: "0".into(), reason: "it must be at least 1".into() });
+                return Err(DataError::BadOption {
+                    option,
+                    value: "0".into(),
+                    reason: "it must be at least 1".into(),
+                });
             }
         }
-        Ok(Self { seq_length, vocab_size: vocab_size as u64, seed })
+        Ok(Self {
+            seq_length,
+            vocab_size: vocab_size as u64,
+            seed,
+        })
     }
 }
 
@@ -80,11 +88,17 @@ impl Dataset for MockGptDataset {
     }
 
     fn describe(&self) -> String {
-        format!("synthetic tokens below {}, samples of {}", self.vocab_size, self.seq_length)
+        format!(
+            "synthetic tokens below {}, samples of {}",
+            self.vocab_size, self.seq_length
+        )
     }
 
     fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::new("mock").number(self.seq_length as u64).number(self.vocab_size).number(self.seed)
+        Fingerprint::new("mock")
+            .number(self.seq_length as u64)
+            .number(self.vocab_size)
+            .number(self.seed)
     }
 }
 
@@ -99,10 +113,22 @@ mod tests {
         let data = MockGptDataset::new(32, 1000, 7).unwrap();
         assert_eq!(data.sample(3).unwrap(), data.sample(3).unwrap());
         assert_ne!(data.sample(3).unwrap(), data.sample(4).unwrap());
-        assert_ne!(data.sample(3).unwrap(), MockGptDataset::new(32, 1000, 8).unwrap().sample(3).unwrap());
+        assert_ne!(
+            data.sample(3).unwrap(),
+            MockGptDataset::new(32, 1000, 8).unwrap().sample(3).unwrap()
+        );
         for vocab_size in [1, 2, 131, 128_256] {
-            let sample = MockGptDataset::new(50, vocab_size, 7).unwrap().sample(0).unwrap();
-            assert!(sample.tokens.iter().chain(&sample.labels).all(|&id| (0..vocab_size as i64).contains(&id)));
+            let sample = MockGptDataset::new(50, vocab_size, 7)
+                .unwrap()
+                .sample(0)
+                .unwrap();
+            assert!(
+                sample
+                    .tokens
+                    .iter()
+                    .chain(&sample.labels)
+                    .all(|&id| (0..vocab_size as i64).contains(&id))
+            );
             assert_eq!(sample.tokens[1..], sample.labels[..49]);
         }
     }
@@ -110,7 +136,11 @@ mod tests {
     /// Bigram statistics of many samples give the stated entropy.
     #[test]
     fn the_next_token_is_as_predictable_as_stated() {
-        let exact: f64 = SUCCESSOR_WEIGHTS.iter().map(|&w| w as f64 / 256.0).map(|p| -p * p.ln()).sum();
+        let exact: f64 = SUCCESSOR_WEIGHTS
+            .iter()
+            .map(|&w| w as f64 / 256.0)
+            .map(|p| -p * p.ln())
+            .sum();
         assert!((exact - MockGptDataset::ENTROPY).abs() < 1e-4, "{exact}");
         let data = MockGptDataset::new(1000, 5000, 1).unwrap();
         let (mut pairs, mut singles) = (HashMap::new(), HashMap::new());
@@ -124,8 +154,13 @@ mod tests {
         let total: u32 = pairs.values().sum();
         let entropy: f64 = pairs
             .iter()
-            .map(|((a, _), &n)| -f64::from(n) / f64::from(total) * (f64::from(n) / f64::from(singles[a])).ln())
+            .map(|((a, _), &n)| {
+                -f64::from(n) / f64::from(total) * (f64::from(n) / f64::from(singles[a])).ln()
+            })
             .sum();
-        assert!((0.8..=MockGptDataset::ENTROPY + 0.01).contains(&entropy), "{entropy}");
+        assert!(
+            (0.8..=MockGptDataset::ENTROPY + 0.01).contains(&entropy),
+            "{entropy}"
+        );
     }
 }

@@ -102,8 +102,15 @@ pub fn preprocess(
         true => IndexedWriter::replace(options.dataset(key), dtype),
         false => IndexedWriter::create(options.dataset(key), dtype),
     });
-    let mut outputs = writers.map(|writer| writer.map(Output::new)).collect::<Result<Vec<_>>>()?;
-    let mut done = Progress { bytes: 0, total_bytes: input.total_bytes(), documents: 0, tokens: 0 };
+    let mut outputs = writers
+        .map(|writer| writer.map(Output::new))
+        .collect::<Result<Vec<_>>>()?;
+    let mut done = Progress {
+        bytes: 0,
+        total_bytes: input.total_bytes(),
+        documents: 0,
+        tokens: 0,
+    };
     loop {
         let pieces = input.next_batch(BATCH_BYTES)?;
         if pieces.is_empty() {
@@ -118,7 +125,10 @@ pub fn preprocess(
         done.tokens = outputs.iter().map(|output| output.tokens).sum();
         progress(done);
     }
-    outputs.into_iter().map(|output| output.writer.finish()).collect()
+    outputs
+        .into_iter()
+        .map(|output| output.writer.finish())
+        .collect()
 }
 
 /// What goes around each document.
@@ -129,16 +139,34 @@ struct Frame {
 
 impl Frame {
     fn new(options: &PreprocessOptions, tokenizer: &Tokenizer) -> Result<Self> {
-        let token = |wanted: bool, option: &'static str, id: Option<u32>, name: &str| match (wanted, id) {
-            (true, None) => {
-                let reason = format!("the tokenizer ({}) has no {name} token", tokenizer.describe());
-                Err(DataError::BadOption { option, value: "true".into(), reason })
-            }
-            (wanted, id) => Ok(id.filter(|_| wanted)),
-        };
+        let token =
+            |wanted: bool, option: &'static str, id: Option<u32>, name: &str| match (wanted, id) {
+                (true, None) => {
+                    let reason = format!(
+                        "the tokenizer ({}) has no {name} token",
+                        tokenizer.describe()
+                    );
+                    Err(DataError::BadOption {
+                        option,
+                        value: "true".into(),
+                        reason,
+                    })
+                }
+                (wanted, id) => Ok(id.filter(|_| wanted)),
+            };
         Ok(Self {
-            first: token(options.prepend_bos, "prepend_bos", tokenizer.bos_id(), "begin-of-text")?,
-            last: token(options.append_eod, "append_eod", tokenizer.eos_id(), "end-of-text")?,
+            first: token(
+                options.prepend_bos,
+                "prepend_bos",
+                tokenizer.bos_id(),
+                "begin-of-text",
+            )?,
+            last: token(
+                options.append_eod,
+                "append_eod",
+                tokenizer.eos_id(),
+                "end-of-text",
+            )?,
         })
     }
 }
@@ -153,7 +181,12 @@ struct Output {
 
 impl Output {
     fn new(writer: IndexedWriter) -> Self {
-        Self { writer, open: false, documents: 0, tokens: 0 }
+        Self {
+            writer,
+            open: false,
+            documents: 0,
+            tokens: 0,
+        }
     }
 
     fn take(&mut self, ids: &[u32], ends_document: bool, frame: &Frame) -> Result<()> {

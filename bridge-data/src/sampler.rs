@@ -24,8 +24,18 @@ impl GlobalBatchSampler {
     ///
     /// # Errors
     /// If a size is 0 or the rank is not below the size.
-    pub fn new(micro_batch_size: usize, data_parallel_size: usize, data_parallel_rank: usize) -> Result<Self> {
-        let bad = |option, value: usize, reason: String| Err(DataError::BadOption { option, value: value.to_string(), reason });
+    pub fn new(
+        micro_batch_size: usize,
+        data_parallel_size: usize,
+        data_parallel_rank: usize,
+    ) -> Result<Self> {
+        let bad = |option, value: usize, reason: String| {
+            Err(DataError::BadOption {
+                option,
+                value: value.to_string(),
+                reason,
+            })
+        };
         if micro_batch_size == 0 {
             return bad("micro_batch_size", 0, "it must be at least 1".into());
         }
@@ -33,9 +43,17 @@ impl GlobalBatchSampler {
             return bad("data_parallel_size", 0, "it must be at least 1".into());
         }
         if data_parallel_rank >= data_parallel_size {
-            return bad("data_parallel_rank", data_parallel_rank, format!("it must be below {data_parallel_size}, the number of ranks"));
+            return bad(
+                "data_parallel_rank",
+                data_parallel_rank,
+                format!("it must be below {data_parallel_size}, the number of ranks"),
+            );
         }
-        Ok(Self { micro_batch_size, data_parallel_size, data_parallel_rank })
+        Ok(Self {
+            micro_batch_size,
+            data_parallel_size,
+            data_parallel_rank,
+        })
     }
 
     /// Global indices of the samples in each of this rank's micro-batches, for the global batch that follows
@@ -43,8 +61,15 @@ impl GlobalBatchSampler {
     ///
     /// # Errors
     /// If `global_batch_size` is not a multiple of the micro-batch size times the number of ranks.
-    pub fn micro_batches(&self, consumed_samples: u64, global_batch_size: usize) -> Result<Vec<Vec<u64>>> {
-        let round = self.micro_batch_size.checked_mul(self.data_parallel_size).unwrap_or(usize::MAX);
+    pub fn micro_batches(
+        &self,
+        consumed_samples: u64,
+        global_batch_size: usize,
+    ) -> Result<Vec<Vec<u64>>> {
+        let round = self
+            .micro_batch_size
+            .checked_mul(self.data_parallel_size)
+            .unwrap_or(usize::MAX);
         if global_batch_size == 0 || !global_batch_size.is_multiple_of(round) {
             return Err(DataError::BadOption {
                 option: "global_batch_size",
@@ -58,7 +83,10 @@ impl GlobalBatchSampler {
         let micro = self.micro_batch_size as u64;
         let first = consumed_samples + self.data_parallel_rank as u64 * micro;
         let rounds = (global_batch_size / round) as u64;
-        Ok((0..rounds).map(|k| first + k * round as u64).map(|start| (start..start + micro).collect()).collect())
+        Ok((0..rounds)
+            .map(|k| first + k * round as u64)
+            .map(|start| (start..start + micro).collect())
+            .collect())
     }
 }
 
@@ -88,7 +116,10 @@ mod tests {
 
     #[test]
     fn a_batch_that_cannot_be_dealt_out_is_an_error() {
-        let error = GlobalBatchSampler::new(2, 3, 0).unwrap().micro_batches(0, 8).unwrap_err();
+        let error = GlobalBatchSampler::new(2, 3, 0)
+            .unwrap()
+            .micro_batches(0, 8)
+            .unwrap_err();
         assert!(error.to_string().contains("2 x 3 = 6"), "{error}");
         assert!(GlobalBatchSampler::new(2, 3, 3).is_err());
         assert!(GlobalBatchSampler::new(0, 1, 0).is_err());

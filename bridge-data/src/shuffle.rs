@@ -29,7 +29,12 @@ impl Permutation {
     pub fn new(n: u64, key: u64) -> Self {
         let bits = (u64::BITS - n.saturating_sub(1).leading_zeros()).max(MIN_BITS);
         let keys = std::array::from_fn(|round| mix(key.wrapping_add(mix(round as u64 + 1))));
-        Self { n, high: bits / 2, low: bits - bits / 2, keys }
+        Self {
+            n,
+            high: bits / 2,
+            low: bits - bits / 2,
+            keys,
+        }
     }
 
     /// How many numbers there are.
@@ -47,7 +52,11 @@ impl Permutation {
     /// # Panics
     /// If `index` is not below [`len`](Self::len).
     pub fn get(&self, index: u64) -> u64 {
-        assert!(index < self.n, "place {index} in an order of {} numbers", self.n);
+        assert!(
+            index < self.n,
+            "place {index} in an order of {} numbers",
+            self.n
+        );
         let mut value = index;
         // Ends: the network is a permutation, so the walk from `index` comes back to `index` at the latest.
         loop {
@@ -134,7 +143,10 @@ mod tests {
             }
             let expected = keys as f64 / n as f64;
             for row in counts {
-                let chi: f64 = row.iter().map(|&count| (f64::from(count) - expected).powi(2) / expected).sum();
+                let chi: f64 = row
+                    .iter()
+                    .map(|&count| (f64::from(count) - expected).powi(2) / expected)
+                    .sum();
                 assert!(chi < quantile, "n = {n}: {chi} in {row:?}");
             }
         }

@@ -38,8 +38,13 @@ impl SplitWeights {
     pub fn new(weights: [f64; 3]) -> Result<Self> {
         let sum: f64 = weights.iter().sum();
         if weights.iter().any(|weight| *weight < 0.0) || !sum.is_finite() || sum <= 0.0 {
-            let reason = "shares must not be negative, and one must be above 0, as in 969,30,1".into();
-            return Err(DataError::BadOption { option: "split", value: format!("{weights:?}"), reason });
+            let reason =
+                "shares must not be negative, and one must be above 0, as in 969,30,1".into();
+            return Err(DataError::BadOption {
+                option: "split",
+                value: format!("{weights:?}"),
+                reason,
+            });
         }
         Ok(Self(weights.map(|weight| weight / sum)))
     }
@@ -61,16 +66,26 @@ impl FromStr for SplitWeights {
     type Err = DataError;
 
     fn from_str(text: &str) -> Result<Self> {
-        let bad = |reason: &str| DataError::BadOption { option: "split", value: text.into(), reason: reason.into() };
+        let bad = |reason: &str| DataError::BadOption {
+            option: "split",
+            value: text.into(),
+            reason: reason.into(),
+        };
         let parts = text.split([',', '/']).map(str::trim).collect::<Vec<_>>();
         if parts.len() > 3 {
-            return Err(bad("at most three shares: training, validation, test, as in 969,30,1"));
+            return Err(bad(
+                "at most three shares: training, validation, test, as in 969,30,1",
+            ));
         }
         let mut weights = [0.0; 3];
         for (weight, part) in weights.iter_mut().zip(parts) {
-            *weight = part.parse().map_err(|_| bad("expected numbers separated by commas, as in 969,30,1"))?;
+            *weight = part
+                .parse()
+                .map_err(|_| bad("expected numbers separated by commas, as in 969,30,1"))?;
         }
-        Self::new(weights).map_err(|_| bad("shares must not be negative, and one must be above 0, as in 969,30,1"))
+        Self::new(weights).map_err(|_| {
+            bad("shares must not be negative, and one must be above 0, as in 969,30,1")
+        })
     }
 }
 
@@ -80,7 +95,11 @@ pub struct Splits([Option<Arc<dyn Dataset>>; 3]);
 
 impl Splits {
     /// Datasets made by hand; `None` for a part without data.
-    pub fn new(train: Option<Arc<dyn Dataset>>, valid: Option<Arc<dyn Dataset>>, test: Option<Arc<dyn Dataset>>) -> Self {
+    pub fn new(
+        train: Option<Arc<dyn Dataset>>,
+        valid: Option<Arc<dyn Dataset>>,
+        test: Option<Arc<dyn Dataset>>,
+    ) -> Self {
         Self([train, valid, test])
     }
 
@@ -105,7 +124,11 @@ pub fn gpt_splits(
 ) -> Result<Splits> {
     if sources.is_empty() {
         let reason = "name at least one dataset".into();
-        return Err(DataError::BadOption { option: "data", value: "no sources".into(), reason });
+        return Err(DataError::BadOption {
+            option: "data",
+            value: "no sources".into(),
+            reason,
+        });
     }
     let mut splits = [None, None, None];
     for split in Split::ALL {
@@ -113,7 +136,10 @@ pub fn gpt_splits(
         for (weight, source) in sources {
             let documents = weights.documents(split, source.documents());
             if !documents.is_empty() {
-                parts.push((*weight, Arc::new(GptDataset::new(source.clone(), documents, options.clone())?)));
+                parts.push((
+                    *weight,
+                    Arc::new(GptDataset::new(source.clone(), documents, options.clone())?),
+                ));
             }
         }
         splits[split as usize] = match parts.len() {
@@ -132,7 +158,10 @@ mod tests {
     #[track_caller]
     fn check(text: &str, documents: u64, expected: [Range<u64>; 3]) {
         let weights: SplitWeights = text.parse().unwrap();
-        assert_eq!(Split::ALL.map(|split| weights.documents(split, documents)), expected);
+        assert_eq!(
+            Split::ALL.map(|split| weights.documents(split, documents)),
+            expected
+        );
     }
 
     #[test]

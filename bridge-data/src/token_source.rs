@@ -31,8 +31,16 @@ pub trait TokenSource: Send + Sync {
 }
 
 /// The fingerprint of the sizes of a source.
-pub(crate) fn fingerprint(source: &dyn TokenSource, documents: Range<u64>, tokens: u64) -> Fingerprint {
-    Fingerprint::new("tokens").number(source.documents()).number(documents.start).number(documents.end).number(tokens)
+pub(crate) fn fingerprint(
+    source: &dyn TokenSource,
+    documents: Range<u64>,
+    tokens: u64,
+) -> Fingerprint {
+    Fingerprint::new("tokens")
+        .number(source.documents())
+        .number(documents.start)
+        .number(documents.end)
+        .number(tokens)
 }
 
 /// Tokenized documents in memory.
@@ -53,7 +61,11 @@ impl MemoryTokens {
             tokens.extend(document);
             starts.push(tokens.len());
         }
-        Self { name: name.into(), tokens, starts }
+        Self {
+            name: name.into(),
+            tokens,
+            starts,
+        }
     }
 
     /// Tokenizes texts on all cores, ending each with the tokenizer's end-of-text token if it has one.
@@ -85,9 +97,16 @@ impl MemoryTokens {
 
     fn bounds(&self, document: u64) -> Result<Range<usize>> {
         let index = usize::try_from(document).unwrap_or(usize::MAX);
-        match (self.starts.get(index), self.starts.get(index.saturating_add(1))) {
+        match (
+            self.starts.get(index),
+            self.starts.get(index.saturating_add(1)),
+        ) {
             (Some(&start), Some(&end)) => Ok(start..end),
-            _ => Err(DataError::NoSequence { place: self.name.clone(), index: document, count: self.documents() }),
+            _ => Err(DataError::NoSequence {
+                place: self.name.clone(),
+                index: document,
+                count: self.documents(),
+            }),
         }
     }
 }
@@ -103,14 +122,18 @@ impl TokenSource for MemoryTokens {
 
     fn read(&self, document: u64, range: Range<u64>, out: &mut Vec<u32>) -> Result<()> {
         let tokens = &self.tokens[self.bounds(document)?];
-        let part = usize::try_from(range.start).ok().zip(usize::try_from(range.end).ok());
-        let part = part.and_then(|(start, end)| tokens.get(start..end)).ok_or_else(|| DataError::NoTokens {
-            place: self.name.clone(),
-            index: document,
-            len: tokens.len() as u64,
-            start: range.start,
-            end: range.end,
-        })?;
+        let part = usize::try_from(range.start)
+            .ok()
+            .zip(usize::try_from(range.end).ok());
+        let part = part
+            .and_then(|(start, end)| tokens.get(start..end))
+            .ok_or_else(|| DataError::NoTokens {
+                place: self.name.clone(),
+                index: document,
+                len: tokens.len() as u64,
+                start: range.start,
+                end: range.end,
+            })?;
         out.extend_from_slice(part);
         Ok(())
     }

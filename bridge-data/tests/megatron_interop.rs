@@ -20,7 +20,11 @@ fn script(arguments: &[&Path]) -> std::io::Result<Output> {
 fn megatron_is_there() -> bool {
     let missing = match script(&[Path::new("available")]) {
         Ok(output) if output.status.success() => return true,
-        Ok(output) => String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default().to_owned(),
+        Ok(output) => String::from_utf8_lossy(&output.stderr)
+            .lines()
+            .last()
+            .unwrap_or_default()
+            .to_owned(),
         Err(error) => error.to_string(),
     };
     eprintln!("skipped: no Python with megatron-core ({missing}); name one in BRIDGE_TEST_PYTHON");
@@ -29,7 +33,11 @@ fn megatron_is_there() -> bool {
 
 fn must_succeed(arguments: &[&Path]) {
     let output = script(arguments).unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 struct Case {
@@ -42,22 +50,65 @@ struct Case {
 impl Case {
     fn content(&self, folder: &Path) -> PathBuf {
         let path = folder.join(format!("{}.json", self.name));
-        let content = json!({"dtype": self.dtype.name(), "documents": self.documents, "modes": self.modes});
+        let content =
+            json!({"dtype": self.dtype.name(), "documents": self.documents, "modes": self.modes});
         std::fs::write(&path, content.to_string()).unwrap();
         path
     }
 }
 
 fn cases() -> Vec<Case> {
-    let many: Vec<_> = (0..500u32).map(|d| vec![(0..d % 17 + 1).map(|t| (d * 131 + t * 7) % 65_000).collect()]).collect();
-    let uneven = vec![vec![vec![1, 2, 3], vec![4]], vec![], vec![vec![5], vec![], vec![6, 7]]];
+    let many: Vec<_> = (0..500u32)
+        .map(|d| {
+            vec![
+                (0..d % 17 + 1)
+                    .map(|t| (d * 131 + t * 7) % 65_000)
+                    .collect(),
+            ]
+        })
+        .collect();
+    let uneven = vec![
+        vec![vec![1, 2, 3], vec![4]],
+        vec![],
+        vec![vec![5], vec![], vec![6, 7]],
+    ];
     vec![
-        Case { name: "many", dtype: TokenDtype::U16, documents: many, modes: None },
-        Case { name: "wide", dtype: TokenDtype::I32, documents: vec![vec![vec![0, 128_255, i32::MAX as u32]]], modes: None },
-        Case { name: "long", dtype: TokenDtype::I64, documents: vec![vec![vec![7, 1 << 30]], vec![vec![9]]], modes: None },
-        Case { name: "byte", dtype: TokenDtype::U8, documents: vec![vec![vec![0, 255, 3]]], modes: None },
-        Case { name: "uneven", dtype: TokenDtype::U16, documents: uneven.clone(), modes: None },
-        Case { name: "modes", dtype: TokenDtype::U16, documents: uneven, modes: Some(vec![0, 3, 0, 1, 0]) },
+        Case {
+            name: "many",
+            dtype: TokenDtype::U16,
+            documents: many,
+            modes: None,
+        },
+        Case {
+            name: "wide",
+            dtype: TokenDtype::I32,
+            documents: vec![vec![vec![0, 128_255, i32::MAX as u32]]],
+            modes: None,
+        },
+        Case {
+            name: "long",
+            dtype: TokenDtype::I64,
+            documents: vec![vec![vec![7, 1 << 30]], vec![vec![9]]],
+            modes: None,
+        },
+        Case {
+            name: "byte",
+            dtype: TokenDtype::U8,
+            documents: vec![vec![vec![0, 255, 3]]],
+            modes: None,
+        },
+        Case {
+            name: "uneven",
+            dtype: TokenDtype::U16,
+            documents: uneven.clone(),
+            modes: None,
+        },
+        Case {
+            name: "modes",
+            dtype: TokenDtype::U16,
+            documents: uneven,
+            modes: Some(vec![0, 3, 0, 1, 0]),
+        },
     ]
 }
 
@@ -102,12 +153,29 @@ fn we_read_what_megatron_core_writes() {
         let sequences = case.documents.concat();
         assert_eq!(data.documents(), sequences.len() as u64, "{}", case.name);
         for (number, sequence) in sequences.iter().enumerate() {
-            assert_eq!(&data.sequence(number as u64).unwrap(), sequence, "{}", case.name);
+            assert_eq!(
+                &data.sequence(number as u64).unwrap(),
+                sequence,
+                "{}",
+                case.name
+            );
             let mode = case.modes.as_ref().map(|modes| modes[number]);
             assert_eq!(data.index().mode(number as u64), mode, "{}", case.name);
         }
-        let documents: Vec<_> = (0..data.index().documents()).map(|d| data.index().document(d).unwrap()).collect();
-        assert_eq!(documents.iter().map(|range| range.end - range.start).collect::<Vec<_>>(),
-            case.documents.iter().map(|document| document.len() as u64).collect::<Vec<_>>(), "{}", case.name);
+        let documents: Vec<_> = (0..data.index().documents())
+            .map(|d| data.index().document(d).unwrap())
+            .collect();
+        assert_eq!(
+            documents
+                .iter()
+                .map(|range| range.end - range.start)
+                .collect::<Vec<_>>(),
+            case.documents
+                .iter()
+                .map(|document| document.len() as u64)
+                .collect::<Vec<_>>(),
+            "{}",
+            case.name
+        );
     }
 }

@@ -14,10 +14,18 @@ use burn_flex::Flex;
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [dir, prompt, count] = args.as_slice() else {
-        return Err("expected a folder, token ids with commas between, and how many tokens to add".into());
+        return Err(
+            "expected a folder, token ids with commas between, and how many tokens to add".into(),
+        );
     };
-    let prompt = prompt.split(',').map(str::parse).collect::<Result<Vec<u32>, _>>()?;
-    let options = GenerateOptions { max_new_tokens: count.parse()?, ..GenerateOptions::default() };
+    let prompt = prompt
+        .split(',')
+        .map(str::parse)
+        .collect::<Result<Vec<u32>, _>>()?;
+    let options = GenerateOptions {
+        max_new_tokens: count.parse()?,
+        ..GenerateOptions::default()
+    };
 
     let folder = HfModel::open(Path::new(dir), &registry(), &LayoutSpec::default())?;
     let model = load_hf::<Flex>(&folder, DtypePolicy::Source, &Default::default())?;

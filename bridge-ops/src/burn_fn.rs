@@ -105,3 +105,67 @@ pub fn burn_fn<B: Ops, const D: usize>(
         tracked_inputs.iter().map(grad_of).collect()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::testing::{ROUNDING, assert_close, check, random};
+    use crate::{mul, scale, to_f32_vec};
+
+    #[test]
+    fn gradients_are_those_of_the_tape() {
+        // The roles swapped: here the function of Burn tensors is under test.
+        check(
+            "x (x + y)",
+            &[random(&[3, 4], 1), random(&[3, 4], 2)],
+            &[],
+            |tape, x, _| {
+                burn_fn(tape, &[&x[0], &x[1]], &[], |x, _| {
+                    x[0].tensor::<2>() * (x[0].tensor() + x[1].tensor())
+                })
+            },
+            |x, _| x[0].tensor::<2>().square() + x[0].tensor::<2>() * x[1].tensor(),
+        );
+    }
+
+    #[test]
+    fn it_is_a_node_among_others() {
+        let tape = Tape::<Flex>::new();
+        let x = tape.leaf(random(&[5], 1));
+        let doubled = scale(&tape, &x, 2.0);
+        let cubed = burn_fn(&tape, &[&doubled], &[], |x, _| {
+            x[0].tensor::<1>().powi_scalar(3)
+        });
+        let y = mul(&tape, &cubed, &x); // 8 x^4
+        let grads = tape.backward(vec![(y, random(&[5], 2))], &[&x]);
+        let values = to_f32_vec::<Flex>(random(&[5], 1)).into_iter();
+        let slopes: Vec<f32> = values.map(|x| 32.0 * x.powi(3)).collect();
+        let slopes = crate::float_from_f32::<Flex>(&slopes, &[5], &Default::default());
+        let expected = Flex::mul(slopes, random(&[5], 2));
+        assert_close("dx", grads[0].as_ref().unwrap(), &expected, ROUNDING);
+    }
+
+    #[test]
+    fn only_what_needs_a_gradient_gets_one() {
+        let (free, frozen) = (
+            Param::<Flex>::new("a", random(&[4], 1)),
+            Param::new("b", random(&[4], 2)),
+        );
+        frozen.set_requires_grad(false);
+        let product = |tape: &Tape<Flex>, x: &Var<Flex>| {
+            burn_fn(tape, &[x], &[&free, &frozen], |x, p| {
+                x[0].tensor::<1>() * p[0].tensor() * p[1].tensor()
+            })
+        };
+        let tape = Tape::inference();
+        assert!(!product(&tape, &tape.constant(random(&[4], 3))).is_tracked());
+        assert!(free.grad().is_none());
+
+        let tape = Tape::new();
+        let y = product(&tape, &tape.constant(random(&[4], 3)));
+        tape.backward(vec![(y, random(&[4], 4))], &[]);
+        assert!(free.grad().is_some() && frozen.grad().is_none());
+    }
+}

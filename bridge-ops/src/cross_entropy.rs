@@ -36,13 +36,13 @@ impl Default for CrossEntropySpec {
 /// What a cross-entropy kernel returns.
 #[derive(Debug, Clone)]
 pub struct CrossEntropyOutput<B: Ops> {
-    /// [tokens] fp32: the loss, 0 where the target is ignored.
+    /// `[tokens]` fp32: the loss, 0 where the target is ignored.
     pub loss: Float<B>,
-    /// [tokens] fp32: log-sum-exp of each row of (capped) logits.
+    /// `[tokens]` fp32: log-sum-exp of each row of (capped) logits.
     pub lse: Float<B>,
 }
 
-/// The loss of each token. logits: [tokens, vocab], targets: [tokens] -> [tokens] fp32.
+/// The loss of each token. logits: [tokens, vocab], targets: `[tokens]` -> `[tokens]` fp32.
 ///
 /// # Panics
 /// When the shapes do not fit, or (on backends that check) a target is neither a token nor the ignored value.

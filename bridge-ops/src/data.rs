@@ -124,3 +124,71 @@ fn check_len(len: usize, dims: &[usize]) {
         "shape {dims:?} needs {expected} values, found {len}"
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+    use half::{bf16, f16};
+
+    use super::*;
+    use crate::testing::DEVICE;
+
+    #[test]
+    fn bytes_of_every_float_dtype_are_read_at_any_alignment() {
+        let values = [1.0_f32, -2.5, 0.15625, 3.0, 7.0, -0.5];
+        let cases: [(DType, Vec<u8>); 4] = [
+            (
+                DType::F32,
+                values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            ),
+            (
+                DType::F64,
+                values
+                    .iter()
+                    .flat_map(|&x| f64::from(x).to_le_bytes())
+                    .collect(),
+            ),
+            (
+                DType::BF16,
+                values
+                    .iter()
+                    .flat_map(|&x| bf16::from_f32(x).to_le_bytes())
+                    .collect(),
+            ),
+            (
+                DType::F16,
+                values
+                    .iter()
+                    .flat_map(|&x| f16::from_f32(x).to_le_bytes())
+                    .collect(),
+            ),
+        ];
+        for (dtype, bytes) in cases {
+            let x = float_from_bytes::<Flex>(dtype, bytes, &[2, 3], &DEVICE);
+            assert_eq!((x.dtype(), dims(&x)), (dtype, vec![2, 3]));
+            assert_eq!(to_f32_vec::<Flex>(x), values);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "BF16 tensor of shape [2, 3] needs 12 bytes, found 10")]
+    fn too_few_bytes_are_named() {
+        float_from_bytes::<Flex>(DType::BF16, vec![0; 10], &[2, 3], &DEVICE);
+    }
+
+    #[test]
+    fn integers_round_trip() {
+        let x = int_from_i64::<Flex>(&[3, -100, 128_255], &[3], &DEVICE);
+        assert_eq!(to_i64_vec::<Flex>(x), [3, -100, 128_255]);
+    }
+
+    #[test]
+    fn scalars() {
+        assert_eq!(
+            to_scalar::<Flex>(float_from_f32::<Flex>(&[2.5], &[1, 1], &DEVICE)),
+            2.5
+        );
+        let zeros = float_zeros::<Flex>(&[2], DType::F32, &DEVICE);
+        assert_eq!(to_f32_vec::<Flex>(zeros), [0.0, 0.0]);
+    }
+}

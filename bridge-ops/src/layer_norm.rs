@@ -18,7 +18,7 @@ use crate::primitive::{Float, dims, float, matrix, reshaped, tensor, to_dtype, t
 use crate::rms_norm::{NormSpec, check_shapes, effective_weight};
 use crate::tape::{Tape, Var};
 
-/// Normalizes the last dimension to mean 0 and variance 1, then scales and shifts. x: [.., h], weight, bias: [h]
+/// Normalizes the last dimension to mean 0 and variance 1, then scales and shifts. x: [.., h], weight, bias: `[h]`
 /// -> [.., h].
 ///
 /// # Panics

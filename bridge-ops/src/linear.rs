@@ -17,7 +17,7 @@ use crate::primitive::{
 };
 use crate::tape::{Tape, Var};
 
-/// `y = x W^T + b`. x: [.., in], weight: [out, in], bias: [out] -> [.., out].
+/// `y = x W^T + b`. x: [.., in], weight: [out, in], bias: `[out]` -> [.., out].
 ///
 /// # Panics
 /// When the shapes do not fit.
@@ -200,7 +200,8 @@ mod tests {
     #[test]
     fn gradients_accumulate_in_place_over_micro_batches() {
         let (x, weight) = (random(&[8, 6], 1), random(&[5, 6], 2));
-        let whole = run(&[x.clone()], &[weight.clone()], |tape, x, p| {
+        let (inputs, params) = ([x.clone()], [weight.clone()]);
+        let whole = run(&inputs, &params, |tape, x, p| {
             linear(tape, &x[0], &p[0], None)
         });
 

@@ -43,7 +43,7 @@ pub struct LossGrads<B: Ops> {
     pub weight: Option<Float<B>>,
 }
 
-/// The loss of each token. x: [tokens, h], weight: [vocab, h], targets: [tokens] -> [tokens] fp32, 0 where the target
+/// The loss of each token. x: [tokens, h], weight: [vocab, h], targets: `[tokens]` -> `[tokens]` fp32, 0 where the target
 /// is ignored.
 ///
 /// # Panics
@@ -79,14 +79,14 @@ pub fn linear_cross_entropy<B: Ops>(
     })
 }
 
-/// [`linear_cross_entropy`] for a known `dloss`: [tokens] fp32, the gradient that the result will be seeded with. On a
+/// [`linear_cross_entropy`] for a known `dloss`: `[tokens]` fp32, the gradient that the result will be seeded with. On a
 /// recording tape the gradients are computed at once (the weight's is added to its slot now), and the backward pass
 /// only hands on the input's.
 ///
 /// The result must be seeded with exactly `dloss`; another seed gives wrong gradients.
 ///
 /// # Panics
-/// As [`linear_cross_entropy`], or when `dloss` is not of shape [tokens].
+/// As [`linear_cross_entropy`], or when `dloss` is not of shape `[tokens]`.
 #[track_caller]
 pub fn linear_cross_entropy_weighted<B: Ops>(
     tape: &Tape<B>,

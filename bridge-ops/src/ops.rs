@@ -32,7 +32,7 @@ pub trait Ops: Backend {
         weight_dtype
     }
 
-    /// `y = x W^T + b`. x: [.., in], weight: [out, in], bias: [out] -> [.., out].
+    /// `y = x W^T + b`. x: [.., in], weight: [out, in], bias: `[out]` -> [.., out].
     fn linear_forward(
         x: Float<Self>,
         weight: Float<Self>,
@@ -55,7 +55,7 @@ pub trait Ops: Backend {
         linear::portable_accumulate_weight_grad::<Self>(x, dy, slot)
     }
 
-    /// `db += sum of the rows of dy` in fp32. dy: [.., out] -> [out].
+    /// `db += sum of the rows of dy` in fp32. dy: [.., out] -> `[out]`.
     fn linear_accumulate_bias_grad(dy: Float<Self>, slot: GradSlot<Self>) -> Float<Self> {
         linear::portable_accumulate_bias_grad::<Self>(dy, slot)
     }
@@ -76,12 +76,12 @@ pub trait Ops: Backend {
         embedding::portable_accumulate_grad::<Self>(ids, dy, vocab_size, slot)
     }
 
-    /// `y = x / sqrt(mean(x^2) + eps) * weight`. x: [.., h], weight: [h] -> [.., h].
+    /// `y = x / sqrt(mean(x^2) + eps) * weight`. x: [.., h], weight: `[h]` -> [.., h].
     fn rms_norm_forward(x: Float<Self>, weight: Float<Self>, spec: NormSpec) -> Float<Self> {
         rms_norm::portable::<Self>(x, weight, spec)
     }
 
-    /// Returns (dx, dweight): dx like x, dweight: [h] fp32.
+    /// Returns (dx, dweight): dx like x, dweight: `[h]` fp32.
     fn rms_norm_backward(
         x: Float<Self>,
         weight: Float<Self>,
@@ -91,7 +91,7 @@ pub trait Ops: Backend {
         rms_norm::portable_backward::<Self>(x, weight, dy, spec)
     }
 
-    /// `y = (x - mean) / sqrt(var + eps) * weight + bias`. x: [.., h], weight, bias: [h] -> [.., h].
+    /// `y = (x - mean) / sqrt(var + eps) * weight + bias`. x: [.., h], weight, bias: `[h]` -> [.., h].
     fn layer_norm_forward(
         x: Float<Self>,
         weight: Float<Self>,
@@ -101,7 +101,7 @@ pub trait Ops: Backend {
         layer_norm::portable::<Self>(x, weight, bias, spec)
     }
 
-    /// Returns (dx, dweight, dbias): dx like x, the others [h] fp32.
+    /// Returns (dx, dweight, dbias): dx like x, the others `[h]` fp32.
     fn layer_norm_backward(
         x: Float<Self>,
         weight: Float<Self>,
@@ -124,7 +124,7 @@ pub trait Ops: Backend {
     }
 
     /// Softmax attention. q: [batch, s, heads, d], k: [batch, t, kv_heads, d], v: [batch, t, kv_heads, dv],
-    /// sinks: [heads] -> output [batch, s, heads, dv] and the log-sum-exp of each row of scores.
+    /// sinks: `[heads]` -> output [batch, s, heads, dv] and the log-sum-exp of each row of scores.
     fn attention_forward(
         q: Float<Self>,
         k: Float<Self>,
@@ -177,7 +177,7 @@ pub trait Ops: Backend {
         activation::portable_gated_backward::<Self>(gate, up, dy, activation)
     }
 
-    /// Loss per token from logits. logits: [tokens, vocab], targets: [tokens] -> loss and log-sum-exp, both [tokens]
+    /// Loss per token from logits. logits: [tokens, vocab], targets: `[tokens]` -> loss and log-sum-exp, both `[tokens]`
     /// fp32.
     fn cross_entropy_forward(
         logits: Float<Self>,
@@ -187,7 +187,7 @@ pub trait Ops: Backend {
         cross_entropy::portable::<Self>(logits, targets, spec)
     }
 
-    /// Gradient with respect to the logits. lse, dloss: [tokens] fp32 -> [tokens, vocab] in the dtype of the logits.
+    /// Gradient with respect to the logits. lse, dloss: `[tokens]` fp32 -> [tokens, vocab] in the dtype of the logits.
     fn cross_entropy_backward(
         logits: Float<Self>,
         targets: Int<Self>,
@@ -199,7 +199,7 @@ pub trait Ops: Backend {
     }
 
     /// Loss per token of the logits `x W^T`, which are never held all at once. x: [tokens, h], weight: [vocab, h],
-    /// targets: [tokens] -> loss and log-sum-exp, both [tokens] fp32.
+    /// targets: `[tokens]` -> loss and log-sum-exp, both `[tokens]` fp32.
     fn linear_cross_entropy_forward(
         x: Float<Self>,
         weight: Float<Self>,
@@ -210,7 +210,7 @@ pub trait Ops: Backend {
     }
 
     /// Gradients of [`linear_cross_entropy_forward`](Self::linear_cross_entropy_forward), recomputing the logits in pieces. lse, dloss:
-    /// [tokens] fp32.
+    /// `[tokens]` fp32.
     fn linear_cross_entropy_backward(
         x: Float<Self>,
         weight: Float<Self>,
@@ -226,7 +226,7 @@ pub trait Ops: Backend {
     }
 
     /// [`linear_cross_entropy_forward`](Self::linear_cross_entropy_forward) and its gradients for a `dloss` known beforehand, which
-    /// saves computing the logits a second time. dloss: [tokens] fp32.
+    /// saves computing the logits a second time. dloss: `[tokens]` fp32.
     fn linear_cross_entropy_with_grads(
         x: Float<Self>,
         weight: Float<Self>,
@@ -273,7 +273,7 @@ pub trait Ops: Backend {
         primitive::to_dtype::<Self>(x, dtype)
     }
 
-    /// The sum of the squares of all elements, [1] fp32.
+    /// The sum of the squares of all elements, `[1]` fp32.
     fn sum_squares(x: Float<Self>) -> Float<Self> {
         reduce::portable_sum_squares::<Self>(x)
     }

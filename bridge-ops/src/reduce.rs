@@ -6,7 +6,7 @@ use crate::ops::Ops;
 use crate::primitive::{Float, dims, float, reshaped, tensor, to_f32};
 use crate::tape::{Tape, Var};
 
-/// The sum of all elements, [1], in the dtype of `x`.
+/// The sum of all elements, `[1]`, in the dtype of `x`.
 pub fn sum<B: Ops>(tape: &Tape<B>, x: &Var<B>) -> Var<B> {
     let shape = x.shape();
     let output = reshaped::<B>(B::float_sum(x.value()), &[1]);

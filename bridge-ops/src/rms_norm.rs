@@ -35,7 +35,7 @@ impl NormSpec {
     }
 }
 
-/// `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension. x: [.., h], weight: [h] -> [.., h].
+/// `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension. x: [.., h], weight: `[h]` -> [.., h].
 ///
 /// # Panics
 /// When the weight does not have the size of the last dimension.

@@ -247,7 +247,9 @@ mod tests {
             for (table_batch, half, d) in [(1, 8, 16), (2, 5, 10), (2, 3, 16)] {
                 let table = table(table_batch, 5, half, style);
                 let x = random(&[2, 5, 3, d], 1);
-                let found = run(&[x.clone()], &[], |tape, x, _| rotary(tape, &x[0], &table));
+                let found = run(std::slice::from_ref(&x), &[], |tape, x, _| {
+                    rotary(tape, &x[0], &table)
+                });
                 assert_close("y", &found.output, &reference(&x, &table, 1.0), ROUNDING);
                 let seed = random(&[2, 5, 3, d], 999);
                 assert_close(

@@ -6,7 +6,7 @@
 
 use bridge_models::generate::{GenerateOptions, generate};
 use bridge_tokenizers::SpecialTokens;
-use bridge_train::callback::{Callbacks, Callback, StepReport};
+use bridge_train::callback::{Callback, Callbacks, StepReport};
 use bridge_train::config::{Platform, ResolveContext, resolve};
 use bridge_train::metrics::Console;
 use bridge_train::signals::StopFlag;
@@ -25,14 +25,18 @@ impl Callback for Lowest {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let name = arguments.next().unwrap_or_else(|| bridge_recipes::DEFAULT_RECIPE.to_owned());
+    let name = arguments
+        .next()
+        .unwrap_or_else(|| bridge_recipes::DEFAULT_RECIPE.to_owned());
     let mut layers = bridge_recipes::layers(&name)?;
     arguments.for_each(|argument| layers.push_override(&argument));
 
     let registry = bridge_models::registry();
     let config = resolve(&layers, &ResolveContext::new(&registry, &name))?;
     let mut lowest = Lowest(f64::INFINITY);
-    let mut callbacks = Callbacks::new().with(Console::new(config.logging.log_interval)).with(&mut lowest);
+    let mut callbacks = Callbacks::new()
+        .with(Console::new(config.logging.log_interval))
+        .with(&mut lowest);
     let outcome = pretrain::<Flex>(
         &config,
         PretrainContext {
@@ -48,8 +52,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     drop(callbacks);
     println!("lowest loss {:.4}", lowest.0);
 
-    let prompt = outcome.tokenizer.encode("The old captain", SpecialTokens::Omit)?;
-    let options = GenerateOptions { max_new_tokens: 80, ..Default::default() };
+    let prompt = outcome
+        .tokenizer
+        .encode("The old captain", SpecialTokens::Omit)?;
+    let options = GenerateOptions {
+        max_new_tokens: 80,
+        ..Default::default()
+    };
     let text = generate(&outcome.model, &prompt, &options)?;
     let ids: Vec<u32> = prompt.into_iter().chain(text.token_ids).collect();
     println!("{}", outcome.tokenizer.decode(&ids, SpecialTokens::Omit)?);

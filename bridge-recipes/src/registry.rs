@@ -32,7 +32,9 @@ pub enum Error {
 }
 
 fn did_you_mean(name: &str) -> String {
-    nearest(name, names()).map(|near| format!("; did you mean `{near}`?")).unwrap_or_default()
+    nearest(name, names())
+        .map(|near| format!("; did you mean `{near}`?"))
+        .unwrap_or_default()
 }
 
 fn names() -> Vec<&'static str> {
@@ -71,7 +73,12 @@ impl File {
     }
 
     fn parse(&self) -> Result<Table> {
-        self.text.parse().map_err(|e: toml::de::Error| Error::Broken { path: self.path, reason: e.to_string() })
+        self.text
+            .parse()
+            .map_err(|e: toml::de::Error| Error::Broken {
+                path: self.path,
+                reason: e.to_string(),
+            })
     }
 }
 
@@ -119,24 +126,37 @@ pub fn layers(name: &str) -> Result<ConfigLayers> {
     for (file, mut table) in chain(find(name)?)?.into_iter().rev() {
         table.remove("extends");
         table.remove("description");
-        let origin = if file.is_recipe() { format!("recipe {}", file.name()) } else { format!("recipe base {}", file.path) };
+        let origin = if file.is_recipe() {
+            format!("recipe {}", file.name())
+        } else {
+            format!("recipe base {}", file.path)
+        };
         layers.push_table(&origin, table);
     }
     Ok(layers)
 }
 
 fn find(name: &str) -> Result<&'static File> {
-    recipe_files().find(|file| file.name() == name).ok_or_else(|| Error::Unknown { name: name.to_owned() })
+    recipe_files()
+        .find(|file| file.name() == name)
+        .ok_or_else(|| Error::Unknown {
+            name: name.to_owned(),
+        })
 }
 
 fn recipe(file: &'static File) -> Result<Recipe> {
     let chain = chain(file)?;
     let description = chain[0].1.get("description").and_then(Value::as_str);
-    let broken = |reason: &str| Error::Broken { path: file.path, reason: reason.to_owned() };
+    let broken = |reason: &str| Error::Broken {
+        path: file.path,
+        reason: reason.to_owned(),
+    };
     Ok(Recipe {
         name: file.name(),
         family: file.path.split('/').next().unwrap_or_default(),
-        description: description.ok_or_else(|| broken("it has no description"))?.to_owned(),
+        description: description
+            .ok_or_else(|| broken("it has no description"))?
+            .to_owned(),
         extends: chain[1..].iter().map(|(base, _)| base.path).collect(),
         text: file.text,
     })
@@ -148,9 +168,12 @@ fn chain(file: &'static File) -> Result<Vec<(&'static File, Table)>> {
     while let Some(base) = chain[chain.len() - 1].1.get("extends") {
         let from = chain[chain.len() - 1].0.path;
         let broken = |reason: String| Error::Broken { path: from, reason };
-        let base = base.as_str().ok_or_else(|| broken("extends is not a text".into()))?;
+        let base = base
+            .as_str()
+            .ok_or_else(|| broken("extends is not a text".into()))?;
         let found = FILES.iter().find(|file| file.path == base);
-        let found = found.ok_or_else(|| broken(format!("it extends {base}, which does not exist")))?;
+        let found =
+            found.ok_or_else(|| broken(format!("it extends {base}, which does not exist")))?;
         if chain.iter().any(|(seen, _)| seen.path == found.path) {
             return Err(broken(format!("it extends {base}, which extends it")));
         }
@@ -169,7 +192,11 @@ mod tests {
     fn resolved(name: &str, overrides: &[&str]) -> ResolvedConfig {
         let mut layers = layers(name).unwrap();
         overrides.iter().for_each(|o| layers.push_override(o));
-        resolve(&layers, &ResolveContext::new(&bridge_models::registry(), name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+        resolve(
+            &layers,
+            &ResolveContext::new(&bridge_models::registry(), name),
+        )
+        .unwrap_or_else(|e| panic!("{name}: {e}"))
     }
 
     #[test]
@@ -200,8 +227,13 @@ mod tests {
         for recipe in list().unwrap() {
             let config = resolved(recipe.name, &[]);
             let mut again = ConfigLayers::new();
-            again.push_toml("the printed form", &config.to_toml()).unwrap();
-            assert_eq!(resolve(&again, &ResolveContext::new(&registry, recipe.name)).unwrap(), config);
+            again
+                .push_toml("the printed form", &config.to_toml())
+                .unwrap();
+            assert_eq!(
+                resolve(&again, &ResolveContext::new(&registry, recipe.name)).unwrap(),
+                config
+            );
         }
     }
 
@@ -215,24 +247,42 @@ mod tests {
 
     #[test]
     fn the_default_recipe_runs_on_a_cpu() {
-        Platform::cpu().check(&resolved(DEFAULT_RECIPE, &[])).unwrap();
+        Platform::cpu()
+            .check(&resolved(DEFAULT_RECIPE, &[]))
+            .unwrap();
     }
 
     #[test]
     fn llama3_8b_has_the_published_numbers() {
         let config = resolved("llama3_8b", &[]);
-        assert_eq!(bridge_train::flops::num_parameters(&config.model.decoder), 8_030_261_248);
+        assert_eq!(
+            bridge_train::flops::num_parameters(&config.model.decoder),
+            8_030_261_248
+        );
         let schedule = config.lr_schedule();
-        assert_eq!((config.train.global_batch_size, config.data.seq_length), (512, 8192));
-        assert_eq!((schedule.lr(2000 * 512), schedule.lr(1_168_251 * 512)), (3e-4, 3e-5));
-        assert_eq!((config.optimizer.adam_beta2, config.optimizer.weight_decay), (0.95, 0.1));
+        assert_eq!(
+            (config.train.global_batch_size, config.data.seq_length),
+            (512, 8192)
+        );
+        assert_eq!(
+            (schedule.lr(2000 * 512), schedule.lr(1_168_251 * 512)),
+            (3e-4, 3e-5)
+        );
+        assert_eq!(
+            (config.optimizer.adam_beta2, config.optimizer.weight_decay),
+            (0.95, 0.1)
+        );
     }
 
     #[test]
     fn sizes_are_the_published_ones() {
         for (name, parameters) in [("llama32_1b", 1_235_814_400), ("smollm2_135m", 134_515_008)] {
             let config = resolved(name, &[]);
-            assert_eq!(bridge_train::flops::num_parameters(&config.model.decoder), parameters, "{name}");
+            assert_eq!(
+                bridge_train::flops::num_parameters(&config.model.decoder),
+                parameters,
+                "{name}"
+            );
         }
     }
 

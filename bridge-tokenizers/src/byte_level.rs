@@ -49,7 +49,10 @@ pub(crate) fn encode(text: &str) -> Vec<u32> {
     while at < bytes.len() {
         // Every special token begins with the same two bytes, which are rare in text.
         if bytes[at] == b'<'
-            && let Some((id, token)) = SPECIAL.iter().enumerate().find(|(_, token)| text[at..].starts_with(*token))
+            && let Some((id, token)) = SPECIAL
+                .iter()
+                .enumerate()
+                .find(|(_, token)| text[at..].starts_with(*token))
         {
             ids.push(256 + id as u32);
             at += token.len();
@@ -65,7 +68,13 @@ pub(crate) fn encode(text: &str) -> Vec<u32> {
 pub(crate) fn piece(id: u32, keep_special: bool) -> Option<Vec<u8>> {
     match id {
         0..=255 => Some(vec![id as u8]),
-        _ => SPECIAL.get(id as usize - 256).map(|token| if keep_special { token.as_bytes().to_vec() } else { Vec::new() }),
+        _ => SPECIAL.get(id as usize - 256).map(|token| {
+            if keep_special {
+                token.as_bytes().to_vec()
+            } else {
+                Vec::new()
+            }
+        }),
     }
 }
 
@@ -84,8 +93,9 @@ pub(crate) fn byte_symbol(byte: u8) -> char {
 
 /// The vocabulary as a `tokenizer.json`.
 pub(crate) fn tokenizer_json() -> Value {
-    let vocab: serde_json::Map<String, Value> =
-        (0..=255u8).map(|byte| (byte_symbol(byte).to_string(), json!(byte))).collect();
+    let vocab: serde_json::Map<String, Value> = (0..=255u8)
+        .map(|byte| (byte_symbol(byte).to_string(), json!(byte)))
+        .collect();
     let added: Vec<Value> = SPECIAL
         .iter()
         .enumerate()
@@ -131,7 +141,10 @@ mod tests {
 
     #[test]
     fn special_tokens_are_found_between_other_text() {
-        assert_eq!(encode("a<|endoftext|>b<|pad|"), [97, 256, 98, 60, 124, 112, 97, 100, 124]);
+        assert_eq!(
+            encode("a<|endoftext|>b<|pad|"),
+            [97, 256, 98, 60, 124, 112, 97, 100, 124]
+        );
         assert_eq!(encode("é<|im_start|><|im_end|>"), [0xc3, 0xa9, 258, 259]);
     }
 
@@ -139,6 +152,9 @@ mod tests {
     fn byte_symbols_are_distinct_and_known() {
         let all: std::collections::HashSet<char> = (0..=255).map(byte_symbol).collect();
         assert_eq!(all.len(), 256);
-        assert_eq!((byte_symbol(b'A'), byte_symbol(b' '), byte_symbol(b'\n')), ('A', 'Ġ', 'Ċ'));
+        assert_eq!(
+            (byte_symbol(b'A'), byte_symbol(b' '), byte_symbol(b'\n')),
+            ('A', 'Ġ', 'Ċ')
+        );
     }
 }

@@ -68,7 +68,9 @@ pub enum TokenizerError {
         reason: String,
     },
     /// A token id outside the vocabulary.
-    #[error("token id {id} is outside the vocabulary of {vocab_size} tokens; was the text tokenized with another tokenizer?")]
+    #[error(
+        "token id {id} is outside the vocabulary of {vocab_size} tokens; was the text tokenized with another tokenizer?"
+    )]
     UnknownId {
         /// The id.
         id: u32,
@@ -76,7 +78,9 @@ pub enum TokenizerError {
         vocab_size: usize,
     },
     /// Text given to the null tokenizer is not a list of ids.
-    #[error("`{word}` (word {position}) is not a token id below {limit}; the null tokenizer reads ids separated by spaces")]
+    #[error(
+        "`{word}` (word {position}) is not a token id below {limit}; the null tokenizer reads ids separated by spaces"
+    )]
     NotAnId {
         /// The word.
         word: String,
@@ -94,7 +98,9 @@ pub enum TokenizerError {
         reason: String,
     },
     /// A tokenizer source that is not `bytes`, `null:SIZE` or a folder.
-    #[error("tokenizer `{text}` is not `bytes`, `null:VOCAB_SIZE` or a folder with a tokenizer.json: {reason}")]
+    #[error(
+        "tokenizer `{text}` is not `bytes`, `null:VOCAB_SIZE` or a folder with a tokenizer.json: {reason}"
+    )]
     BadSource {
         /// The text given.
         text: String,
@@ -110,7 +116,9 @@ pub enum TokenizerError {
         reason: String,
     },
     /// The tokenizer has no chat template.
-    #[error("the tokenizer in {place} has no chat template{named}; add a chat_template.jinja to its folder or pass a template")]
+    #[error(
+        "the tokenizer in {place} has no chat template{named}; add a chat_template.jinja to its folder or pass a template"
+    )]
     NoChatTemplate {
         /// The folder or kind of the tokenizer.
         place: String,
@@ -128,8 +136,15 @@ pub enum TokenizerError {
 }
 
 impl TokenizerError {
-    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+    pub(crate) fn io(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { action, path, source }
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
     }
 }

@@ -46,11 +46,18 @@ pub(crate) fn load(folder: &Path) -> Result<Tokenizer> {
     let Some(bytes) = read_if_there(&path, MAX_TOKENIZER_BYTES)? else {
         return Err(no_tokenizer_file(folder));
     };
-    let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-        .map_err(|error| TokenizerError::BadTokenizer { path: path.clone(), reason: error.to_string() })?;
+    let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| {
+        TokenizerError::BadTokenizer {
+            path: path.clone(),
+            reason: error.to_string(),
+        }
+    })?;
     // A saved truncation or padding is a leftover of how someone last called it; texts are encoded whole here.
     let reset = inner.with_truncation(None).map(|_| ());
-    reset.map_err(|error| TokenizerError::BadTokenizer { path, reason: error.to_string() })?;
+    reset.map_err(|error| TokenizerError::BadTokenizer {
+        path,
+        reason: error.to_string(),
+    })?;
     inner.with_padding(None);
 
     let config = SideFile::read(folder, "tokenizer_config.json")?;
@@ -74,8 +81,17 @@ pub(crate) fn load(folder: &Path) -> Result<Tokenizer> {
 
 fn no_tokenizer_file(folder: &Path) -> TokenizerError {
     let mut names = match std::fs::read_dir(folder) {
-        Ok(entries) => entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>(),
-        Err(source) => return TokenizerError::Io { action: "list", path: folder.to_owned(), source },
+        Ok(entries) => entries
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect::<Vec<_>>(),
+        Err(source) => {
+            return TokenizerError::Io {
+                action: "list",
+                path: folder.to_owned(),
+                source,
+            };
+        }
     };
     names.sort();
     let has = |name: &str| names.iter().any(|known| known == name);
@@ -89,11 +105,27 @@ fn no_tokenizer_file(folder: &Path) -> TokenizerError {
     let found = match names.len() {
         0 => "the folder is empty".to_owned(),
         count => {
-            let shown = names.iter().take(12).cloned().collect::<Vec<_>>().join(", ");
-            format!("it holds {shown}{}", if count > 12 { format!(" and {} more", count - 12) } else { String::new() })
+            let shown = names
+                .iter()
+                .take(12)
+                .cloned()
+                .collect::<Vec<_>>()
+                .join(", ");
+            format!(
+                "it holds {shown}{}",
+                if count > 12 {
+                    format!(" and {} more", count - 12)
+                } else {
+                    String::new()
+                }
+            )
         }
     };
-    TokenizerError::NoTokenizerFile { folder: folder.to_owned(), found, advice: advice.into() }
+    TokenizerError::NoTokenizerFile {
+        folder: folder.to_owned(),
+        found,
+        advice: advice.into(),
+    }
 }
 
 /// Reads a file of bounded size; `None` if there is none.
@@ -101,12 +133,24 @@ fn read_if_there(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
     let size = match std::fs::metadata(path) {
         Ok(metadata) => metadata.len(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(TokenizerError::Io { action: "read", path: path.to_owned(), source }),
+        Err(source) => {
+            return Err(TokenizerError::Io {
+                action: "read",
+                path: path.to_owned(),
+                source,
+            });
+        }
     };
     if size > limit {
-        return Err(TokenizerError::TooLarge { path: path.to_owned(), size, limit });
+        return Err(TokenizerError::TooLarge {
+            path: path.to_owned(),
+            size,
+            limit,
+        });
     }
-    std::fs::read(path).map(Some).map_err(TokenizerError::io("read", path))
+    std::fs::read(path)
+        .map(Some)
+        .map_err(TokenizerError::io("read", path))
 }
 
 /// A JSON object beside `tokenizer.json`; empty if the file is missing.
@@ -120,14 +164,21 @@ impl SideFile {
         let path = folder.join(name);
         let json = match read_if_there(&path, MAX_SIDE_FILE_BYTES)? {
             None => Map::new(),
-            Some(bytes) => serde_json::from_slice(&bytes)
-                .map_err(|error| TokenizerError::BadJson { path: path.clone(), reason: error.to_string() })?,
+            Some(bytes) => {
+                serde_json::from_slice(&bytes).map_err(|error| TokenizerError::BadJson {
+                    path: path.clone(),
+                    reason: error.to_string(),
+                })?
+            }
         };
         Ok(Self { path, json })
     }
 
     fn bad(&self, reason: impl Into<String>) -> TokenizerError {
-        TokenizerError::BadJson { path: self.path.clone(), reason: reason.into() }
+        TokenizerError::BadJson {
+            path: self.path.clone(),
+            reason: reason.into(),
+        }
     }
 
     /// A boolean that is false when missing or null.
@@ -150,9 +201,17 @@ impl SideFile {
     }
 
     fn added_token(&self, value: &Value, key: &str) -> Result<AddedToken> {
-        let content = value.get("content").and_then(Value::as_str).filter(|text| !text.is_empty());
-        let content = content.ok_or_else(|| self.bad(format!("`{key}` is {value}, expected a text or an object with `content`")))?;
-        let flag = |name: &str, default| value.get(name).and_then(Value::as_bool).unwrap_or(default);
+        let content = value
+            .get("content")
+            .and_then(Value::as_str)
+            .filter(|text| !text.is_empty());
+        let content = content.ok_or_else(|| {
+            self.bad(format!(
+                "`{key}` is {value}, expected a text or an object with `content`"
+            ))
+        })?;
+        let flag =
+            |name: &str, default| value.get(name).and_then(Value::as_bool).unwrap_or(default);
         let special = flag("special", false);
         Ok(AddedToken::from(content, special)
             .single_word(flag("single_word", false))
@@ -164,18 +223,31 @@ impl SideFile {
 
 /// Adds the tokens that `tokenizer_config.json` lists under `added_tokens_decoder` and `tokenizer.json` lacks.
 fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &SideFile) -> Result<()> {
-    let Some(listed) = config.json.get("added_tokens_decoder") else { return Ok(()) };
-    let listed = listed.as_object().ok_or_else(|| config.bad("`added_tokens_decoder` is not an object"))?;
+    let Some(listed) = config.json.get("added_tokens_decoder") else {
+        return Ok(());
+    };
+    let listed = listed
+        .as_object()
+        .ok_or_else(|| config.bad("`added_tokens_decoder` is not an object"))?;
     let mut by_id = BTreeMap::new();
     for (id, value) in listed {
-        let id: u32 = id.parse().map_err(|_| config.bad(format!("`added_tokens_decoder` has the key `{id}`, expected a token id")))?;
-        by_id.insert(id, config.added_token(value, &format!("added_tokens_decoder.{id}"))?);
+        let id: u32 = id.parse().map_err(|_| {
+            config.bad(format!(
+                "`added_tokens_decoder` has the key `{id}`, expected a token id"
+            ))
+        })?;
+        by_id.insert(
+            id,
+            config.added_token(value, &format!("added_tokens_decoder.{id}"))?,
+        );
     }
     for (id, token) in by_id {
         let text = token.content.clone();
         match inner.token_to_id(&text) {
             Some(known) if known == id => continue,
-            Some(known) => return Err(misplaced(config, text, &format!("added token {id}"), known)),
+            Some(known) => {
+                return Err(misplaced(config, text, &format!("added token {id}"), known));
+            }
             None => {
                 let special = token.special;
                 inner.add_tokens(std::slice::from_ref(&token));
@@ -183,7 +255,9 @@ fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &SideFile) -> Result<()
                     inner.add_special_tokens(&[token]);
                 }
                 match inner.token_to_id(&text) {
-                    Some(given) if given != id => return Err(misplaced(config, text, &format!("added token {id}"), given)),
+                    Some(given) if given != id => {
+                        return Err(misplaced(config, text, &format!("added token {id}"), given));
+                    }
                     _ => {}
                 }
             }
@@ -193,8 +267,15 @@ fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &SideFile) -> Result<()
 }
 
 fn misplaced(file: &SideFile, token: String, role: &str, id: u32) -> TokenizerError {
-    let reason = format!("but tokenizer.json gives it the id {id}; the two files belong to different models");
-    TokenizerError::BadSpecialToken { path: file.path.clone(), token, role: role.into(), reason }
+    let reason = format!(
+        "but tokenizer.json gives it the id {id}; the two files belong to different models"
+    );
+    TokenizerError::BadSpecialToken {
+        path: file.path.clone(),
+        token,
+        role: role.into(),
+        reason,
+    }
 }
 
 /// The token of a role such as `eos_token`: what `tokenizer_config.json` says, else `special_tokens_map.json`.
@@ -235,8 +316,10 @@ fn chat_templates(folder: &Path, config: &SideFile) -> Result<Vec<(String, ChatT
     let mut sources: Vec<(String, String, PathBuf)> = Vec::new();
     let mut from_file = |name: String, path: PathBuf| -> Result<()> {
         if let Some(bytes) = read_if_there(&path, MAX_SIDE_FILE_BYTES)? {
-            let text = String::from_utf8(bytes)
-                .map_err(|_| TokenizerError::Template { place: path.display().to_string(), reason: "it is not UTF-8".into() })?;
+            let text = String::from_utf8(bytes).map_err(|_| TokenizerError::Template {
+                place: path.display().to_string(),
+                reason: "it is not UTF-8".into(),
+            })?;
             sources.push((name, text, path));
         }
         Ok(())
@@ -249,25 +332,38 @@ fn chat_templates(folder: &Path, config: &SideFile) -> Result<Vec<(String, ChatT
             paths.push(entry.map_err(TokenizerError::io("list", &more))?.path());
         }
         paths.sort();
-        for path in paths.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "jinja")) {
-            let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+        for path in paths.into_iter().filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "jinja")
+        }) {
+            let name = path
+                .file_stem()
+                .map(|stem| stem.to_string_lossy().into_owned())
+                .unwrap_or_default();
             from_file(name, path)?;
         }
     }
     if sources.is_empty() {
         match config.json.get("chat_template") {
             None | Some(Value::Null) => {}
-            Some(Value::String(text)) => sources.push(("default".into(), text.clone(), config.path.clone())),
+            Some(Value::String(text)) => {
+                sources.push(("default".into(), text.clone(), config.path.clone()))
+            }
             Some(Value::Array(list)) => {
                 for entry in list {
                     let field = |key| entry.get(key).and_then(Value::as_str).map(str::to_owned);
                     let (Some(name), Some(text)) = (field("name"), field("template")) else {
-                        return Err(config.bad("`chat_template` has an entry without `name` and `template`"));
+                        return Err(config
+                            .bad("`chat_template` has an entry without `name` and `template`"));
                     };
                     sources.push((name, text, config.path.clone()));
                 }
             }
-            Some(_) => return Err(config.bad("`chat_template` is neither a text nor a list of named templates")),
+            Some(_) => {
+                return Err(
+                    config.bad("`chat_template` is neither a text nor a list of named templates")
+                );
+            }
         }
     }
     Ok(sources
@@ -282,16 +378,28 @@ fn chat_templates(folder: &Path, config: &SideFile) -> Result<Vec<(String, ChatT
 /// Writes a file so that it is either whole or not there.
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(TokenizerError::io("write", path))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(TokenizerError::io("write", path))?;
-    file.persist(path).map_err(|error| TokenizerError::Io { action: "write", path: path.to_owned(), source: error.error })?;
+    let mut file =
+        tempfile::NamedTempFile::new_in(folder).map_err(TokenizerError::io("write", path))?;
+    file.write_all(bytes)
+        .and_then(|()| file.as_file().sync_all())
+        .map_err(TokenizerError::io("write", path))?;
+    file.persist(path).map_err(|error| TokenizerError::Io {
+        action: "write",
+        path: path.to_owned(),
+        source: error.error,
+    })?;
     Ok(())
 }
 
 pub(crate) fn save(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
-    let failed = |reason: String| TokenizerError::Failed { action: "save the tokenizer", reason };
+    let failed = |reason: String| TokenizerError::Failed {
+        action: "save the tokenizer",
+        reason,
+    };
     let vocabulary = match &tokenizer.model {
-        Model::HuggingFace(inner) => inner.to_string(true).map_err(|error| failed(error.to_string()))?,
+        Model::HuggingFace(inner) => inner
+            .to_string(true)
+            .map_err(|error| failed(error.to_string()))?,
         Model::Bytes => pretty(&byte_level::tokenizer_json()).map_err(failed)?,
         Model::Null(_) => return Err(failed("ids as text have no tokenizer.json".into())),
     };
@@ -300,16 +408,25 @@ pub(crate) fn save(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
         Some(source) => Value::Object(SideFile::read(source, "tokenizer_config.json")?.json),
         None => byte_level::tokenizer_config(),
     };
-    write(&folder.join("tokenizer_config.json"), pretty(&config).map_err(failed)?.as_bytes())?;
+    write(
+        &folder.join("tokenizer_config.json"),
+        pretty(&config).map_err(failed)?.as_bytes(),
+    )?;
     for (name, template) in &tokenizer.templates {
         let path = if name == "default" {
             folder.join("chat_template.jinja")
-        } else if name.chars().all(|c| c.is_alphanumeric() || "_-.".contains(c)) && !name.starts_with('.') {
+        } else if name
+            .chars()
+            .all(|c| c.is_alphanumeric() || "_-.".contains(c))
+            && !name.starts_with('.')
+        {
             let more = folder.join("chat_templates");
             std::fs::create_dir_all(&more).map_err(TokenizerError::io("write", &more))?;
             more.join(format!("{name}.jinja"))
         } else {
-            return Err(failed(format!("the chat template name `{name}` cannot be a file name")));
+            return Err(failed(format!(
+                "the chat template name `{name}` cannot be a file name"
+            )));
         };
         write(&path, template.source().as_bytes())?;
     }
@@ -317,15 +434,24 @@ pub(crate) fn save(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
 }
 
 fn pretty(value: &Value) -> std::result::Result<String, String> {
-    serde_json::to_string_pretty(value).map(|text| text + "\n").map_err(|error| error.to_string())
+    serde_json::to_string_pretty(value)
+        .map(|text| text + "\n")
+        .map_err(|error| error.to_string())
 }
 
 /// The tokenizer files that stand in a folder.
 pub(crate) fn tokenizer_files(folder: &Path) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = TOKENIZER_FILES.iter().map(|name| folder.join(name)).filter(|path| path.is_file()).collect();
+    let mut files: Vec<PathBuf> = TOKENIZER_FILES
+        .iter()
+        .map(|name| folder.join(name))
+        .filter(|path| path.is_file())
+        .collect();
     if let Ok(entries) = std::fs::read_dir(folder.join("chat_templates")) {
-        let mut more: Vec<PathBuf> =
-            entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "jinja")).collect();
+        let mut more: Vec<PathBuf> = entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|e| e == "jinja"))
+            .collect();
         more.sort();
         files.extend(more);
     }

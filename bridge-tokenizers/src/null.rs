@@ -32,7 +32,11 @@ impl NullTokenizer {
             .enumerate()
             .map(|(index, word)| match word.parse::<u32>() {
                 Ok(id) if id < limit => Ok(id),
-                _ => Err(TokenizerError::NotAnId { word: word.chars().take(40).collect(), position: index + 1, limit }),
+                _ => Err(TokenizerError::NotAnId {
+                    word: word.chars().take(40).collect(),
+                    position: index + 1,
+                    limit,
+                }),
             })
             .collect()
     }

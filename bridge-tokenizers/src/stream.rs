@@ -38,9 +38,16 @@ impl<'a> DecodeStream<'a> {
         let state = match tokenizer.model {
             Model::Bytes => State::Bytes(Vec::new()),
             Model::Null(_) => State::Null { started: false },
-            Model::HuggingFace(_) => State::Window { ids: Vec::new(), shown: 0 },
+            Model::HuggingFace(_) => State::Window {
+                ids: Vec::new(),
+                shown: 0,
+            },
         };
-        Self { tokenizer, special, state }
+        Self {
+            tokenizer,
+            special,
+            state,
+        }
     }
 
     /// Takes one token and returns the text that is certain now, often empty in the middle of a character.
@@ -54,14 +61,20 @@ impl<'a> DecodeStream<'a> {
         }
         match &mut self.state {
             State::Bytes(pending) => {
-                pending.extend(byte_level::piece(id, self.special == SpecialTokens::Add).unwrap_or_default());
+                pending.extend(
+                    byte_level::piece(id, self.special == SpecialTokens::Add).unwrap_or_default(),
+                );
                 let whole = whole_characters(pending);
                 let text = String::from_utf8_lossy(&pending[..whole]).into_owned();
                 pending.drain(..whole);
                 Ok(text)
             }
             State::Null { started } => {
-                let separator = if std::mem::replace(started, true) { " " } else { "" };
+                let separator = if std::mem::replace(started, true) {
+                    " "
+                } else {
+                    ""
+                };
                 Ok(format!("{separator}{id}"))
             }
             State::Window { ids, shown } => {
@@ -115,5 +128,9 @@ fn whole_characters(bytes: &[u8]) -> usize {
 
 /// Length in bytes of the longest common beginning, on a character border.
 fn common_prefix(a: &str, b: &str) -> usize {
-    a.chars().zip(b.chars()).take_while(|(x, y)| x == y).map(|(x, _)| x.len_utf8()).sum()
+    a.chars()
+        .zip(b.chars())
+        .take_while(|(x, y)| x == y)
+        .map(|(x, _)| x.len_utf8())
+        .sum()
 }

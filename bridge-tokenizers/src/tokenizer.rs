@@ -83,7 +83,10 @@ impl Tokenizer {
             unk: None,
         };
         let mut tokenizer = Self::assemble(Model::Bytes, named);
-        tokenizer.templates = vec![("default".into(), ChatTemplate::built_in(byte_level::CHAT_TEMPLATE))];
+        tokenizer.templates = vec![(
+            "default".into(),
+            ChatTemplate::built_in(byte_level::CHAT_TEMPLATE),
+        )];
         tokenizer
     }
 
@@ -94,10 +97,16 @@ impl Tokenizer {
     pub fn null(size: u32) -> Result<Self> {
         if size == 0 || size > i32::MAX as u32 {
             let text = format!("null:{size}");
-            return Err(TokenizerError::BadSource { text, reason: "the size must lie between 1 and 2147483647".into() });
+            return Err(TokenizerError::BadSource {
+                text,
+                reason: "the size must lie between 1 and 2147483647".into(),
+            });
         }
         let model = NullTokenizer::new(size);
-        let named = Named { eos: Some((size.to_string(), model.eos_id())), ..Named::default() };
+        let named = Named {
+            eos: Some((size.to_string(), model.eos_id())),
+            ..Named::default()
+        };
         Ok(Self::assemble(Model::Null(model), named))
     }
 
@@ -108,7 +117,10 @@ impl Tokenizer {
     ///
     /// # Errors
     /// If `vocab_size` has no room for the bytes and special tokens, or the texts are too small to learn it from.
-    pub fn train_bpe<'a>(texts: impl Iterator<Item = &'a str> + Send, vocab_size: usize) -> Result<Self> {
+    pub fn train_bpe<'a>(
+        texts: impl Iterator<Item = &'a str> + Send,
+        vocab_size: usize,
+    ) -> Result<Self> {
         crate::train::train_bpe(texts, vocab_size)
     }
 
@@ -117,12 +129,26 @@ impl Tokenizer {
             // The highest id decides, since files may leave holes between the vocabulary and the added tokens.
             Model::HuggingFace(inner) => {
                 let count = inner.get_vocab_size(true);
-                inner.get_vocab(true).values().map(|&id| id as usize + 1).max().unwrap_or(0).max(count)
+                inner
+                    .get_vocab(true)
+                    .values()
+                    .map(|&id| id as usize + 1)
+                    .max()
+                    .unwrap_or(0)
+                    .max(count)
             }
             Model::Bytes => byte_level::VOCAB_SIZE,
             Model::Null(null) => null.vocab_size(),
         };
-        Self { model, named, prepend_bos: false, append_eos: false, templates: Vec::new(), folder: None, vocab_size }
+        Self {
+            model,
+            named,
+            prepend_bos: false,
+            append_eos: false,
+            templates: Vec::new(),
+            folder: None,
+            vocab_size,
+        }
     }
 
     /// What it is made of.
@@ -160,7 +186,9 @@ impl Tokenizer {
             (Some(folder), _) => folder.display().to_string(),
             (None, Model::Bytes) => "bytes".into(),
             (None, Model::Null(null)) => format!("null:{}", null.eos_id()),
-            (None, Model::HuggingFace(_)) => format!("a trained vocabulary of {} tokens", self.vocab_size),
+            (None, Model::HuggingFace(_)) => {
+                format!("a trained vocabulary of {} tokens", self.vocab_size)
+            }
         }
     }
 
@@ -174,10 +202,13 @@ impl Tokenizer {
             Model::Bytes => byte_level::encode(text),
             Model::Null(null) => null.encode(text)?,
             Model::HuggingFace(inner) => {
-                let encoding = inner.encode_fast(text, add).map_err(|error| TokenizerError::Failed {
-                    action: "encode the text",
-                    reason: error.to_string(),
-                })?;
+                let encoding =
+                    inner
+                        .encode_fast(text, add)
+                        .map_err(|error| TokenizerError::Failed {
+                            action: "encode the text",
+                            reason: error.to_string(),
+                        })?;
                 encoding.get_ids().to_vec()
             }
         };
@@ -194,8 +225,15 @@ impl Tokenizer {
     ///
     /// # Errors
     /// The first text that fails decides; see [`encode`](Self::encode).
-    pub fn encode_batch<S: AsRef<str> + Sync>(&self, texts: &[S], special: SpecialTokens) -> Result<Vec<Vec<u32>>> {
-        texts.par_iter().map(|text| self.encode(text.as_ref(), special)).collect()
+    pub fn encode_batch<S: AsRef<str> + Sync>(
+        &self,
+        texts: &[S],
+        special: SpecialTokens,
+    ) -> Result<Vec<Vec<u32>>> {
+        texts
+            .par_iter()
+            .map(|text| self.encode(text.as_ref(), special))
+            .collect()
     }
 
     /// The text of `ids`. Bytes that are not UTF-8 become U+FFFD.
@@ -204,18 +242,30 @@ impl Tokenizer {
     /// If an id is outside the vocabulary.
     pub fn decode(&self, ids: &[u32], special: SpecialTokens) -> Result<String> {
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
-            return Err(TokenizerError::UnknownId { id, vocab_size: self.vocab_size });
+            return Err(TokenizerError::UnknownId {
+                id,
+                vocab_size: self.vocab_size,
+            });
         }
         let keep = special == SpecialTokens::Add;
         match &self.model {
             Model::Bytes => {
-                let bytes: Vec<u8> = ids.iter().filter_map(|&id| byte_level::piece(id, keep)).flatten().collect();
+                let bytes: Vec<u8> = ids
+                    .iter()
+                    .filter_map(|&id| byte_level::piece(id, keep))
+                    .flatten()
+                    .collect();
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
             Model::Null(null) => Ok(null.decode(ids)),
-            Model::HuggingFace(inner) => inner
-                .decode(ids, !keep)
-                .map_err(|error| TokenizerError::Failed { action: "decode the tokens", reason: error.to_string() }),
+            Model::HuggingFace(inner) => {
+                inner
+                    .decode(ids, !keep)
+                    .map_err(|error| TokenizerError::Failed {
+                        action: "decode the tokens",
+                        reason: error.to_string(),
+                    })
+            }
         }
     }
 
@@ -223,8 +273,15 @@ impl Tokenizer {
     ///
     /// # Errors
     /// See [`decode`](Self::decode).
-    pub fn decode_batch<S: AsRef<[u32]> + Sync>(&self, sequences: &[S], special: SpecialTokens) -> Result<Vec<String>> {
-        sequences.par_iter().map(|ids| self.decode(ids.as_ref(), special)).collect()
+    pub fn decode_batch<S: AsRef<[u32]> + Sync>(
+        &self,
+        sequences: &[S],
+        special: SpecialTokens,
+    ) -> Result<Vec<String>> {
+        sequences
+            .par_iter()
+            .map(|ids| self.decode(ids.as_ref(), special))
+            .collect()
     }
 
     /// Decodes tokens as they come, giving out text only in whole characters.
@@ -236,11 +293,19 @@ impl Tokenizer {
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         match &self.model {
             Model::HuggingFace(inner) => inner.token_to_id(token),
-            Model::Bytes => match byte_level::SPECIAL.iter().position(|special| *special == token) {
+            Model::Bytes => match byte_level::SPECIAL
+                .iter()
+                .position(|special| *special == token)
+            {
                 Some(index) => Some(256 + index as u32),
-                None => (0..=255u8).find(|&byte| token.chars().eq([byte_level::byte_symbol(byte)])).map(u32::from),
+                None => (0..=255u8)
+                    .find(|&byte| token.chars().eq([byte_level::byte_symbol(byte)]))
+                    .map(u32::from),
             },
-            Model::Null(null) => token.parse().ok().filter(|&id: &u32| (id as usize) < null.vocab_size()),
+            Model::Null(null) => token
+                .parse()
+                .ok()
+                .filter(|&id: &u32| (id as usize) < null.vocab_size()),
         }
     }
 
@@ -250,7 +315,9 @@ impl Tokenizer {
             Model::HuggingFace(inner) => inner.id_to_token(id),
             Model::Bytes => match id {
                 0..=255 => Some(byte_level::byte_symbol(id as u8).to_string()),
-                _ => byte_level::SPECIAL.get(id as usize - 256).map(ToString::to_string),
+                _ => byte_level::SPECIAL
+                    .get(id as usize - 256)
+                    .map(ToString::to_string),
             },
             Model::Null(null) => ((id as usize) < null.vocab_size()).then(|| id.to_string()),
         }
@@ -260,13 +327,19 @@ impl Tokenizer {
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         match self.templates.as_slice() {
             [(_, only)] => Some(only),
-            many => many.iter().find(|(name, _)| name == "default").map(|(_, template)| template),
+            many => many
+                .iter()
+                .find(|(name, _)| name == "default")
+                .map(|(_, template)| template),
         }
     }
 
     /// A chat template by name, such as `tool_use`.
     pub fn chat_template_named(&self, name: &str) -> Option<&ChatTemplate> {
-        self.templates.iter().find(|(known, _)| known == name).map(|(_, template)| template)
+        self.templates
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, template)| template)
     }
 
     /// Names of the chat templates.
@@ -282,17 +355,33 @@ impl Tokenizer {
     /// # Errors
     /// If there is no template, or the template refuses the conversation.
     pub fn render_chat(&self, request: &ChatRequest) -> Result<RenderedChat> {
-        let for_tools = request.tools.is_some().then(|| self.chat_template_named("tool_use")).flatten();
-        let template = for_tools.or_else(|| self.chat_template()).ok_or_else(|| TokenizerError::NoChatTemplate {
-            place: self.describe(),
-            named: match self.templates.len() {
-                0 => String::new(),
-                _ => format!(" named default (there are {})", self.chat_template_names().collect::<Vec<_>>().join(", ")),
-            },
+        let for_tools = request
+            .tools
+            .is_some()
+            .then(|| self.chat_template_named("tool_use"))
+            .flatten();
+        let template = for_tools.or_else(|| self.chat_template()).ok_or_else(|| {
+            TokenizerError::NoChatTemplate {
+                place: self.describe(),
+                named: match self.templates.len() {
+                    0 => String::new(),
+                    _ => format!(
+                        " named default (there are {})",
+                        self.chat_template_names().collect::<Vec<_>>().join(", ")
+                    ),
+                },
+            }
         })?;
         let named = &self.named;
-        let tokens = [("bos_token", &named.bos), ("eos_token", &named.eos), ("pad_token", &named.pad), ("unk_token", &named.unk)];
-        let tokens = tokens.iter().filter_map(|(name, token)| token.as_ref().map(|(text, _)| (*name, text.as_str())));
+        let tokens = [
+            ("bos_token", &named.bos),
+            ("eos_token", &named.eos),
+            ("pad_token", &named.pad),
+            ("unk_token", &named.unk),
+        ];
+        let tokens = tokens
+            .iter()
+            .filter_map(|(name, token)| token.as_ref().map(|(text, _)| (*name, text.as_str())));
         template.render(request, tokens)
     }
 
@@ -309,7 +398,10 @@ impl Tokenizer {
 
     /// The tokenizer's own files in the folder it was loaded from, for copying beside an exported model.
     pub fn source_files(&self) -> Vec<PathBuf> {
-        self.folder.as_deref().map(folder::tokenizer_files).unwrap_or_default()
+        self.folder
+            .as_deref()
+            .map(folder::tokenizer_files)
+            .unwrap_or_default()
     }
 }
 
@@ -342,11 +434,17 @@ impl FromStr for TokenizerSource {
     type Err = TokenizerError;
 
     fn from_str(text: &str) -> Result<Self> {
-        let bad = |reason: &str| TokenizerError::BadSource { text: text.into(), reason: reason.into() };
+        let bad = |reason: &str| TokenizerError::BadSource {
+            text: text.into(),
+            reason: reason.into(),
+        };
         match text.split_once(':') {
             _ if text == "bytes" => Ok(Self::Bytes),
             _ if text.is_empty() => Err(bad("it is empty")),
-            Some(("null", size)) => size.parse().map(Self::Null).map_err(|_| bad("SIZE must be a number of ids")),
+            Some(("null", size)) => size
+                .parse()
+                .map(Self::Null)
+                .map_err(|_| bad("SIZE must be a number of ids")),
             _ if text == "null" => Err(bad("say how many ids there are, as in null:50000")),
             _ => Ok(Self::Folder(text.into())),
         }

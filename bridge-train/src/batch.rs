@@ -11,9 +11,16 @@ use bridge_ops::Ops;
 pub fn context<B: Ops>(batch: &Batch, device: &B::Device) -> ForwardContext<'static, B> {
     let ids: Vec<u32> = batch.tokens.iter().map(|id| to_u32(*id)).collect();
     let ctx = ForwardContext::new(&ids, [batch.batch, batch.seq], device);
-    let Some(boundaries) = &batch.cu_seqlens else { return ctx };
-    let positions = batch.position_ids.iter().map(|position| to_u32(*position)).collect();
-    ctx.with_positions(Positions::Explicit(positions)).with_documents(boundaries.clone())
+    let Some(boundaries) = &batch.cu_seqlens else {
+        return ctx;
+    };
+    let positions = batch
+        .position_ids
+        .iter()
+        .map(|position| to_u32(*position))
+        .collect();
+    ctx.with_positions(Positions::Explicit(positions))
+        .with_documents(boundaries.clone())
 }
 
 fn to_u32(value: i64) -> u32 {

@@ -215,7 +215,9 @@ impl Callback for Callbacks<'_> {
     }
 
     fn on_checkpoint_save(&mut self, save: &SaveReport<'_>) -> Result<()> {
-        self.0.iter_mut().try_for_each(|c| c.on_checkpoint_save(save))
+        self.0
+            .iter_mut()
+            .try_for_each(|c| c.on_checkpoint_save(save))
     }
 
     fn on_train_end(&mut self, summary: &Summary) -> Result<()> {

@@ -13,7 +13,11 @@ use crate::config::RecomputeGranularity;
 /// What is kept of a segment between its forward and its backward pass.
 enum Kept<B: Ops> {
     /// Everything its backward pass needs.
-    Tape { tape: Tape<B>, input: Option<Var<B>>, output: Var<B> },
+    Tape {
+        tape: Tape<B>,
+        input: Option<Var<B>>,
+        output: Var<B>,
+    },
     /// Its input, from which it runs again.
     Input(Float<B>),
 }
@@ -38,34 +42,49 @@ pub fn forward_backward<B: Ops>(
             // The embedding has no input to run again from, and keeps next to nothing.
             (Some(input), RecomputeGranularity::Full) => {
                 let tape = Tape::inference();
-                let output = model.forward_segment(index, &tape, Some(&tape.constant(input.clone())), ctx);
+                let output =
+                    model.forward_segment(index, &tape, Some(&tape.constant(input.clone())), ctx);
                 kept.push(Kept::Input(input));
                 output.into_value()
             }
             (input, _) => {
                 let recorded = record(model, index, input, ctx);
                 let value = recorded.2.value();
-                kept.push(Kept::Tape { tape: recorded.0, input: recorded.1, output: recorded.2 });
+                kept.push(Kept::Tape {
+                    tape: recorded.0,
+                    input: recorded.1,
+                    output: recorded.2,
+                });
                 value
             }
         });
     }
 
     let tape = Tape::new();
-    let input = tape.leaf(hidden.expect("a segmented model has at least one segment before its head"));
+    let input =
+        tape.leaf(hidden.expect("a segmented model has at least one segment before its head"));
     // The head is told what its losses will be seeded with, so that it can do forward and backward in one.
     let targets = Targets::weighted(labels, loss_scale as f32, ctx.device());
     let losses = model.head_loss(&tape, &input, &targets, ctx);
     let token_losses = losses.value();
-    let seed = targets.loss_gradient.expect("weighted targets have a gradient");
-    let mut gradient = tape.backward(vec![(losses, seed)], &[&input]).pop().flatten();
+    let seed = targets
+        .loss_gradient
+        .expect("weighted targets have a gradient");
+    let mut gradient = tape
+        .backward(vec![(losses, seed)], &[&input])
+        .pop()
+        .flatten();
     drop(input);
 
     for (index, kept) in kept.into_iter().enumerate().rev() {
         // Nothing below depends on a trained weight.
         let Some(seed) = gradient.take() else { break };
         let (tape, input, output) = match kept {
-            Kept::Tape { tape, input, output } => (tape, input, output),
+            Kept::Tape {
+                tape,
+                input,
+                output,
+            } => (tape, input, output),
             Kept::Input(input) => record(model, index, Some(input), ctx),
         };
         let leaves: Vec<&Var<B>> = input.iter().collect();
@@ -88,7 +107,11 @@ fn record<B: Ops>(
 }
 
 /// Runs one micro-batch forward only. Returns the loss of each token, `[batch * seq]` fp32, 0 where `labels` says -100.
-pub fn forward_loss<B: Ops>(model: &dyn SegmentedModel<B>, ctx: &ForwardContext<'_, B>, labels: &[i64]) -> Float<B> {
+pub fn forward_loss<B: Ops>(
+    model: &dyn SegmentedModel<B>,
+    ctx: &ForwardContext<'_, B>,
+    labels: &[i64],
+) -> Float<B> {
     let tape = Tape::inference();
     let head = model.num_segments() - 1;
     let mut hidden: Option<Var<B>> = None;
@@ -96,5 +119,7 @@ pub fn forward_loss<B: Ops>(model: &dyn SegmentedModel<B>, ctx: &ForwardContext<
         hidden = Some(model.forward_segment(index, &tape, hidden.as_ref(), ctx));
     }
     let hidden = hidden.expect("a segmented model has at least one segment before its head");
-    model.head_loss(&tape, &hidden, &Targets::new(labels, ctx.device()), ctx).into_value()
+    model
+        .head_loss(&tape, &hidden, &Targets::new(labels, ctx.device()), ctx)
+        .into_value()
 }

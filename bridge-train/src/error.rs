@@ -119,7 +119,9 @@ pub enum Error {
     },
 
     /// Two parameters of a model have one name.
-    #[error("the model lists parameter `{name}` twice; list a weight that is used in two places once")]
+    #[error(
+        "the model lists parameter `{name}` twice; list a weight that is used in two places once"
+    )]
     DuplicateParameter {
         /// The name.
         name: String,
@@ -156,13 +158,20 @@ fn first_few(items: &[String]) -> String {
     const SHOWN: usize = 6;
     let more = items.len().saturating_sub(SHOWN);
     let shown = items[..items.len() - more].join(", ");
-    if more > 0 { format!("{shown}, and {more} more") } else { shown }
+    if more > 0 {
+        format!("{shown}, and {more} more")
+    } else {
+        shown
+    }
 }
 
 /// Whether the operating system refused since a path was wrong, rather than since a disk was full or broken.
 fn names_something_wrong(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
-    matches!(error.kind(), NotFound | PermissionDenied | NotADirectory | IsADirectory)
+    matches!(
+        error.kind(),
+        NotFound | PermissionDenied | NotADirectory | IsADirectory
+    )
 }
 
 impl Error {
@@ -189,6 +198,10 @@ impl Error {
 
     /// An [`Error::Io`].
     pub fn io(action: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Error::Io { action, path: path.into(), source }
+        Error::Io {
+            action,
+            path: path.into(),
+            source,
+        }
     }
 }

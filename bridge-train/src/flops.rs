@@ -41,5 +41,9 @@ pub fn matmul_parameters(config: &DecoderConfig) -> u64 {
 
 /// Every weight of the model, each counted once.
 pub fn num_parameters(config: &DecoderConfig) -> u64 {
-    config.tensors().iter().map(|tensor| tensor.numel() as u64).sum()
+    config
+        .tensors()
+        .iter()
+        .map(|tensor| tensor.numel() as u64)
+        .sum()
 }

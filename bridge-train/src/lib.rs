@@ -24,8 +24,8 @@ pub mod lr_schedule;
 pub mod metrics;
 pub mod optimizer;
 mod pretrain;
-mod sources;
 pub mod signals;
+mod sources;
 pub mod step;
 pub mod trainer;
 

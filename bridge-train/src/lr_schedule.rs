@@ -126,7 +126,9 @@ impl LrSchedule {
             LrDecayStyle::Linear => 1.0 - ratio,
             LrDecayStyle::Cosine => half_cosine(ratio),
             LrDecayStyle::Wsd => self.wsd_coefficient(samples),
-            LrDecayStyle::Constant | LrDecayStyle::InverseSquareRoot => unreachable!("handled above"),
+            LrDecayStyle::Constant | LrDecayStyle::InverseSquareRoot => {
+                unreachable!("handled above")
+            }
         };
         self.min_lr + coefficient * (self.max_lr - self.min_lr)
     }
@@ -162,7 +164,12 @@ pub struct WeightDecaySchedule {
 impl WeightDecaySchedule {
     /// A coefficient that never changes.
     pub fn constant(weight_decay: f64) -> Self {
-        Self { start: weight_decay, end: weight_decay, incr_samples: 0, style: WeightDecayIncrStyle::Constant }
+        Self {
+            start: weight_decay,
+            end: weight_decay,
+            incr_samples: 0,
+            style: WeightDecayIncrStyle::Constant,
+        }
     }
 
     /// The coefficient of the step that starts after `samples` samples.
@@ -206,7 +213,11 @@ mod tests {
     fn check(schedule: &LrSchedule, expected: &[(u64, f64)]) {
         for &(samples, lr) in expected {
             let got = schedule.lr(samples);
-            assert!((got - lr).abs() < 1e-15, "{:?} after {samples} samples: {got:e}, expected {lr:e}", schedule.style);
+            assert!(
+                (got - lr).abs() < 1e-15,
+                "{:?} after {samples} samples: {got:e}, expected {lr:e}",
+                schedule.style
+            );
         }
     }
 
@@ -217,7 +228,14 @@ mod tests {
     fn warmup_and_constant_match_megatron() {
         check(
             &schedule(LrDecayStyle::Constant),
-            &[(0, 1e-5), (16, 0.000126), (32, 0.000242), (48, 0.0003), (320, 0.0003), (368, 0.0003)],
+            &[
+                (0, 1e-5),
+                (16, 0.000126),
+                (32, 0.000242),
+                (48, 0.0003),
+                (320, 0.0003),
+                (368, 0.0003),
+            ],
         );
     }
 
@@ -270,39 +288,99 @@ mod tests {
 
     #[test]
     fn wsd_matches_megatron_in_every_shape() {
-        let with = |wsd_style| LrSchedule { wsd_style, ..schedule(LrDecayStyle::Wsd) };
-        let flat = [(16, 0.000126), (48, 0.0003), (160, 0.0003), (224, 0.0003), (320, 3e-5), (336, 3e-5)];
-        for style in
-            [WsdDecayStyle::Linear, WsdDecayStyle::Cosine, WsdDecayStyle::Exponential, WsdDecayStyle::MinusSqrt]
-        {
+        let with = |wsd_style| LrSchedule {
+            wsd_style,
+            ..schedule(LrDecayStyle::Wsd)
+        };
+        let flat = [
+            (16, 0.000126),
+            (48, 0.0003),
+            (160, 0.0003),
+            (224, 0.0003),
+            (320, 3e-5),
+            (336, 3e-5),
+        ];
+        for style in [
+            WsdDecayStyle::Linear,
+            WsdDecayStyle::Cosine,
+            WsdDecayStyle::Exponential,
+            WsdDecayStyle::MinusSqrt,
+        ] {
             check(&with(style), &flat);
         }
-        check(&with(WsdDecayStyle::Linear), &[(272, 0.000165), (304, 7.5e-05)]);
-        check(&with(WsdDecayStyle::Cosine), &[(272, 0.000165), (304, 4.808657048910077e-05)]);
-        check(&with(WsdDecayStyle::Exponential), &[(272, 0.00014183766184073566), (304, 6.306475304353071e-05)]);
-        check(&with(WsdDecayStyle::MinusSqrt), &[(272, 0.00010908116907963214), (304, 5.352484912267523e-05)]);
+        check(
+            &with(WsdDecayStyle::Linear),
+            &[(272, 0.000165), (304, 7.5e-05)],
+        );
+        check(
+            &with(WsdDecayStyle::Cosine),
+            &[(272, 0.000165), (304, 4.808657048910077e-05)],
+        );
+        check(
+            &with(WsdDecayStyle::Exponential),
+            &[(272, 0.00014183766184073566), (304, 6.306475304353071e-05)],
+        );
+        check(
+            &with(WsdDecayStyle::MinusSqrt),
+            &[(272, 0.00010908116907963214), (304, 5.352484912267523e-05)],
+        );
     }
 
     #[test]
     fn without_warmup_the_first_step_runs_at_the_peak() {
-        for style in [LrDecayStyle::Constant, LrDecayStyle::Linear, LrDecayStyle::Cosine, LrDecayStyle::Wsd] {
-            assert_eq!(LrSchedule { warmup_samples: 0.0, ..schedule(style) }.lr(0), 3e-4, "{style}");
+        for style in [
+            LrDecayStyle::Constant,
+            LrDecayStyle::Linear,
+            LrDecayStyle::Cosine,
+            LrDecayStyle::Wsd,
+        ] {
+            assert_eq!(
+                LrSchedule {
+                    warmup_samples: 0.0,
+                    ..schedule(style)
+                }
+                .lr(0),
+                3e-4,
+                "{style}"
+            );
         }
     }
 
     #[test]
     fn weight_decay_matches_megatron() {
-        let with = |style| WeightDecaySchedule { start: 0.01, end: 0.1, incr_samples: 320, style };
+        let with = |style| WeightDecaySchedule {
+            start: 0.01,
+            end: 0.1,
+            incr_samples: 320,
+            style,
+        };
         let check = |style, expected: &[(u64, f64)]| {
             for &(samples, value) in expected {
                 let got = with(style).weight_decay(samples);
-                assert!((got - value).abs() < 1e-15, "{style} after {samples}: {got}, expected {value}");
+                assert!(
+                    (got - value).abs() < 1e-15,
+                    "{style} after {samples}: {got}, expected {value}"
+                );
             }
         };
-        check(WeightDecayIncrStyle::Linear, &[(0, 0.01), (16, 0.0145), (160, 0.055), (304, 0.0955), (336, 0.1)]);
+        check(
+            WeightDecayIncrStyle::Linear,
+            &[
+                (0, 0.01),
+                (16, 0.0145),
+                (160, 0.055),
+                (304, 0.0955),
+                (336, 0.1),
+            ],
+        );
         check(
             WeightDecayIncrStyle::Cosine,
-            &[(16, 0.010554024673218806), (80, 0.023180194846605363), (272, 0.09509529358847656), (320, 0.1)],
+            &[
+                (16, 0.010554024673218806),
+                (80, 0.023180194846605363),
+                (272, 0.09509529358847656),
+                (320, 0.1),
+            ],
         );
         assert_eq!(WeightDecaySchedule::constant(0.1).weight_decay(0), 0.1);
     }

@@ -55,22 +55,35 @@ pub struct PretrainOutcome<B: Ops> {
 /// # Errors
 /// If the configuration asks for what the platform lacks, something it names cannot be read, or the run fails (see
 /// [`Trainer::run`]).
-pub fn pretrain<B: Ops>(config: &ResolvedConfig, context: PretrainContext<'_, B>) -> Result<PretrainOutcome<B>> {
+pub fn pretrain<B: Ops>(
+    config: &ResolvedConfig,
+    context: PretrainContext<'_, B>,
+) -> Result<PretrainOutcome<B>> {
     context.platform.check(config)?;
     let tokenizer = load_tokenizer(config, context.hf_folder)?;
     let data = load_training_data(config, &tokenizer)?;
-    let train = data.get(Split::Train).cloned().ok_or_else(|| Error::Setting {
-        key: "data.split",
-        problem: format!("\"{}\" leaves no documents for training", config.data.split),
-    })?;
+    let train = data
+        .get(Split::Train)
+        .cloned()
+        .ok_or_else(|| Error::Setting {
+            key: "data.split",
+            problem: format!("\"{}\" leaves no documents for training", config.data.split),
+        })?;
     let store = checkpoint_store(config, &tokenizer)?;
     let resuming = store.has_checkpoint()?;
     let model = build_model::<B>(config, &context, resuming)?;
 
-    let reports = PathBuf::from(config.logging.dir.as_deref().unwrap_or(&config.checkpoint.dir));
+    let reports = PathBuf::from(
+        config
+            .logging
+            .dir
+            .as_deref()
+            .unwrap_or(&config.checkpoint.dir),
+    );
     let mut callbacks = Callbacks::new();
     if config.logging.jsonl || config.logging.tensorboard || config.logging.plot {
-        std::fs::create_dir_all(&reports).map_err(|source| Error::io("create folder", &reports, source))?;
+        std::fs::create_dir_all(&reports)
+            .map_err(|source| Error::io("create folder", &reports, source))?;
     }
     if config.logging.jsonl {
         callbacks.push(JsonLines::new(&reports));
@@ -92,7 +105,11 @@ pub fn pretrain<B: Ops>(config: &ResolvedConfig, context: PretrainContext<'_, B>
     }
     let summary = trainer.run()?;
     drop(callbacks);
-    Ok(PretrainOutcome { summary, model, tokenizer })
+    Ok(PretrainOutcome {
+        summary,
+        model,
+        tokenizer,
+    })
 }
 
 fn build_model<B: Ops>(
@@ -106,8 +123,15 @@ fn build_model<B: Ops>(
         _ if resuming => Decoder::build(decoder, &mut ZeroSource, &context.device)?,
         Some(pretrained) => load_pretrained(config, context, pretrained)?,
         None => {
-            let init = Init { seed: config.train.seed, ..Init::default() };
-            Decoder::build(decoder.clone(), &mut RandomInit::new(&init, &decoder), &context.device)?
+            let init = Init {
+                seed: config.train.seed,
+                ..Init::default()
+            };
+            Decoder::build(
+                decoder.clone(),
+                &mut RandomInit::new(&init, &decoder),
+                &context.device,
+            )?
         }
     };
     if context.platform.precision(config.precision.mode) == PrecisionMode::Bf16Mixed {
@@ -124,7 +148,10 @@ fn load_pretrained<B: Ops>(
     context: &PretrainContext<'_, B>,
     pretrained: &str,
 ) -> Result<Decoder<B>> {
-    let setting = |problem| Error::Setting { key: "checkpoint.pretrained", problem };
+    let setting = |problem| Error::Setting {
+        key: "checkpoint.pretrained",
+        problem,
+    };
     let decoder = config.model.decoder.clone();
     // A source may hold more than the model asks for, and then silently give a part of another model.
     let same_weights = |found: &[CanonicalTensor], place: &Path| {
@@ -143,17 +170,26 @@ fn load_pretrained<B: Ops>(
         let (bridge, _, found) = native_config(&checkpoint, context.registry)?;
         same_weights(&bridge.tensors(&found), checkpoint.dir())?;
         let mut source = NativeWeights::new(&checkpoint, DtypePolicy::Float32);
-        return Ok(Decoder::build(decoder.clone(), &mut source, &context.device)?);
+        return Ok(Decoder::build(
+            decoder.clone(),
+            &mut source,
+            &context.device,
+        )?);
     }
     let dir = (context.hf_folder)(pretrained).map_err(setting)?;
     let model = HfModel::open(&dir, context.registry, &LayoutSpec::default())?;
     same_weights(&model.bridge().tensors(model.config()), &dir)?;
     // The arithmetic is the configuration's, which may differ, in the rotary scaling for example.
-    Ok(Decoder::build(decoder.clone(), &mut HfWeights::new(&model, DtypePolicy::Float32), &context.device)?)
+    Ok(Decoder::build(
+        decoder.clone(),
+        &mut HfWeights::new(&model, DtypePolicy::Float32),
+        &context.device,
+    )?)
 }
 
 fn checkpoint_store(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Result<CheckpointStore> {
-    let description = serde_json::to_value(&config.model.decoder).expect("a model's config is plain data");
+    let description =
+        serde_json::to_value(&config.model.decoder).expect("a model's config is plain data");
     let mut store = CheckpointStore::new(&config.checkpoint.dir, description)
         .keep(config.checkpoint.most_recent_k)
         .save_optim(config.checkpoint.save_optim)
@@ -173,14 +209,20 @@ fn hf_config_json(config: &ResolvedConfig) -> Result<Vec<u8>> {
         return Ok(model.hf_config.raw().to_vec());
     }
     let json = model.bridge.hf_config(&model.decoder)?;
-    Ok(HfConfig::from_json(json, "the model's config.json").raw().to_vec())
+    Ok(HfConfig::from_json(json, "the model's config.json")
+        .raw()
+        .to_vec())
 }
 
 /// The tokenizer as Hugging Face files; none for one that has no such form.
 fn tokenizer_files(tokenizer: &Tokenizer) -> Result<Vec<(String, Vec<u8>)>> {
     let read = |path: PathBuf| {
         let bytes = std::fs::read(&path).map_err(|source| Error::io("read", &path, source))?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         Ok((name, bytes))
     };
     let sources = tokenizer.source_files();
@@ -190,11 +232,19 @@ fn tokenizer_files(tokenizer: &Tokenizer) -> Result<Vec<(String, Vec<u8>)>> {
     if tokenizer.kind() == bridge_tokenizers::TokenizerKind::Null {
         return Ok(Vec::new());
     }
-    let dir = tempfile::tempdir().map_err(|source| Error::io("create folder", std::env::temp_dir(), source))?;
+    let dir = tempfile::tempdir()
+        .map_err(|source| Error::io("create folder", std::env::temp_dir(), source))?;
     tokenizer.save(dir.path())?;
-    let entries = std::fs::read_dir(dir.path()).map_err(|source| Error::io("read folder", dir.path(), source))?;
+    let entries = std::fs::read_dir(dir.path())
+        .map_err(|source| Error::io("read folder", dir.path(), source))?;
     let mut files = entries
-        .map(|entry| read(entry.map_err(|source| Error::io("read folder", dir.path(), source))?.path()))
+        .map(|entry| {
+            read(
+                entry
+                    .map_err(|source| Error::io("read folder", dir.path(), source))?
+                    .path(),
+            )
+        })
         .collect::<Result<Vec<_>>>()?;
     files.sort();
     Ok(files)

@@ -28,7 +28,11 @@ impl StopFlag {
         let stop = Self::new();
         for signal in [SIGINT, SIGTERM] {
             // Handlers run in this order, so the check sees the flag as an earlier signal left it.
-            flag::register_conditional_shutdown(signal, INTERRUPTED_EXIT_CODE, Arc::clone(&stop.0))?;
+            flag::register_conditional_shutdown(
+                signal,
+                INTERRUPTED_EXIT_CODE,
+                Arc::clone(&stop.0),
+            )?;
             flag::register(signal, Arc::clone(&stop.0))?;
         }
         Ok(stop)

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bridge_data::{
-    BlendSpec, GptOptions, IndexedDataset, MemoryTokens, MockGptDataset, SplitWeights, Splits, TokenSource, corpus,
-    gpt_splits,
+    BlendSpec, GptOptions, IndexedDataset, MemoryTokens, MockGptDataset, SplitWeights, Splits,
+    TokenSource, corpus, gpt_splits,
 };
 use bridge_tokenizers::Tokenizer;
 
@@ -24,9 +24,10 @@ pub fn load_tokenizer(
     let tokenizer = match config.tokenizer.kind {
         TokenizerKind::HuggingFace => {
             let dir = match (&config.tokenizer.path, &config.model.hf_dir) {
-                (Some(path), _) => {
-                    hf_folder(path).map_err(|problem| Error::Setting { key: "tokenizer.path", problem })?
-                }
+                (Some(path), _) => hf_folder(path).map_err(|problem| Error::Setting {
+                    key: "tokenizer.path",
+                    problem,
+                })?,
                 (None, Some(dir)) => dir.clone(),
                 (None, None) => unreachable!("resolve() asks for tokenizer.path without model.hf"),
             };
@@ -35,7 +36,13 @@ pub fn load_tokenizer(
         TokenizerKind::Bytes => Tokenizer::bytes(),
         TokenizerKind::Bpe => {
             let texts = load_texts(config)?;
-            Tokenizer::train_bpe(texts.iter().flat_map(|(_, texts)| texts).map(String::as_str), vocab_size)?
+            Tokenizer::train_bpe(
+                texts
+                    .iter()
+                    .flat_map(|(_, texts)| texts)
+                    .map(String::as_str),
+                vocab_size,
+            )?
         }
         // One id is the end of a document.
         TokenizerKind::Null => Tokenizer::null(u32::try_from(vocab_size - 1).unwrap_or(u32::MAX))?,
@@ -59,24 +66,38 @@ pub fn load_training_data(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Res
     let seed = data.seed.unwrap_or(config.train.seed);
     let sources: Vec<(Option<f64>, Arc<dyn TokenSource>)> = match data.source {
         DataSource::Mock => {
-            let mock = |seed| MockGptDataset::new(data.seq_length, config.model.decoder.vocab_size, seed);
+            let mock =
+                |seed| MockGptDataset::new(data.seq_length, config.model.decoder.vocab_size, seed);
             // Another seed gives another language, so held-out samples come from the same one, further on.
             return Ok(Splits::new(Some(Arc::new(mock(seed)?)), None, None));
         }
         DataSource::Indexed => BlendSpec::parse(&data.data_path)?
             .entries
             .into_iter()
-            .map(|(weight, prefix)| Ok((weight, Arc::new(IndexedDataset::open(prefix)?) as Arc<dyn TokenSource>)))
+            .map(|(weight, prefix)| {
+                Ok((
+                    weight,
+                    Arc::new(IndexedDataset::open(prefix)?) as Arc<dyn TokenSource>,
+                ))
+            })
             .collect::<Result<_>>()?,
         DataSource::Corpus | DataSource::Text => {
             let weights = match data.source {
-                DataSource::Text => BlendSpec::parse(&data.data_path)?.entries.into_iter().map(|e| e.0).collect(),
+                DataSource::Text => BlendSpec::parse(&data.data_path)?
+                    .entries
+                    .into_iter()
+                    .map(|e| e.0)
+                    .collect(),
                 _ => vec![None],
             };
-            let tokenized = load_texts(config)?.into_iter().zip(weights).map(|((name, texts), weight)| {
-                let tokens = MemoryTokens::tokenize(name, texts, tokenizer)?;
-                Ok((weight, Arc::new(tokens) as Arc<dyn TokenSource>))
-            });
+            let tokenized =
+                load_texts(config)?
+                    .into_iter()
+                    .zip(weights)
+                    .map(|((name, texts), weight)| {
+                        let tokens = MemoryTokens::tokenize(name, texts, tokenizer)?;
+                        Ok((weight, Arc::new(tokens) as Arc<dyn TokenSource>))
+                    });
             tokenized.collect::<Result<_>>()?
         }
     };
@@ -88,35 +109,67 @@ pub fn load_training_data(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Res
         eod_mask_loss: data.eod_mask_loss,
         ..GptOptions::new(data.seq_length, seed)
     };
-    Ok(gpt_splits(&sources, &data.split.parse::<SplitWeights>()?, &options)?)
+    Ok(gpt_splits(
+        &sources,
+        &data.split.parse::<SplitWeights>()?,
+        &options,
+    )?)
 }
 
 /// The documents of each source of text, with its name.
 fn load_texts(config: &ResolvedConfig) -> Result<Vec<(String, Vec<String>)>> {
     if config.data.source == DataSource::Corpus {
-        return Ok(vec![(corpus::NAME.to_owned(), corpus::documents().map(str::to_owned).collect())]);
+        return Ok(vec![(
+            corpus::NAME.to_owned(),
+            corpus::documents().map(str::to_owned).collect(),
+        )]);
     }
-    let paths = BlendSpec::parse(&config.data.data_path)?.entries.into_iter().map(|(_, path)| path);
-    paths.map(|path| Ok((path.clone(), read_documents(Path::new(&path), &config.data.json_key)?))).collect()
+    let paths = BlendSpec::parse(&config.data.data_path)?
+        .entries
+        .into_iter()
+        .map(|(_, path)| path);
+    paths
+        .map(|path| {
+            Ok((
+                path.clone(),
+                read_documents(Path::new(&path), &config.data.json_key)?,
+            ))
+        })
+        .collect()
 }
 
 /// The documents of a file: the texts under `json_key` of a `.jsonl`, `.ndjson` or `.json` file with one object a line;
 /// any other file is one document. All in memory: large data belongs into an indexed dataset.
 fn read_documents(path: &Path, json_key: &str) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::io("read", path, source))?;
-    if !path.extension().is_some_and(|ending| ["jsonl", "ndjson", "json"].iter().any(|known| ending == *known)) {
+    if !path.extension().is_some_and(|ending| {
+        ["jsonl", "ndjson", "json"]
+            .iter()
+            .any(|known| ending == *known)
+    }) {
         return Ok(vec![text]);
     }
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let lines = text
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| !line.trim().is_empty());
     lines
         .map(|(number, line)| {
             let bad = |problem: String| Error::Setting {
                 key: "data.data_path",
                 problem: format!("{} line {}: {problem}", path.display(), number + 1),
             };
-            let json: serde_json::Value = serde_json::from_str(line).map_err(|e| bad(format!("not JSON: {e}")))?;
-            let text = json.get(json_key).and_then(|text| text.as_str()).map(str::to_owned);
-            text.ok_or_else(|| bad(format!("no text under the key \"{json_key}\" (data.json_key)")))
+            let json: serde_json::Value =
+                serde_json::from_str(line).map_err(|e| bad(format!("not JSON: {e}")))?;
+            let text = json
+                .get(json_key)
+                .and_then(|text| text.as_str())
+                .map(str::to_owned);
+            text.ok_or_else(|| {
+                bad(format!(
+                    "no text under the key \"{json_key}\" (data.json_key)"
+                ))
+            })
         })
         .collect()
 }

@@ -33,7 +33,13 @@ pub fn accumulate_gradients<B: Ops>(
     let valid_tokens: usize = micro_batches.iter().map(Batch::loss_tokens).sum();
     let loss_scale = 1.0 / valid_tokens.max(1) as f64;
     token_loss::<B>(micro_batches, |batch| {
-        forward_backward(model, &context(batch, device), &batch.labels, loss_scale, recompute)
+        forward_backward(
+            model,
+            &context(batch, device),
+            &batch.labels,
+            loss_scale,
+            recompute,
+        )
     })
 }
 
@@ -51,10 +57,24 @@ pub fn evaluate<B: Ops>(
 fn token_loss<B: Ops>(micro_batches: &[Batch], run: impl FnMut(&Batch) -> Float<B>) -> TokenLoss {
     let losses: Vec<Float<B>> = micro_batches.iter().map(run).collect();
     // Read back after all the work is queued, so that a device never waits for the host between micro-batches.
-    let sum: f64 = losses.into_iter().flat_map(to_f32_vec::<B>).map(f64::from).sum();
-    let tokens = micro_batches.iter().map(|batch| batch.tokens.len() as u64).sum();
-    let valid_tokens = micro_batches.iter().map(|batch| batch.loss_tokens() as u64).sum();
-    TokenLoss { mean: sum / u64::max(valid_tokens, 1) as f64, tokens, valid_tokens }
+    let sum: f64 = losses
+        .into_iter()
+        .flat_map(to_f32_vec::<B>)
+        .map(f64::from)
+        .sum();
+    let tokens = micro_batches
+        .iter()
+        .map(|batch| batch.tokens.len() as u64)
+        .sum();
+    let valid_tokens = micro_batches
+        .iter()
+        .map(|batch| batch.loss_tokens() as u64)
+        .sum();
+    TokenLoss {
+        mean: sum / u64::max(valid_tokens, 1) as f64,
+        tokens,
+        valid_tokens,
+    }
 }
 
 /// The numbers of one step.
@@ -96,13 +116,25 @@ pub fn train_step<B: Ops>(
     let grad_norm = grad_norm(&params);
     let non_finite = describe_non_finite(&loss, grad_norm, || non_finite_gradients(&params, 3));
     if non_finite.is_none() {
-        optimizer.step(options.lr, options.weight_decay, clip_coefficient(grad_norm, options.clip_grad));
+        optimizer.step(
+            options.lr,
+            options.weight_decay,
+            clip_coefficient(grad_norm, options.clip_grad),
+        );
     }
     optimizer.clear_grads();
-    StepOutcome { loss, grad_norm, non_finite }
+    StepOutcome {
+        loss,
+        grad_norm,
+        non_finite,
+    }
 }
 
-fn describe_non_finite(loss: &TokenLoss, grad_norm: f64, names: impl FnOnce() -> Vec<String>) -> Option<String> {
+fn describe_non_finite(
+    loss: &TokenLoss,
+    grad_norm: f64,
+    names: impl FnOnce() -> Vec<String>,
+) -> Option<String> {
     if !loss.mean.is_finite() {
         return Some(format!("the loss is {}", loss.mean));
     }
@@ -113,7 +145,10 @@ fn describe_non_finite(loss: &TokenLoss, grad_norm: f64, names: impl FnOnce() ->
     Some(match names.as_slice() {
         // Every element is finite; only the sum of squares is not.
         [] => "the gradient is too large for its norm to be a number".to_owned(),
-        names => format!("the gradient norm is {grad_norm}, with a NaN or infinity in the gradient of {}", names.join(", ")),
+        names => format!(
+            "the gradient norm is {grad_norm}, with a NaN or infinity in the gradient of {}",
+            names.join(", ")
+        ),
     })
 }
 
@@ -129,7 +164,12 @@ pub struct NonFiniteGuard {
 impl NonFiniteGuard {
     /// A guard that has seen nothing.
     pub fn new(policy: NonFinitePolicy, max_in_a_row: u64) -> Self {
-        Self { policy, max_in_a_row, in_a_row: 0, total: 0 }
+        Self {
+            policy,
+            max_in_a_row,
+            in_a_row: 0,
+            total: 0,
+        }
     }
 
     /// Takes note of a step; `false` means that the run must stop.

@@ -97,8 +97,14 @@ impl From<&ResolvedConfig> for TrainerOptions {
             eval_interval: config.eval.eval_interval,
             eval_iters: config.eval.eval_iters,
             save_interval: config.checkpoint.save_interval,
-            exit_duration: config.train.exit_duration_in_mins.map(|m| Duration::from_secs_f64(m * 60.0)),
-            flops_per_token: Some(crate::flops::train_flops_per_token(decoder, config.data.seq_length)),
+            exit_duration: config
+                .train
+                .exit_duration_in_mins
+                .map(|m| Duration::from_secs_f64(m * 60.0)),
+            flops_per_token: Some(crate::flops::train_flops_per_token(
+                decoder,
+                config.data.seq_length,
+            )),
         }
     }
 }
@@ -242,14 +248,18 @@ impl<'a, B: Ops> Trainer<'a, B> {
         self.state.data_fingerprint = Some(self.train.fingerprint().to_string());
         let loader = self.start_loader()?;
         if self.options.eval_interval > 0 && self.valid.is_none() {
-            self.notes.push("there is no validation data, so nothing is evaluated".to_owned());
+            self.notes
+                .push("there is no validation data, so nothing is evaluated".to_owned());
         }
         let info = self.run_info();
         self.tell(|callback| callback.on_train_start(&info))?;
         let mut running = Running {
             started: Instant::now(),
             loader,
-            guard: NonFiniteGuard::new(self.options.on_non_finite, self.options.max_skipped_in_a_row),
+            guard: NonFiniteGuard::new(
+                self.options.on_non_finite,
+                self.options.max_skipped_in_a_row,
+            ),
             tokens: 0,
             step_time: Duration::ZERO,
             last_loss: None,
@@ -278,9 +288,15 @@ impl<'a, B: Ops> Trainer<'a, B> {
     }
 
     fn compare_data(&mut self) {
-        let (saved, here) = (self.state.data_fingerprint.as_deref(), self.train.fingerprint().to_string());
+        let (saved, here) = (
+            self.state.data_fingerprint.as_deref(),
+            self.train.fingerprint().to_string(),
+        );
         if saved.is_some_and(|saved| saved != here) {
-            self.notes.push("the training data is not that of the checkpoint; going on with the new data".to_owned());
+            self.notes.push(
+                "the training data is not that of the checkpoint; going on with the new data"
+                    .to_owned(),
+            );
         }
     }
 
@@ -289,14 +305,24 @@ impl<'a, B: Ops> Trainer<'a, B> {
         let sampler = GlobalBatchSampler::new(self.options.micro_batch_size, 1, 0)?;
         let global_batch_size = self.options.global_batch_size;
         let dataset = Arc::clone(&self.train);
-        Ok(Loader::start(dataset, sampler, self.state.consumed_samples, move |_| global_batch_size)?)
+        Ok(Loader::start(
+            dataset,
+            sampler,
+            self.state.consumed_samples,
+            move |_| global_batch_size,
+        )?)
     }
 
     fn run_info(&self) -> RunInfo {
         RunInfo {
             first_iteration: self.state.iteration,
             train_iters: self.options.train_iters,
-            num_parameters: self.optimizer.states().iter().map(|state| state.param.numel() as u64).sum(),
+            num_parameters: self
+                .optimizer
+                .states()
+                .iter()
+                .map(|state| state.param.numel() as u64)
+                .sum(),
             notes: self.notes.clone(),
             tokens_per_step: (self.options.global_batch_size * self.train.seq_length()) as u64,
         }
@@ -306,7 +332,8 @@ impl<'a, B: Ops> Trainer<'a, B> {
         if self.state.iteration >= self.options.train_iters {
             return Ok(StopReason::AlreadyFinished);
         }
-        let is_due = |interval: u64, iteration: u64| interval > 0 && iteration.is_multiple_of(interval);
+        let is_due =
+            |interval: u64, iteration: u64| interval > 0 && iteration.is_multiple_of(interval);
         while self.state.iteration < self.options.train_iters {
             self.step(running)?;
             let iteration = self.state.iteration;
@@ -322,7 +349,11 @@ impl<'a, B: Ops> Trainer<'a, B> {
             if self.stop.is_raised() {
                 return Ok(StopReason::Interrupted);
             }
-            if self.options.exit_duration.is_some_and(|limit| running.started.elapsed() >= limit) {
+            if self
+                .options
+                .exit_duration
+                .is_some_and(|limit| running.started.elapsed() >= limit)
+            {
                 return Ok(StopReason::TimeUp);
             }
         }
@@ -340,7 +371,13 @@ impl<'a, B: Ops> Trainer<'a, B> {
             clip_grad: options.clip_grad,
             recompute: options.recompute,
         };
-        let outcome = train_step(self.model, &mut self.optimizer, &micro_batches, &self.device, &step);
+        let outcome = train_step(
+            self.model,
+            &mut self.optimizer,
+            &micro_batches,
+            &self.device,
+            &step,
+        );
         let elapsed = started.elapsed();
         if !running.guard.allows(&outcome) {
             let what = outcome.non_finite.unwrap_or_default();
@@ -361,9 +398,9 @@ impl<'a, B: Ops> Trainer<'a, B> {
             tokens: outcome.loss.tokens,
             valid_tokens: outcome.loss.valid_tokens,
             elapsed,
-            tflops_per_s: options
-                .flops_per_token
-                .map(|flops| flops * outcome.loss.tokens as f64 / elapsed.as_secs_f64().max(1e-9) / 1e12),
+            tflops_per_s: options.flops_per_token.map(|flops| {
+                flops * outcome.loss.tokens as f64 / elapsed.as_secs_f64().max(1e-9) / 1e12
+            }),
             skipped: outcome.non_finite.is_some(),
         };
         self.tell(|callback| callback.on_step_end(&report))
@@ -372,18 +409,27 @@ impl<'a, B: Ops> Trainer<'a, B> {
     /// Evaluates, unless this very state was evaluated before or there is nothing to evaluate on.
     fn evaluate(&mut self, running: &mut Running) -> Result<()> {
         let iteration = self.state.iteration;
-        let Some(valid) = self.valid.clone() else { return Ok(()) };
+        let Some(valid) = self.valid.clone() else {
+            return Ok(());
+        };
         if running.last_eval.is_some_and(|(at, _)| at == iteration) {
             return Ok(());
         }
         let started = Instant::now();
-        let (micro, global) = (self.options.micro_batch_size as u64, self.options.global_batch_size as u64);
+        let (micro, global) = (
+            self.options.micro_batch_size as u64,
+            self.options.global_batch_size as u64,
+        );
         // Once through the held-out data is all it can tell.
         let samples = (self.options.eval_iters * global).min(valid.samples_per_epoch());
         let (mut sum, mut valid_tokens) = (0.0, 0);
         for start in (0..samples).step_by(micro as usize) {
             let indices: Vec<u64> = (start..samples.min(start + micro)).collect();
-            let loss = evaluate(self.model, &[Batch::load(valid.as_ref(), &indices)?], &self.device);
+            let loss = evaluate(
+                self.model,
+                &[Batch::load(valid.as_ref(), &indices)?],
+                &self.device,
+            );
             sum += loss.mean * loss.valid_tokens as f64;
             valid_tokens += loss.valid_tokens;
             if self.stop.is_raised() {
@@ -393,7 +439,12 @@ impl<'a, B: Ops> Trainer<'a, B> {
         }
         let loss = sum / u64::max(valid_tokens, 1) as f64;
         running.last_eval = Some((iteration, loss));
-        let report = EvalReport { iteration, loss, valid_tokens, elapsed: started.elapsed() };
+        let report = EvalReport {
+            iteration,
+            loss,
+            valid_tokens,
+            elapsed: started.elapsed(),
+        };
         self.tell(|callback| callback.on_eval(&report))
     }
 
@@ -403,11 +454,19 @@ impl<'a, B: Ops> Trainer<'a, B> {
         if running.last_save == Some(iteration) {
             return Ok(());
         }
-        let Some(store) = &self.store else { return Ok(()) };
+        let Some(store) = &self.store else {
+            return Ok(());
+        };
         let started = Instant::now();
-        let Some(path) = store.save(&self.state, &self.model.params(), &self.optimizer)? else { return Ok(()) };
+        let Some(path) = store.save(&self.state, &self.model.params(), &self.optimizer)? else {
+            return Ok(());
+        };
         running.last_save = Some(iteration);
-        let report = SaveReport { iteration, path: &path, elapsed: started.elapsed() };
+        let report = SaveReport {
+            iteration,
+            path: &path,
+            elapsed: started.elapsed(),
+        };
         self.tell(|callback| callback.on_checkpoint_save(&report))
     }
 

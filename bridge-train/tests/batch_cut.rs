@@ -16,9 +16,19 @@ fn any_cut_gives_the_same_loss_and_gradients() {
     let run = |micro_batch_size: usize| {
         let model = fresh_model(&config, 5);
         let cut = batches(data.as_ref(), samples, micro_batch_size);
-        let loss = accumulate_gradients(&model, &cut, &Default::default(), RecomputeGranularity::None);
+        let loss = accumulate_gradients(
+            &model,
+            &cut,
+            &Default::default(),
+            RecomputeGranularity::None,
+        );
         let evaluated = evaluate(&model, &cut, &Default::default());
-        assert!((evaluated.mean - loss.mean).abs() < 1e-6, "{} and {}", evaluated.mean, loss.mean);
+        assert!(
+            (evaluated.mean - loss.mean).abs() < 1e-6,
+            "{} and {}",
+            evaluated.mean,
+            loss.mean
+        );
         (loss, gradients(&model))
     };
     let (whole, expected) = run(samples as usize);
@@ -26,12 +36,26 @@ fn any_cut_gives_the_same_loss_and_gradients() {
     // 5 and 7 leave a smaller last micro-batch.
     for micro_batch_size in [1, 2, 3, 4, 5, 6, 7] {
         let (loss, found) = run(micro_batch_size);
-        assert_eq!((loss.tokens, loss.valid_tokens), (whole.tokens, whole.valid_tokens));
-        assert!((loss.mean - whole.mean).abs() < 1e-6, "cut by {micro_batch_size}: {} and {}", loss.mean, whole.mean);
+        assert_eq!(
+            (loss.tokens, loss.valid_tokens),
+            (whole.tokens, whole.valid_tokens)
+        );
+        assert!(
+            (loss.mean - whole.mean).abs() < 1e-6,
+            "cut by {micro_batch_size}: {} and {}",
+            loss.mean,
+            whole.mean
+        );
         for ((name, found), (_, expected)) in found.iter().zip(&expected) {
             let largest = expected.iter().fold(0.0f32, |m, g| m.max(g.abs()));
-            let error = found.iter().zip(expected).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
-            assert!(error <= REORDERED_SUM * largest.max(1e-3), "cut by {micro_batch_size}, {name}: {error} of {largest}");
+            let error = found
+                .iter()
+                .zip(expected)
+                .fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+            assert!(
+                error <= REORDERED_SUM * largest.max(1e-3),
+                "cut by {micro_batch_size}, {name}: {error} of {largest}"
+            );
         }
     }
 }
@@ -53,5 +77,8 @@ fn recomputing_layers_gives_the_same_bits() {
         let loss = accumulate_gradients(&model, &cut, &Default::default(), recompute);
         (loss, gradients(&model))
     };
-    assert_eq!(run(RecomputeGranularity::None), run(RecomputeGranularity::Full));
+    assert_eq!(
+        run(RecomputeGranularity::None),
+        run(RecomputeGranularity::Full)
+    );
 }

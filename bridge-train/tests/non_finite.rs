@@ -12,14 +12,25 @@ use burn::backend::Flex;
 use support::{Model, Recorder, fresh_model, patchy, tiny, weights};
 
 fn options(on_non_finite: NonFinitePolicy) -> TrainerOptions {
-    TrainerOptions { on_non_finite, max_skipped_in_a_row: 2, ..TrainerOptions::new(2, 6, LrSchedule::constant(1e-3)) }
+    TrainerOptions {
+        on_non_finite,
+        max_skipped_in_a_row: 2,
+        ..TrainerOptions::new(2, 6, LrSchedule::constant(1e-3))
+    }
 }
 
 fn set_first(model: &Model, name: &str, value: f32) {
-    let param = SegmentedModel::params(model).into_iter().find(|p| p.name() == name).unwrap();
+    let param = SegmentedModel::params(model)
+        .into_iter()
+        .find(|p| p.name() == name)
+        .unwrap();
     let mut values = to_f32_vec::<Flex>(param.value());
     values[0] = value;
-    param.set_value(float_from_f32::<Flex>(&values, &param.shape(), &Default::default()));
+    param.set_value(float_from_f32::<Flex>(
+        &values,
+        &param.shape(),
+        &Default::default(),
+    ));
 }
 
 #[test]
@@ -27,12 +38,20 @@ fn by_default_the_run_stops_and_says_where() {
     let model = fresh_model(&tiny(), 1);
     set_first(&model, "final_norm.weight", f32::NAN);
     let before = weights(&model);
-    let error = Trainer::new(&model, patchy(), &Default::default(), options(NonFinitePolicy::Stop))
-        .unwrap()
-        .run()
-        .unwrap_err();
+    let error = Trainer::new(
+        &model,
+        patchy(),
+        &Default::default(),
+        options(NonFinitePolicy::Stop),
+    )
+    .unwrap()
+    .run()
+    .unwrap_err();
     assert!(matches!(&error, Error::NonFinite { iteration: 1, .. }) && !error.is_input());
-    assert!(error.to_string().contains("step 1: the loss is NaN"), "{error}");
+    assert!(
+        error.to_string().contains("step 1: the loss is NaN"),
+        "{error}"
+    );
     assert_eq!(weights(&model), before);
 }
 
@@ -52,13 +71,27 @@ fn skipping_passes_over_bad_steps_and_counts_them() {
     }
     let model = fresh_model(&tiny(), 1);
     let mut callback = Breaker(&model, 1.0, Recorder::default());
-    let summary = Trainer::new(&model, patchy(), &Default::default(), options(NonFinitePolicy::Skip))
-        .unwrap()
-        .with_callback(&mut callback)
-        .run()
-        .unwrap();
-    let skipped: Vec<u64> = callback.2.steps.iter().filter(|s| s.skipped).map(|s| s.iteration).collect();
-    assert_eq!((summary.iteration, summary.skipped_steps, skipped), (6, 2, vec![3, 4]));
+    let summary = Trainer::new(
+        &model,
+        patchy(),
+        &Default::default(),
+        options(NonFinitePolicy::Skip),
+    )
+    .unwrap()
+    .with_callback(&mut callback)
+    .run()
+    .unwrap();
+    let skipped: Vec<u64> = callback
+        .2
+        .steps
+        .iter()
+        .filter(|s| s.skipped)
+        .map(|s| s.iteration)
+        .collect();
+    assert_eq!(
+        (summary.iteration, summary.skipped_steps, skipped),
+        (6, 2, vec![3, 4])
+    );
 }
 
 #[test]
@@ -66,9 +99,17 @@ fn too_many_bad_steps_in_a_row_stop_the_run() {
     let model = fresh_model(&tiny(), 1);
     set_first(&model, "embedding.weight", f32::NAN);
     set_first(&model, "final_norm.weight", f32::NAN);
-    let error = Trainer::new(&model, patchy(), &Default::default(), options(NonFinitePolicy::Skip))
-        .unwrap()
-        .run()
-        .unwrap_err();
-    assert!(matches!(error, Error::NonFinite { iteration: 3, .. }), "{error}");
+    let error = Trainer::new(
+        &model,
+        patchy(),
+        &Default::default(),
+        options(NonFinitePolicy::Skip),
+    )
+    .unwrap()
+    .run()
+    .unwrap_err();
+    assert!(
+        matches!(error, Error::NonFinite { iteration: 3, .. }),
+        "{error}"
+    );
 }

@@ -15,7 +15,10 @@ use support::{Model, Recorder, cosine, fresh_model, patchy, tiny, weights};
 const STEPS: u64 = 20;
 
 fn options() -> TrainerOptions {
-    TrainerOptions { micro_batch_size: 2, ..TrainerOptions::new(4, STEPS, cosine(4 * STEPS)) }
+    TrainerOptions {
+        micro_batch_size: 2,
+        ..TrainerOptions::new(4, STEPS, cosine(4 * STEPS))
+    }
 }
 
 fn store(dir: &Path) -> CheckpointStore {
@@ -23,7 +26,12 @@ fn store(dir: &Path) -> CheckpointStore {
 }
 
 /// Runs on `model` with the checkpoints of `dir`, raising the stop flag after `stop_after` steps.
-fn run(model: &Model, dir: &Path, options: TrainerOptions, stop_after: u64) -> (Summary, Vec<StepReport>) {
+fn run(
+    model: &Model,
+    dir: &Path,
+    options: TrainerOptions,
+    stop_after: u64,
+) -> (Summary, Vec<StepReport>) {
     struct StopAfter<'a>(u64, StopFlag, &'a mut Recorder);
     impl Callback for StopAfter<'_> {
         fn on_step_end(&mut self, step: &StepReport) -> bridge_train::Result<()> {
@@ -47,7 +55,17 @@ fn run(model: &Model, dir: &Path, options: TrainerOptions, stop_after: u64) -> (
 }
 
 fn losses(steps: &[StepReport]) -> Vec<(u64, u64, u64, u64)> {
-    steps.iter().map(|s| (s.iteration, s.loss.to_bits(), s.grad_norm.to_bits(), s.lr.to_bits())).collect()
+    steps
+        .iter()
+        .map(|s| {
+            (
+                s.iteration,
+                s.loss.to_bits(),
+                s.grad_norm.to_bits(),
+                s.lr.to_bits(),
+            )
+        })
+        .collect()
 }
 
 #[test]
@@ -55,24 +73,40 @@ fn ten_steps_and_ten_more_are_twenty_bit_for_bit() {
     let (whole_dir, cut_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let whole = fresh_model(&tiny(), 1);
     let (summary, expected) = run(&whole, whole_dir.path(), options(), u64::MAX);
-    assert_eq!((summary.reason, summary.iteration), (StopReason::Finished, STEPS));
+    assert_eq!(
+        (summary.reason, summary.iteration),
+        (StopReason::Finished, STEPS)
+    );
 
     let first = fresh_model(&tiny(), 1);
     let (summary, mut found) = run(&first, cut_dir.path(), options(), 10);
-    assert_eq!((summary.reason, summary.iteration), (StopReason::Interrupted, 10));
+    assert_eq!(
+        (summary.reason, summary.iteration),
+        (StopReason::Interrupted, 10)
+    );
     // Another seed: nothing of the fresh weights may be left.
     let second = fresh_model(&tiny(), 2);
     let (summary, rest) = run(&second, cut_dir.path(), options(), u64::MAX);
-    assert_eq!((summary.reason, summary.iteration, rest.len()), (StopReason::Finished, STEPS, 10));
+    assert_eq!(
+        (summary.reason, summary.iteration, rest.len()),
+        (StopReason::Finished, STEPS, 10)
+    );
     found.extend(rest);
 
     assert_eq!(losses(&found), losses(&expected));
     assert_eq!(weights(&second), weights(&whole));
     assert_ne!(weights(&first), weights(&whole), "ten steps are not twenty");
     // What is on disk is the same too, but for the time.
-    for file in ["model/rank_00000.safetensors", "optimizer/rank_00000.safetensors", "train_state.json"] {
+    for file in [
+        "model/rank_00000.safetensors",
+        "optimizer/rank_00000.safetensors",
+        "train_state.json",
+    ] {
         let read = |dir: &Path| std::fs::read(dir.join("iter_0000020").join(file)).unwrap();
-        assert!(read(whole_dir.path()) == read(cut_dir.path()), "{file} differs");
+        assert!(
+            read(whole_dir.path()) == read(cut_dir.path()),
+            "{file} differs"
+        );
     }
 }
 
@@ -82,8 +116,14 @@ fn a_finished_run_has_nothing_left_to_do() {
     let model = fresh_model(&tiny(), 1);
     run(&model, dir.path(), options(), u64::MAX);
     let (summary, steps) = run(&model, dir.path(), options(), u64::MAX);
-    assert_eq!((summary.reason, steps.len()), (StopReason::AlreadyFinished, 0));
-    let longer = TrainerOptions { train_iters: STEPS + 2, ..options() };
+    assert_eq!(
+        (summary.reason, steps.len()),
+        (StopReason::AlreadyFinished, 0)
+    );
+    let longer = TrainerOptions {
+        train_iters: STEPS + 2,
+        ..options()
+    };
     assert_eq!(run(&model, dir.path(), longer, u64::MAX).1.len(), 2);
 }
 
@@ -92,15 +132,27 @@ fn only_the_newest_checkpoints_are_kept() {
     let dir = tempfile::tempdir().unwrap();
     let model = fresh_model(&tiny(), 1);
     let mut recorder = Recorder::default();
-    Trainer::new(&model, patchy(), &Default::default(), TrainerOptions { save_interval: 3, ..options() })
-        .unwrap()
-        .with_callback(&mut recorder)
-        .with_checkpoints(store(dir.path()).keep(2))
-        .unwrap()
-        .run()
-        .unwrap();
+    Trainer::new(
+        &model,
+        patchy(),
+        &Default::default(),
+        TrainerOptions {
+            save_interval: 3,
+            ..options()
+        },
+    )
+    .unwrap()
+    .with_callback(&mut recorder)
+    .with_checkpoints(store(dir.path()).keep(2))
+    .unwrap()
+    .run()
+    .unwrap();
     assert_eq!(recorder.saves, [3, 6, 9, 12, 15, 18, 20]);
-    let left: Vec<u64> = list_iterations(dir.path()).unwrap().into_iter().map(|(iteration, _)| iteration).collect();
+    let left: Vec<u64> = list_iterations(dir.path())
+        .unwrap()
+        .into_iter()
+        .map(|(iteration, _)| iteration)
+        .collect();
     assert_eq!(left, [18, 20]);
 }
 
@@ -113,9 +165,17 @@ fn a_checkpoint_of_another_model_is_refused_with_the_difference() {
     let model = fresh_model(&other, 1);
     let store = CheckpointStore::new(dir.path(), serde_json::to_value(&other).unwrap());
     let trainer = Trainer::new(&model, patchy(), &Default::default(), options()).unwrap();
-    let error = trainer.with_checkpoints(store).err().expect("another model");
+    let error = trainer
+        .with_checkpoints(store)
+        .err()
+        .expect("another model");
     assert!(matches!(error, Error::ModelDiffers { .. }) && error.is_input());
-    assert!(error.to_string().contains("hidden_size is 48 there and 64 here"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("hidden_size is 48 there and 64 here"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -123,10 +183,20 @@ fn weights_without_optimizer_state_are_no_run() {
     let dir = tempfile::tempdir().unwrap();
     let model = fresh_model(&tiny(), 1);
     let trainer = || Trainer::new(&model, patchy(), &Default::default(), options()).unwrap();
-    trainer().with_checkpoints(store(dir.path()).save_optim(false)).unwrap().run().unwrap();
-    let error = trainer().with_checkpoints(store(dir.path())).err().expect("no optimizer state");
+    trainer()
+        .with_checkpoints(store(dir.path()).save_optim(false))
+        .unwrap()
+        .run()
+        .unwrap();
+    let error = trainer()
+        .with_checkpoints(store(dir.path()))
+        .err()
+        .expect("no optimizer state");
     assert!(error.to_string().contains("optimizer state"), "{error}");
-    assert!(error.to_string().contains("checkpoint.pretrained"), "{error}");
+    assert!(
+        error.to_string().contains("checkpoint.pretrained"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -134,7 +204,10 @@ fn other_data_is_noticed() {
     #[derive(Default)]
     struct Notes(Vec<String>);
     impl Callback for Notes {
-        fn on_train_start(&mut self, run: &bridge_train::callback::RunInfo) -> bridge_train::Result<()> {
+        fn on_train_start(
+            &mut self,
+            run: &bridge_train::callback::RunInfo,
+        ) -> bridge_train::Result<()> {
             self.0.extend(run.notes.iter().cloned());
             Ok(())
         }
@@ -143,7 +216,10 @@ fn other_data_is_noticed() {
     let model = fresh_model(&tiny(), 1);
     run(&model, dir.path(), options(), 3);
     let mut notes = Notes::default();
-    let other = Arc::new(support::Patchy { seq: 11, vocab: tiny().vocab_size as u64 });
+    let other = Arc::new(support::Patchy {
+        seq: 11,
+        vocab: tiny().vocab_size as u64,
+    });
     Trainer::new(&model, other, &Default::default(), options())
         .unwrap()
         .with_callback(&mut notes)
@@ -151,5 +227,12 @@ fn other_data_is_noticed() {
         .unwrap()
         .run()
         .unwrap();
-    assert!(notes.0.iter().any(|note| note.contains("not that of the checkpoint")), "{:?}", notes.0);
+    assert!(
+        notes
+            .0
+            .iter()
+            .any(|note| note.contains("not that of the checkpoint")),
+        "{:?}",
+        notes.0
+    );
 }

@@ -36,7 +36,10 @@ struct Trace {
 #[track_caller]
 fn close(what: &str, found: f64, expected: f64) {
     let tolerance = TRACE * expected.abs().max(1.0);
-    assert!((found - expected).abs() <= tolerance, "{what} is {found}, expected {expected}");
+    assert!(
+        (found - expected).abs() <= tolerance,
+        "{what} is {found}, expected {expected}"
+    );
 }
 
 /// Canonical names of Llama weights as Hugging Face has them.
@@ -47,7 +50,11 @@ fn disk_name(canonical: &str) -> String {
         .replace("input_norm.", "input_layernorm.")
         .replace("mlp_norm.", "post_attention_layernorm.")
         .replace("attention.", "self_attn.");
-    if name.starts_with("lm_head") { name } else { format!("model.{name}") }
+    if name.starts_with("lm_head") {
+        name
+    } else {
+        format!("model.{name}")
+    }
 }
 
 #[test]
@@ -56,18 +63,24 @@ fn twenty_steps_match_pytorch() {
     let json = std::fs::read(fixture.join("train_trace.json")).unwrap();
     let trace: Trace = serde_json::from_slice(&json).unwrap();
     let device = Default::default();
-    let folder = HfModel::open(&fixture, &bridge_models::registry(), &LayoutSpec::default()).unwrap();
+    let folder =
+        HfModel::open(&fixture, &bridge_models::registry(), &LayoutSpec::default()).unwrap();
     let model = load_hf::<Flex>(&folder, DtypePolicy::Float32, &device).unwrap();
     let inputs = Reference::load(&fixture).unwrap().logits.unwrap();
 
     // Labels on disk stand at their token; here each stands at the token that is to predict it.
-    let shifted = inputs.labels.chunks(inputs.seq).flat_map(|row| row[1..].iter().copied().chain([IGNORE_INDEX]));
+    let shifted = inputs
+        .labels
+        .chunks(inputs.seq)
+        .flat_map(|row| row[1..].iter().copied().chain([IGNORE_INDEX]));
     let batch = Batch {
         batch: inputs.batch,
         seq: inputs.seq,
         tokens: inputs.input_ids.iter().map(|id| i64::from(*id)).collect(),
         labels: shifted.collect(),
-        position_ids: (0..inputs.batch).flat_map(|_| 0..inputs.seq as i64).collect(),
+        position_ids: (0..inputs.batch)
+            .flat_map(|_| 0..inputs.seq as i64)
+            .collect(),
         cu_seqlens: None,
     };
     let batches = [batch];
@@ -86,12 +99,25 @@ fn twenty_steps_match_pytorch() {
         recompute: RecomputeGranularity::None,
     };
     assert_eq!(trace.loss.len(), 20);
-    for (index, (loss, grad_norm)) in trace.loss.iter().zip(&trace.grad_norm_before_clip).enumerate() {
+    for (index, (loss, grad_norm)) in trace
+        .loss
+        .iter()
+        .zip(&trace.grad_norm_before_clip)
+        .enumerate()
+    {
         let outcome = train_step(&model, &mut optimizer, &batches, &device, &step);
         close(&format!("loss of step {index}"), outcome.loss.mean, *loss);
-        close(&format!("gradient norm of step {index}"), outcome.grad_norm, *grad_norm);
+        close(
+            &format!("gradient norm of step {index}"),
+            outcome.grad_norm,
+            *grad_norm,
+        );
     }
-    close("final loss", evaluate(&model, &batches, &device).mean, trace.final_loss);
+    close(
+        "final loss",
+        evaluate(&model, &batches, &device).mean,
+        trace.final_loss,
+    );
 
     let params = SegmentedModel::params(&model);
     assert_eq!(params.len(), trace.final_params.len());
@@ -100,9 +126,17 @@ fn twenty_steps_match_pytorch() {
         let (norm, sum, numel) = trace.final_params[&disk_name(param.name())];
         let found = |f: fn(f64) -> f64| values.iter().map(|v| f(f64::from(*v))).sum::<f64>();
         assert_eq!(values.len(), numel, "{}", param.name());
-        close(&format!("norm of {}", param.name()), found(|v| v * v).sqrt(), norm);
+        close(
+            &format!("norm of {}", param.name()),
+            found(|v| v * v).sqrt(),
+            norm,
+        );
         // A sum of elements of both signs: measured against the size of the terms.
         let error = (found(|v| v) - sum).abs();
-        assert!(error <= TRACE * found(f64::abs).max(1.0), "sum of {}: off by {error}", param.name());
+        assert!(
+            error <= TRACE * found(f64::abs).max(1.0),
+            "sum of {}: off by {error}",
+            param.name()
+        );
     }
 }

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 /// A folder under `tests/fixtures`, made by `tests/oracle/make_oracle.py`.
 pub fn fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures")
+        .join(name)
 }
 
 /// The families that have a fixture.

@@ -44,18 +44,30 @@ impl ModelOnDisk {
         if let Some(path) = &flags.checkpoint {
             let native = NativeCheckpoint::open(path)?;
             let folder = native.dir().join(HF_DIR);
-            return Ok(Self { weights: Weights::Native(Box::new(native)), folder });
+            return Ok(Self {
+                weights: Weights::Native(Box::new(native)),
+                folder,
+            });
         }
         let folder = hugging_face_folder(flags.hf.as_deref().unwrap_or_default())?;
         let model = HfModel::open(&folder, &bridge_models::registry(), &LayoutSpec::default())?;
-        Ok(Self { weights: Weights::HuggingFace(Box::new(model)), folder })
+        Ok(Self {
+            weights: Weights::HuggingFace(Box::new(model)),
+            folder,
+        })
     }
 
     /// Loads the model with its weights held as `policy` says.
-    pub(crate) fn load<B: Ops>(&self, device: &B::Device, policy: DtypePolicy) -> Result<Decoder<B>> {
+    pub(crate) fn load<B: Ops>(
+        &self,
+        device: &B::Device,
+        policy: DtypePolicy,
+    ) -> Result<Decoder<B>> {
         Ok(match &self.weights {
             Weights::HuggingFace(model) => load_hf(model, policy, device)?,
-            Weights::Native(native) => load_native(native, &bridge_models::registry(), policy, device)?,
+            Weights::Native(native) => {
+                load_native(native, &bridge_models::registry(), policy, device)?
+            }
         })
     }
 

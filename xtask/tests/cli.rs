@@ -5,7 +5,7 @@ mod support;
 use std::fs;
 
 use serde_json::Value;
-use support::{Workbench, arg, bridge, edit_json, finish, fixture, pretrain};
+use support::{Workbench, arg, bridge, edit_json, finish, fixture, pretrain, xtask};
 
 const VERBS: [&[&str]; 22] = [
     &["pretrain"],
@@ -57,7 +57,7 @@ fn every_verb_has_help() {
             outcome.stdout
         );
     }
-    let all = bridge(&["--help"]).ok().stdout;
+    let all = xtask("--help").ok().stdout;
     for verb in VERBS {
         assert!(
             all.contains(verb[0]),
@@ -68,35 +68,31 @@ fn every_verb_has_help() {
 
 #[test]
 fn wrong_arguments_exit_with_2_and_the_nearest_right_one() {
-    bridge(&["pertrain"]).fails(2, &["pretrain"]);
-    bridge(&["plan", "--hff", "x"]).fails(2, &["--hf"]);
-    bridge(&["plan"]).fails(2, &["--hf"]);
+    xtask("pertrain").fails(2, &["pretrain"]);
+    xtask("plan --hff x").fails(2, &["--hf"]);
+    xtask("plan").fails(2, &["--hf"]);
     bridge::<&str>(&[]).fails(2, &[]);
-    bridge(&["plan", "--hf", "x", "--tp", "two"]).fails(2, &["two"]);
-    bridge(&["models", "show", "lama"]).fails(2, &["did you mean `llama`?"]);
-    bridge(&["recipes", "show", "tiny_lama"]).fails(2, &["tiny_llama"]);
-    bridge(&["--threads", "0", "models", "list"]).fails(2, &["threads"]);
+    xtask("plan --hf x --tp two").fails(2, &["two"]);
+    xtask("models show lama").fails(2, &["did you mean `llama`?"]);
+    xtask("recipes show tiny_lama").fails(2, &["tiny_llama"]);
+    xtask("--threads 0 models list").fails(2, &["threads"]);
     let hf = fixture("llama3_2");
     let verify = ["verify", "--hf", arg(&hf), "--reference", arg(&hf)];
     bridge(&[&verify[..], &["--backend", "cuad"]].concat()).fails(2, &["cuda"]);
     bridge(&[&verify[..], &["--backend", "cpu", "--device", "1"]].concat())
         .fails(2, &["--device 1"]);
-    bridge(&["generate", "--hf", arg(&hf), "--max-new-tokens", "3"]).fails(2, &["--prompt"]);
-    bridge(&[
-        "generate",
-        "--hf",
+    xtask(&format!("generate --hf {} --max-new-tokens 3", arg(&hf))).fails(2, &["--prompt"]);
+    xtask(&format!(
+        "generate --hf {} --checkpoint {} --prompt-ids 1",
         arg(&hf),
-        "--checkpoint",
-        arg(&hf),
-        "--prompt-ids",
-        "1",
-    ])
+        arg(&hf)
+    ))
     .fails(2, &["cannot be used with"]);
 }
 
 #[test]
 fn errors_are_json_as_well_when_asked_for() {
-    let outcome = bridge(&["plan", "--hf", "/nowhere", "--json"]).fails(2, &["/nowhere"]);
+    let outcome = xtask("plan --hf /nowhere --json").fails(2, &["/nowhere"]);
     let error = outcome.json();
     has_fields(&error, &["error", "exit_code"]);
     assert_eq!(error["exit_code"], 2);
@@ -104,7 +100,7 @@ fn errors_are_json_as_well_when_asked_for() {
 
 #[test]
 fn models_and_recipes_are_listed() {
-    let models = bridge(&["models", "list", "--json"]).ok().json();
+    let models = xtask("models list --json").ok().json();
     assert!(
         models["models"]
             .as_array()
@@ -113,22 +109,22 @@ fn models_and_recipes_are_listed() {
             .any(|m| m["name"] == "llama")
     );
     assert!(
-        bridge(&["models", "show", "llama"])
+        xtask("models show llama")
             .ok()
             .stdout
             .contains("layers.{l}.attention.q_proj.weight")
     );
-    let recipes = bridge(&["recipes", "list"]).ok().stdout;
+    let recipes = xtask("recipes list").ok().stdout;
     for name in ["tiny_llama", "smollm2_135m", "llama32_1b", "llama3_8b"] {
         assert!(recipes.contains(name), "{name}");
         // What is shown is a config file that pretrain takes.
         let bench = Workbench::empty();
-        let shown = bridge(&["recipes", "show", name]).ok().stdout;
+        let shown = xtask(&format!("recipes show {name}")).ok().stdout;
         fs::write(bench.path("shown.toml"), &shown).expect("written");
         let config = bench.path("shown.toml");
-        let outcome = bridge(&["recipes", "show", name, "--json"]).ok().json();
+        let outcome = xtask(&format!("recipes show {name} --json")).ok().json();
         has_fields(&outcome, &["name", "description", "toml"]);
-        let dry = bridge(&["pretrain", "--config", arg(&config), "--dry-run"]);
+        let dry = xtask(&format!("pretrain --config {} --dry-run", arg(&config)));
         assert!(
             dry.code == Some(0)
                 || dry.stderr.contains("precision")
@@ -142,7 +138,7 @@ fn models_and_recipes_are_listed() {
 #[test]
 fn plan_json_holds_every_tensor_and_rank() {
     let hf = fixture("llama3_1");
-    let plan = bridge(&["plan", "--hf", arg(&hf), "--tp", "2", "--pp", "3", "--json"])
+    let plan = xtask(&format!("plan --hf {} --tp 2 --pp 3 --json", arg(&hf)))
         .ok()
         .json();
     assert_eq!(
@@ -156,7 +152,7 @@ fn plan_json_holds_every_tensor_and_rank() {
         .map(|r| r["bytes"].as_u64().expect("bytes"))
         .sum();
     assert!(bytes >= plan["total_bytes"].as_u64().expect("a total"));
-    let text = bridge(&["plan", "--hf", arg(&hf), "--tp", "2"]).ok().stdout;
+    let text = xtask(&format!("plan --hf {} --tp 2", arg(&hf))).ok().stdout;
     assert!(
         text.contains("model.layers.*.self_attn.q_proj.weight") && text.contains("tp=2"),
         "{text}"
@@ -166,15 +162,11 @@ fn plan_json_holds_every_tensor_and_rank() {
 #[test]
 fn verify_tells_what_it_compared() {
     let hf = fixture("llama3_2");
-    let result = bridge(&[
-        "verify",
-        "--hf",
+    let result = xtask(&format!(
+        "verify --hf {} --reference {} --grads --json",
         arg(&hf),
-        "--reference",
-        arg(&hf),
-        "--grads",
-        "--json",
-    ])
+        arg(&hf)
+    ))
     .ok()
     .json();
     has_fields(
@@ -195,14 +187,11 @@ fn verify_tells_what_it_compared() {
     );
     assert_eq!(result["passed"], true);
     assert_eq!(result["backend"], "cpu");
-    let without = bridge(&[
-        "verify",
-        "--hf",
+    let without = xtask(&format!(
+        "verify --hf {} --reference {} --json",
         arg(&hf),
-        "--reference",
-        arg(&hf),
-        "--json",
-    ])
+        arg(&hf)
+    ))
     .ok()
     .json();
     assert!(without["grad_norm_max_rel_diff"].is_null() && without["worst_grad"].is_null());
@@ -213,15 +202,11 @@ fn a_check_that_does_not_hold_exits_with_1() {
     let hf = fixture("llama3_2");
     let verify = |reference: &Workbench| {
         let reference = reference.hf();
-        bridge(&[
-            "verify",
-            "--hf",
+        xtask(&format!(
+            "verify --hf {} --reference {} --grads --json",
             arg(&hf),
-            "--reference",
-            arg(&reference),
-            "--grads",
-            "--json",
-        ])
+            arg(&reference)
+        ))
     };
     let loss = Workbench::new("llama3_2");
     edit_json(&loss.hf().join("oracle.json"), |v| {
@@ -251,7 +236,12 @@ fn a_check_that_does_not_hold_exits_with_1() {
 
     // Weights of another seed: everything differs.
     let other = fixture("llama2");
-    bridge(&["verify", "--hf", arg(&hf), "--reference", arg(&other)]).fails(1, &["logits"]);
+    xtask(&format!(
+        "verify --hf {} --reference {}",
+        arg(&hf),
+        arg(&other)
+    ))
+    .fails(1, &["logits"]);
 }
 
 #[test]
@@ -268,13 +258,11 @@ fn generate_gives_the_reference_tokens_from_either_source() {
         .collect::<Vec<_>>()
         .join(",");
     let checkpoint = bench.path("ckpt");
-    bridge(&[
-        "import",
-        "--hf",
+    xtask(&format!(
+        "import --hf {} --out {}",
         arg(&bench.hf()),
-        "--out",
-        arg(&checkpoint),
-    ])
+        arg(&checkpoint)
+    ))
     .ok();
     for source in [
         ["--hf", arg(&bench.hf())],
@@ -380,8 +368,13 @@ fn a_trained_model_can_be_exported_and_read_back() {
     let bench = Workbench::empty();
     let (run, hf) = (bench.path("run"), bench.path("exported"));
     finish(pretrain(&run, &["train.train_iters=2"])).ok();
-    bridge(&["export", "--checkpoint", arg(&run), "--out", arg(&hf)]).ok();
-    bridge(&["roundtrip", "--hf", arg(&hf)]).ok();
+    xtask(&format!(
+        "export --checkpoint {} --out {}",
+        arg(&run),
+        arg(&hf)
+    ))
+    .ok();
+    xtask(&format!("roundtrip --hf {}", arg(&hf))).ok();
     let from = |source: &str, path: &std::path::Path| {
         bridge(&[
             "generate",
@@ -423,21 +416,15 @@ fn text_becomes_a_dataset_that_can_be_inspected_and_trained_on() {
     ];
     let result = bridge(&args).ok().json();
     assert_eq!(result["documents"], 200);
-    let inspected = bridge(&["data", "inspect", "--data", arg(&data), "--json"])
+    let inspected = xtask(&format!("data inspect --data {} --json", arg(&data)))
         .ok()
         .json();
     assert_eq!(inspected["documents"], 200);
     assert_eq!(inspected["tokens"], result["tokens"]);
-    let shown = bridge(&[
-        "data",
-        "inspect",
-        "--data",
-        arg(&data),
-        "--tokenizer",
-        "byte",
-        "--document",
-        "3",
-    ])
+    let shown = xtask(&format!(
+        "data inspect --data {} --tokenizer byte --document 3",
+        arg(&data)
+    ))
     .ok()
     .stdout;
     assert!(shown.contains("Sentence number 3"), "{shown}");
@@ -448,16 +435,11 @@ fn text_becomes_a_dataset_that_can_be_inspected_and_trained_on() {
     ))
     .ok();
     fs::write(&text, "{\"text\": 3}\n").expect("written");
-    bridge(&[
-        "data",
-        "preprocess",
-        "--input",
+    xtask(&format!(
+        "data preprocess --input {} --output {} --tokenizer byte",
         arg(&text),
-        "--output",
-        arg(&bench.path("bad")),
-        "--tokenizer",
-        "byte",
-    ])
+        arg(&bench.path("bad"))
+    ))
     .fails(2, &["text.jsonl", "1"]);
     assert!(
         !bench.entries().iter().any(|n| n.starts_with("bad")),
@@ -481,11 +463,9 @@ fn benchmarks_print_one_json_line_a_case() {
         "startup_s",
         "gpu",
     ];
-    let train = bridge(&[
-        "bench", "train", "--shape", "tiny", "--seq", "16", "--batch", "2", "--steps", "2",
-    ])
-    .ok()
-    .json();
+    let train = xtask("bench train --shape tiny --seq 16 --batch 2 --steps 2")
+        .ok()
+        .json();
     for field in fields {
         assert!(
             train.get(field).is_some(),
@@ -494,7 +474,7 @@ fn benchmarks_print_one_json_line_a_case() {
     }
     assert!(train["tokens_per_s"].as_f64().expect("a number") > 0.0 && train["gpu"].is_null());
     let hf = fixture("llama3_2");
-    let generate = bridge(&["bench", "generate", "--hf", arg(&hf), "--tokens", "8"])
+    let generate = xtask(&format!("bench generate --hf {} --tokens 8", arg(&hf)))
         .ok()
         .json();
     assert!(generate["tokens_per_s"].as_f64().expect("a number") > 0.0);

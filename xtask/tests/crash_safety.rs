@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::{Workbench, arg, bridge, finish, latest, pretrain};
+use support::{Workbench, arg, finish, latest, pretrain, xtask};
 
 /// How often the process is killed.
 const KILLS: u64 = 24;
@@ -52,13 +52,11 @@ fn checkpoints(dir: &Path) -> Vec<PathBuf> {
 
 #[track_caller]
 fn loads(checkpoint: &Path, scratch: &Path) {
-    bridge(&[
-        "export",
-        "--checkpoint",
+    xtask(&format!(
+        "export --checkpoint {} --out {}",
         arg(checkpoint),
-        "--out",
-        arg(scratch),
-    ])
+        arg(scratch)
+    ))
     .ok();
     fs::remove_dir_all(scratch).expect("the exported folder");
 }

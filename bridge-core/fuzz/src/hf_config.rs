@@ -1,7 +1,8 @@
 //! The body of the `hf_config` target.
 
 use bridge_core::config::{
-    Activation, ConfigReader, DecoderConfig, HfConfig, LayerConfig, NormConfig, NormKind, RopeDefaults, RopeStyle,
+    Activation, ConfigReader, DecoderConfig, HfConfig, LayerConfig, NormConfig, NormKind,
+    RopeDefaults, RopeStyle,
 };
 use bridge_core::layout::LayoutSpec;
 
@@ -10,7 +11,9 @@ use bridge_core::layout::LayoutSpec;
 pub fn hf_config(bytes: &[u8]) {
     /// Above this many layers, listing their tensors would dominate the run.
     const MAX_LISTED: usize = 16;
-    let Ok(config) = HfConfig::from_slice(bytes, "config.json") else { return };
+    let Ok(config) = HfConfig::from_slice(bytes, "config.json") else {
+        return;
+    };
     assert_eq!(config.raw(), bytes);
     config.architectures();
     let keys = config.reader();
@@ -19,21 +22,40 @@ pub fn hf_config(bytes: &[u8]) {
         return;
     }
     let text = serde_json::to_string(&typed).expect("a typed config is JSON");
-    assert_eq!(serde_json::from_str::<DecoderConfig>(&text).expect("what was written can be read"), typed);
+    assert_eq!(
+        serde_json::from_str::<DecoderConfig>(&text).expect("what was written can be read"),
+        typed
+    );
     for rope in [&typed.rope, &typed.rope_local].into_iter().flatten() {
         let rotary_dim = typed.rotary_dim().min(1024) & !1;
         let frequencies = rope.frequencies(rotary_dim, typed.max_position_embeddings);
         assert_eq!(frequencies.inv_freq.len(), rotary_dim / 2);
         // Absurd but legal numbers may overflow to infinity or vanish; none may become NaN.
-        assert!(frequencies.inv_freq.iter().all(|frequency| !frequency.is_nan()), "{rope:?}");
+        assert!(
+            frequencies
+                .inv_freq
+                .iter()
+                .all(|frequency| !frequency.is_nan()),
+            "{rope:?}"
+        );
         let (theta, scaling) = rope.to_hf();
         assert!(theta.is_number() && (scaling.is_object() || scaling.is_null()));
     }
     if typed.num_hidden_layers <= MAX_LISTED {
         let tensors = typed.tensors();
-        let numel = |shape: &[usize]| shape.iter().try_fold(1usize, |product, extent| product.checked_mul(*extent));
-        assert!(tensors.iter().all(|tensor| numel(&tensor.shape).is_some_and(|numel| numel > 0)));
-        LayoutSpec::default().validate(&tensors, typed.num_hidden_layers).expect("one rank holds everything");
+        let numel = |shape: &[usize]| {
+            shape
+                .iter()
+                .try_fold(1usize, |product, extent| product.checked_mul(*extent))
+        };
+        assert!(
+            tensors
+                .iter()
+                .all(|tensor| numel(&tensor.shape).is_some_and(|numel| numel > 0))
+        );
+        LayoutSpec::default()
+            .validate(&tensors, typed.num_hidden_layers)
+            .expect("one rank holds everything");
     }
 }
 
@@ -45,7 +67,9 @@ fn read(keys: &ConfigReader<'_>) -> DecoderConfig {
     let max_position_embeddings = keys.size_or("max_position_embeddings", 2048);
     let defaults = RopeDefaults::new(max_position_embeddings);
     let (rope, partial_rotary_factor) = keys.rope(defaults);
-    let rope_local = keys.rope_of_layer_type("sliding_attention", defaults).map(|(rope, _)| rope);
+    let rope_local = keys
+        .rope_of_layer_type("sliding_attention", defaults)
+        .map(|(rope, _)| rope);
     let types = keys.layer_types(layers, &["full_attention", "sliding_attention"]);
     let window = keys.size_opt("sliding_window");
     keys.dtype();
@@ -55,7 +79,9 @@ fn read(keys: &ConfigReader<'_>) -> DecoderConfig {
         keys.absorb(section);
     }
     let layer = |index: usize| match &types {
-        Some(types) if types[index] == "sliding_attention" => LayerConfig::dense_with_window(window),
+        Some(types) if types[index] == "sliding_attention" => {
+            LayerConfig::dense_with_window(window)
+        }
         _ => LayerConfig::dense(),
     };
     DecoderConfig {
@@ -64,7 +90,10 @@ fn read(keys: &ConfigReader<'_>) -> DecoderConfig {
         num_hidden_layers: layers,
         num_attention_heads: heads,
         num_key_value_heads: keys.size_or("num_key_value_heads", heads),
-        head_dim: keys.size_opt("head_dim").or_else(|| hidden_size.checked_div(heads)).unwrap_or(0),
+        head_dim: keys
+            .size_opt("head_dim")
+            .or_else(|| hidden_size.checked_div(heads))
+            .unwrap_or(0),
         vocab_size: keys.size("vocab_size"),
         max_position_embeddings,
         norm: NormConfig {

@@ -35,7 +35,8 @@ pub(super) fn copy_range(
     while len > 0 {
         let part = &mut buffer[..len.min(BUFFER_BYTES as u64) as usize];
         source.read_exact_at(source_offset, part)?;
-        write_all_at(file, offset, part).map_err(|error| CheckpointError::write(path, part.len() as u64, error))?;
+        write_all_at(file, offset, part)
+            .map_err(|error| CheckpointError::write(path, part.len() as u64, error))?;
         source_offset += part.len() as u64;
         offset += part.len() as u64;
         len -= part.len() as u64;
@@ -45,19 +46,38 @@ pub(super) fn copy_range(
 
 /// Copies as much as the kernel will; returns how many bytes that is. An error is a failure of the copy itself.
 #[cfg(target_os = "linux")]
-fn kernel_copy(from: &File, mut from_offset: u64, to: &File, mut to_offset: u64, len: u64) -> io::Result<u64> {
+fn kernel_copy(
+    from: &File,
+    mut from_offset: u64,
+    to: &File,
+    mut to_offset: u64,
+    len: u64,
+) -> io::Result<u64> {
     use rustix::io::Errno;
 
     let mut left = len;
     while left > 0 {
         let want = left.min(KERNEL_COPY_BYTES) as usize;
-        match rustix::fs::copy_file_range(from, Some(&mut from_offset), to, Some(&mut to_offset), want) {
+        match rustix::fs::copy_file_range(
+            from,
+            Some(&mut from_offset),
+            to,
+            Some(&mut to_offset),
+            want,
+        ) {
             // The source ends here. The plain read that follows reports it.
             Ok(0) => break,
             Ok(copied) => left -= copied as u64,
             Err(Errno::INTR) => {}
             // Not between these file systems, not on this kernel, not within this sandbox: read and write instead.
-            Err(Errno::XDEV | Errno::NOSYS | Errno::INVAL | Errno::OPNOTSUPP | Errno::PERM | Errno::BADF) => break,
+            Err(
+                Errno::XDEV
+                | Errno::NOSYS
+                | Errno::INVAL
+                | Errno::OPNOTSUPP
+                | Errno::PERM
+                | Errno::BADF,
+            ) => break,
             Err(error) => return Err(error.into()),
         }
     }
@@ -132,7 +152,12 @@ mod tests {
             let written = std::fs::read(&path).unwrap();
             assert_eq!(written.len(), 4 * BUFFER_BYTES);
             assert_eq!(&written[3..3 + len as usize], &data[5..5 + len as usize]);
-            assert!(written[..3].iter().chain(&written[3 + len as usize..]).all(|&byte| byte == 0));
+            assert!(
+                written[..3]
+                    .iter()
+                    .chain(&written[3 + len as usize..])
+                    .all(|&byte| byte == 0)
+            );
         }
     }
 
@@ -145,7 +170,10 @@ mod tests {
         let path = folder.path().join("out");
         let out = File::create(&path).unwrap();
         let error = copy_range(&source, 50, &out, &path, 0, 60).unwrap_err();
-        assert!(matches!(&error, CheckpointError::Io { action: "read", path, .. } if *path == source_path), "{error:?}");
+        assert!(
+            matches!(&error, CheckpointError::Io { action: "read", path, .. } if *path == source_path),
+            "{error:?}"
+        );
     }
 
     #[test]

@@ -16,9 +16,19 @@ impl Coverage {
         if start == end {
             return true;
         }
-        let before = self.ranges.range(..=start).next_back().map(|(&start, &end)| (start, end));
-        let after = self.ranges.range(start..).next().map(|(&start, &end)| (start, end));
-        if before.is_some_and(|(_, before_end)| before_end > start) || after.is_some_and(|(next, _)| next < end) {
+        let before = self
+            .ranges
+            .range(..=start)
+            .next_back()
+            .map(|(&start, &end)| (start, end));
+        let after = self
+            .ranges
+            .range(start..)
+            .next()
+            .map(|(&start, &end)| (start, end));
+        if before.is_some_and(|(_, before_end)| before_end > start)
+            || after.is_some_and(|(next, _)| next < end)
+        {
             return false;
         }
         let mut joined = (start, end);

@@ -216,16 +216,28 @@ pub enum CheckpointError {
 impl CheckpointError {
     /// A [`CheckpointError::Io`], or [`CheckpointError::DiskFull`] where that is what the system said.
     pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Self {
-        CheckpointError::Io { action, path: path.into(), source }
+        CheckpointError::Io {
+            action,
+            path: path.into(),
+            source,
+        }
     }
 
     /// For a failed write of `needed` bytes.
     pub(crate) fn write(path: impl Into<PathBuf>, needed: u64, source: io::Error) -> Self {
         match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
-                CheckpointError::DiskFull { path: path.into(), needed, available: None }
-            }
-            _ => CheckpointError::Io { action: "write", path: path.into(), source },
+            io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::FileTooLarge => CheckpointError::DiskFull {
+                path: path.into(),
+                needed,
+                available: None,
+            },
+            _ => CheckpointError::Io {
+                action: "write",
+                path: path.into(),
+                source,
+            },
         }
     }
 
@@ -254,11 +266,15 @@ impl CheckpointError {
 }
 
 fn available_text(available: Option<u64>) -> String {
-    available.map(|bytes| format!(", {bytes} are free")).unwrap_or_default()
+    available
+        .map(|bytes| format!(", {bytes} are free"))
+        .unwrap_or_default()
 }
 
 fn nearest_hint(nearest: Option<&str>) -> String {
-    nearest.map(|name| format!("; did you mean {}?", quote(name))).unwrap_or_default()
+    nearest
+        .map(|name| format!("; did you mean {}?", quote(name)))
+        .unwrap_or_default()
 }
 
 /// Adds "what failed, on which path" to the errors of the standard library.
@@ -319,13 +335,19 @@ mod tests {
     #[test]
     fn hostile_names_are_escaped_and_cut() {
         assert_eq!(quote("a\0b\u{1b}[31m"), "`a\\u{0}b\\u{1b}[31m`");
-        assert_eq!(quote(&"x".repeat(1000)), format!("`{}...` (1000 bytes)", "x".repeat(120)));
+        assert_eq!(
+            quote(&"x".repeat(1000)),
+            format!("`{}...` (1000 bytes)", "x".repeat(120))
+        );
     }
 
     #[test]
     fn shapes_of_many_dims_are_cut() {
         assert_eq!(Shape(&[2, 3]).to_string(), "[2, 3]");
         assert_eq!(Shape::<usize>(&[]).to_string(), "[]");
-        assert_eq!(Shape(&[1; 10]).to_string(), "[1, 1, 1, 1, 1, 1, 1, 1, and 2 more]");
+        assert_eq!(
+            Shape(&[1; 10]).to_string(),
+            "[1, 1, 1, 1, 1, 1, 1, 1, and 2 more]"
+        );
     }
 }

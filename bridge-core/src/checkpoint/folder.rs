@@ -53,7 +53,11 @@ impl SafetensorsFile {
     /// As [`Header::read`].
     pub fn new(name: impl Into<String>, reader: Box<dyn RangeReader>) -> Result<Self> {
         let header = Header::read(&*reader)?;
-        Ok(Self { name: name.into(), reader, header })
+        Ok(Self {
+            name: name.into(),
+            reader,
+            header,
+        })
     }
 
     /// File name within its checkpoint.
@@ -105,9 +109,14 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Checkpoint::open`].
-    pub fn open_files(dir: impl AsRef<Path>, names: impl IntoIterator<Item = String>) -> Result<Self> {
+    pub fn open_files(
+        dir: impl AsRef<Path>,
+        names: impl IntoIterator<Item = String>,
+    ) -> Result<Self> {
         let dir = dir.as_ref();
-        let open = |name: String| SafetensorsFile::new(&*name, Box::new(FileReader::open(dir.join(&name))?));
+        let open = |name: String| {
+            SafetensorsFile::new(&*name, Box::new(FileReader::open(dir.join(&name))?))
+        };
         let files = names.into_iter().map(open).collect::<Result<_>>()?;
         Self::from_files(dir, files)
     }
@@ -117,7 +126,8 @@ impl Checkpoint {
     /// # Errors
     /// [`CheckpointError::Inconsistent`] when two files hold tensors of the same name.
     pub fn from_files(dir: impl Into<PathBuf>, files: Vec<SafetensorsFile>) -> Result<Self> {
-        let mut tensors = Vec::with_capacity(files.iter().map(|file| file.header.entries.len()).sum());
+        let mut tensors =
+            Vec::with_capacity(files.iter().map(|file| file.header.entries.len()).sum());
         for (index, file) in files.iter().enumerate() {
             tensors.extend(file.header.entries.iter().map(|entry| TensorInfo {
                 name: entry.spec.name.clone(),
@@ -129,12 +139,24 @@ impl Checkpoint {
             }));
         }
         tensors.sort_by(|a: &TensorInfo, b| a.name.cmp(&b.name));
-        let checkpoint = Self { dir: dir.into(), files, tensors, index_json: None };
+        let checkpoint = Self {
+            dir: dir.into(),
+            files,
+            tensors,
+            index_json: None,
+        };
         let mut problems = Problems::new();
-        for pair in checkpoint.tensors.windows(2).filter(|pair| pair[0].name == pair[1].name) {
+        for pair in checkpoint
+            .tensors
+            .windows(2)
+            .filter(|pair| pair[0].name == pair[1].name)
+        {
             let file = |info: &TensorInfo| &checkpoint.files[info.file].name;
             let (first, second) = (file(&pair[0]), file(&pair[1]));
-            problems.push(format!("tensor {} is in both {first} and {second}", quote(&pair[0].name)));
+            problems.push(format!(
+                "tensor {} is in both {first} and {second}",
+                quote(&pair[0].name)
+            ));
         }
         checkpoint.consistent(problems)
     }
@@ -143,7 +165,11 @@ impl Checkpoint {
         let path = dir.join(INDEX_FILE);
         let reader = FileReader::open(&path)?;
         if reader.len() > MAX_INDEX_BYTES {
-            return Err(CheckpointError::IndexTooLarge { path, found: reader.len(), limit: MAX_INDEX_BYTES });
+            return Err(CheckpointError::IndexTooLarge {
+                path,
+                found: reader.len(),
+                limit: MAX_INDEX_BYTES,
+            });
         }
         let mut json = vec![0; reader.len() as usize];
         reader.read_exact_at(0, &mut json)?;
@@ -155,25 +181,47 @@ impl Checkpoint {
             missing.push(quote(shard));
         }
         if !missing.is_empty() {
-            return Err(CheckpointError::MissingShards { path: dir.to_path_buf(), files: missing });
+            return Err(CheckpointError::MissingShards {
+                path: dir.to_path_buf(),
+                files: missing,
+            });
         }
         let mut checkpoint = Self::open_files(dir, shards.iter().map(|&shard| shard.to_owned()))?;
         checkpoint.index_json = Some(json);
 
         let mut problems = Problems::new();
-        let listed: HashMap<&str, &str> = weight_map.iter().map(|(name, shard)| (&**name, &**shard)).collect();
+        let listed: HashMap<&str, &str> = weight_map
+            .iter()
+            .map(|(name, shard)| (&**name, &**shard))
+            .collect();
         for (name, shard) in &weight_map {
-            match checkpoint.get(name).map(|info| &checkpoint.files[info.file].name) {
+            match checkpoint
+                .get(name)
+                .map(|info| &checkpoint.files[info.file].name)
+            {
                 Some(holder) if holder == shard => {}
                 Some(holder) => {
-                    problems.push(format!("tensor {} is in {holder}, but the index says {shard}", quote(name)));
+                    problems.push(format!(
+                        "tensor {} is in {holder}, but the index says {shard}",
+                        quote(name)
+                    ));
                 }
-                None => problems.push(format!("tensor {} is not in {shard}, where the index says it is", quote(name))),
+                None => problems.push(format!(
+                    "tensor {} is not in {shard}, where the index says it is",
+                    quote(name)
+                )),
             }
         }
-        for info in checkpoint.tensors.iter().filter(|info| !listed.contains_key(info.name.as_str())) {
+        for info in checkpoint
+            .tensors
+            .iter()
+            .filter(|info| !listed.contains_key(info.name.as_str()))
+        {
             let file = &checkpoint.files[info.file].name;
-            problems.push(format!("tensor {} of {file} is not in the index", quote(&info.name)));
+            problems.push(format!(
+                "tensor {} of {file} is not in the index",
+                quote(&info.name)
+            ));
         }
         checkpoint.consistent(problems)
     }
@@ -182,7 +230,10 @@ impl Checkpoint {
         if problems.is_empty() {
             return Ok(self);
         }
-        Err(CheckpointError::Inconsistent { path: self.dir, problems })
+        Err(CheckpointError::Inconsistent {
+            path: self.dir,
+            problems,
+        })
     }
 
     /// The folder.
@@ -217,7 +268,10 @@ impl Checkpoint {
 
     /// A tensor by name.
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
-        let position = self.tensors.binary_search_by(|info| info.name.as_str().cmp(name)).ok()?;
+        let position = self
+            .tensors
+            .binary_search_by(|info| info.name.as_str().cmp(name))
+            .ok()?;
         Some(&self.tensors[position])
     }
 
@@ -226,11 +280,12 @@ impl Checkpoint {
     /// # Errors
     /// [`CheckpointError::UnknownTensor`].
     pub fn tensor(&self, name: &str) -> Result<&TensorInfo> {
-        self.get(name).ok_or_else(|| CheckpointError::UnknownTensor {
-            place: self.describe(),
-            name: name.to_owned(),
-            nearest: nearest(name, self.tensors.iter().map(|info| info.name.as_str())),
-        })
+        self.get(name)
+            .ok_or_else(|| CheckpointError::UnknownTensor {
+                place: self.describe(),
+                name: name.to_owned(),
+                nearest: nearest(name, self.tensors.iter().map(|info| info.name.as_str())),
+            })
     }
 
     /// The bytes of the file that holds `info`, in which the tensor starts at `info.offset`.
@@ -258,19 +313,34 @@ impl Checkpoint {
     /// [`CheckpointError::BadRange`] when the range leaves the tensor or `out` has another size;
     /// [`CheckpointError::Io`].
     pub fn read_range(&self, info: &TensorInfo, range: Range<u64>, out: &mut [u8]) -> Result<()> {
-        if range.start > range.end || range.end > info.len || range.end - range.start != out.len() as u64 {
+        if range.start > range.end
+            || range.end > info.len
+            || range.end - range.start != out.len() as u64
+        {
             let Range { start, end } = range;
-            let problem = format!("bytes {start}..{end} of {} do not fit a buffer of {} bytes", info.len, out.len());
-            return Err(CheckpointError::BadRange { name: info.name.clone(), problem });
+            let problem = format!(
+                "bytes {start}..{end} of {} do not fit a buffer of {} bytes",
+                info.len,
+                out.len()
+            );
+            return Err(CheckpointError::BadRange {
+                name: info.name.clone(),
+                problem,
+            });
         }
-        self.reader(info).read_exact_at(info.offset + range.start, out)
+        self.reader(info)
+            .read_exact_at(info.offset + range.start, out)
     }
 }
 
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (files, tensors) = (self.files.len(), self.tensors.len());
-        f.debug_struct("Checkpoint").field("dir", &self.dir).field("files", &files).field("tensors", &tensors).finish()
+        f.debug_struct("Checkpoint")
+            .field("dir", &self.dir)
+            .field("files", &files)
+            .field("tensors", &tensors)
+            .finish()
     }
 }
 
@@ -281,7 +351,9 @@ pub(super) fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> O
     if name.len() > MAX_NAME {
         return None;
     }
-    let candidates = names.take(MAX_COMPARED).filter(|candidate| candidate.len() <= MAX_NAME);
+    let candidates = names
+        .take(MAX_COMPARED)
+        .filter(|candidate| candidate.len() <= MAX_NAME);
     let scored = candidates.map(|candidate| (strsim::jaro_winkler(name, candidate), candidate));
     let best = scored.max_by(|a, b| a.0.total_cmp(&b.0))?;
     (best.0 > 0.85).then(|| best.1.to_owned())
@@ -291,7 +363,9 @@ pub(super) fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> O
 fn list_folder(dir: &Path) -> Result<BTreeSet<String>> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-            return Err(CheckpointError::NotAFolder { path: dir.to_path_buf() });
+            return Err(CheckpointError::NotAFolder {
+                path: dir.to_path_buf(),
+            });
         }
         entries => entries.context("open folder", dir)?,
     };
@@ -311,7 +385,10 @@ fn parse_index(path: &Path, json: &[u8]) -> Result<Vec<(String, String)>> {
     struct Index {
         weight_map: UniqueMap<String>,
     }
-    let wrong = |source| CheckpointError::IndexJson { path: path.to_path_buf(), source };
+    let wrong = |source| CheckpointError::IndexJson {
+        path: path.to_path_buf(),
+        source,
+    };
     let index: Index = serde_json::from_slice(json).map_err(wrong)?;
     let mut told = BTreeSet::new();
     let mut problems = Problems::new();
@@ -319,18 +396,28 @@ fn parse_index(path: &Path, json: &[u8]) -> Result<Vec<(String, String)>> {
         if let Some(problem) = file_name_problem(shard)
             && told.insert(shard)
         {
-            problems.push(format!("{} (of tensor {}): {problem}", quote(shard), quote(tensor)));
+            problems.push(format!(
+                "{} (of tensor {}): {problem}",
+                quote(shard),
+                quote(tensor)
+            ));
         }
     }
     if !problems.is_empty() {
-        return Err(CheckpointError::IndexFileNames { path: path.to_path_buf(), problems });
+        return Err(CheckpointError::IndexFileNames {
+            path: path.to_path_buf(),
+            problems,
+        });
     }
     Ok(index.weight_map.0)
 }
 
 /// The files that make up a checkpoint without an index.
 fn files_without_index(dir: &Path, names: &BTreeSet<String>) -> Result<Vec<String>> {
-    let files: Vec<&String> = names.iter().filter(|name| file_name_problem(name).is_none()).collect();
+    let files: Vec<&String> = names
+        .iter()
+        .filter(|name| file_name_problem(name).is_none())
+        .collect();
     let path = dir.to_path_buf();
     // Sets of numbered files, by what comes before the number and by how many there should be.
     let mut sets: BTreeMap<(&str, usize), BTreeSet<usize>> = BTreeMap::new();
@@ -343,7 +430,11 @@ fn files_without_index(dir: &Path, names: &BTreeSet<String>) -> Result<Vec<Strin
             let has = |part: &str| names.iter().any(|name| name.contains(part));
             let hint = if names.contains("latest") || names.contains("index.json") {
                 "; it looks like a native checkpoint, which has its own option"
-            } else if has("pytorch_model") || names.iter().any(|name| name.ends_with(".pt") || name.ends_with(".pth")) {
+            } else if has("pytorch_model")
+                || names
+                    .iter()
+                    .any(|name| name.ends_with(".pt") || name.ends_with(".pth"))
+            {
                 "; it holds pickled weights, which are not read because loading them runs code: convert them to \
                  safetensors first"
             } else {
@@ -360,14 +451,20 @@ fn files_without_index(dir: &Path, names: &BTreeSet<String>) -> Result<Vec<Strin
                 missing.push(quote(&name(number)));
             }
             if !missing.is_empty() {
-                return Err(CheckpointError::MissingShards { path, files: missing });
+                return Err(CheckpointError::MissingShards {
+                    path,
+                    files: missing,
+                });
             }
             Ok(numbers.into_iter().map(name).collect())
         }
         _ => {
             let mut problems = Problems::new();
             files.iter().for_each(|name| problems.push(quote(name)));
-            Err(CheckpointError::AmbiguousFiles { path, files: problems })
+            Err(CheckpointError::AmbiguousFiles {
+                path,
+                files: problems,
+            })
         }
     }
 }
@@ -382,7 +479,9 @@ fn numbered(file_name: &str) -> Option<(&str, usize, usize)> {
         if five { text.parse().ok() } else { None }
     };
     let (number, count) = (digits(number)?, digits(count)?);
-    (1..=count).contains(&number).then_some((stem, number, count))
+    (1..=count)
+        .contains(&number)
+        .then_some((stem, number, count))
 }
 
 #[cfg(test)]

@@ -35,7 +35,11 @@ pub struct TensorSpec {
 impl TensorSpec {
     /// A description of a tensor.
     pub fn new(name: impl Into<String>, dtype: DType, shape: impl Into<Vec<usize>>) -> Self {
-        Self { name: name.into(), dtype, shape: shape.into() }
+        Self {
+            name: name.into(),
+            dtype,
+            shape: shape.into(),
+        }
     }
 
     /// Size in bytes.
@@ -46,7 +50,10 @@ impl TensorSpec {
         check_name(&self.name)?;
         let (name, dtype, shape) = (&self.name, self.dtype, &self.shape);
         if shape.len() > MAX_DIMS {
-            return Err(HeaderError::TooManyDims { name: name.clone(), dims: shape.len() });
+            return Err(HeaderError::TooManyDims {
+                name: name.clone(),
+                dims: shape.len(),
+            });
         }
         byte_len(name, dtype, shape)
     }
@@ -79,13 +86,17 @@ pub struct Header {
 #[non_exhaustive]
 pub enum HeaderError {
     /// Shorter than the length field.
-    #[error("the file has {found} bytes, fewer than the 8 that give the header's length; it is empty or cut off")]
+    #[error(
+        "the file has {found} bytes, fewer than the 8 that give the header's length; it is empty or cut off"
+    )]
     TooShort {
         /// Size of the file, in bytes.
         found: u64,
     },
     /// A length beyond the limit.
-    #[error("the header claims {found} bytes, more than the limit of {MAX_HEADER_BYTES}; this is no safetensors file, or a damaged one")]
+    #[error(
+        "the header claims {found} bytes, more than the limit of {MAX_HEADER_BYTES}; this is no safetensors file, or a damaged one"
+    )]
     TooLarge {
         /// The length claimed, in bytes.
         found: u64,
@@ -102,7 +113,9 @@ pub enum HeaderError {
         available: u64,
     },
     /// The first character is not an opening brace.
-    #[error("the header does not start with an opening brace but with byte {found:#04x}; this is no safetensors file")]
+    #[error(
+        "the header does not start with an opening brace but with byte {found:#04x}; this is no safetensors file"
+    )]
     NotAnObject {
         /// The first byte.
         found: u8,
@@ -249,7 +262,11 @@ pub enum HeaderError {
 }
 
 fn more_text(more: usize) -> String {
-    if more == 0 { String::new() } else { format!(", and so do {more} others") }
+    if more == 0 {
+        String::new()
+    } else {
+        format!(", and so do {more} others")
+    }
 }
 
 /// A tensor as the header states it.
@@ -278,8 +295,14 @@ impl<'de> Deserialize<'de> for RawHeader {
                 f.write_str("an object of tensors")
             }
 
-            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
-                let mut raw = RawHeader { tensors: Vec::new(), metadata: Vec::new() };
+            fn visit_map<A: serde::de::MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> Result<RawHeader, A::Error> {
+                let mut raw = RawHeader {
+                    tensors: Vec::new(),
+                    metadata: Vec::new(),
+                };
                 while let Some(key) = map.next_key::<String>()? {
                     if key == METADATA_KEY {
                         raw.metadata.push(map.next_value()?);
@@ -302,7 +325,10 @@ impl Header {
     /// [`CheckpointError::Header`] when the file breaks the format, [`CheckpointError::Io`] when it cannot be read.
     pub fn read(reader: &dyn RangeReader) -> Result<Self> {
         let json = Self::read_json(reader)?;
-        let wrong = |problem| CheckpointError::Header { file: reader.describe(), problem };
+        let wrong = |problem| CheckpointError::Header {
+            file: reader.describe(),
+            problem,
+        };
         // `read_json` has checked that the header lies within the file.
         let data_len = reader.len() - LENGTH_BYTES - json.len() as u64;
         Self::parse_json(&json, data_len).map_err(wrong)
@@ -313,9 +339,14 @@ impl Header {
     /// # Errors
     /// As [`Header::read`], for the length alone.
     pub fn read_json(reader: &dyn RangeReader) -> Result<Vec<u8>> {
-        let wrong = |problem| CheckpointError::Header { file: reader.describe(), problem };
+        let wrong = |problem| CheckpointError::Header {
+            file: reader.describe(),
+            problem,
+        };
         if reader.len() < LENGTH_BYTES {
-            return Err(wrong(HeaderError::TooShort { found: reader.len() }));
+            return Err(wrong(HeaderError::TooShort {
+                found: reader.len(),
+            }));
         }
         let mut length = [0; LENGTH_BYTES as usize];
         reader.read_exact_at(0, &mut length)?;
@@ -331,7 +362,9 @@ impl Header {
     /// The first rule of the format that the file breaks.
     pub fn parse(file: &[u8]) -> Result<Self, HeaderError> {
         let Some((length, rest)) = file.split_first_chunk::<{ LENGTH_BYTES as usize }>() else {
-            return Err(HeaderError::TooShort { found: file.len() as u64 });
+            return Err(HeaderError::TooShort {
+                found: file.len() as u64,
+            });
         };
         let len = checked_length(*length, file.len() as u64)?;
         let (json, data) = rest.split_at(len);
@@ -352,12 +385,24 @@ impl Header {
         let raw: RawHeader = serde_json::from_str(text).map_err(HeaderError::Json)?;
         let duplicates = repeated(raw.tensors.iter().map(|(name, _)| name.as_str()));
         if let Some(first) = duplicates.first() {
-            return Err(HeaderError::DuplicateTensors { first: (*first).to_owned(), more: duplicates.len() - 1 });
+            return Err(HeaderError::DuplicateTensors {
+                first: (*first).to_owned(),
+                more: duplicates.len() - 1,
+            });
         }
         if raw.metadata.len() > 1 {
-            return Err(HeaderError::DuplicateTensors { first: METADATA_KEY.to_owned(), more: 0 });
+            return Err(HeaderError::DuplicateTensors {
+                first: METADATA_KEY.to_owned(),
+                more: 0,
+            });
         }
-        let metadata = raw.metadata.into_iter().flatten().next().map(|map| map.0).unwrap_or_default();
+        let metadata = raw
+            .metadata
+            .into_iter()
+            .flatten()
+            .next()
+            .map(|map| map.0)
+            .unwrap_or_default();
         let mut entries = Vec::with_capacity(raw.tensors.len());
         for (name, entry) in raw.tensors {
             entries.push(check_entry(name, entry, data_len)?);
@@ -365,12 +410,18 @@ impl Header {
         // Empty tensors sort before the one that starts at the same byte, so that a stable order remains.
         entries.sort_by_key(|entry| (entry.offset, entry.len));
         check_contiguous(&entries, data_len)?;
-        Ok(Self { entries, metadata, data_start: LENGTH_BYTES + json.len() as u64 })
+        Ok(Self {
+            entries,
+            metadata,
+            data_start: LENGTH_BYTES + json.len() as u64,
+        })
     }
 
     /// Bytes of all tensors together.
     pub fn data_len(&self) -> u64 {
-        self.entries.last().map_or(0, |entry| entry.offset + entry.len)
+        self.entries
+            .last()
+            .map_or(0, |entry| entry.offset + entry.len)
     }
 
     /// The bytes before the first tensor (length, JSON, padding to 8 bytes) for tensors that follow each other in
@@ -378,17 +429,29 @@ impl Header {
     ///
     /// # Errors
     /// [`HeaderError`] when a name, shape or the header as a whole is beyond the limits that a reader imposes.
-    pub fn encode(specs: &[TensorSpec], metadata: &[(String, String)]) -> Result<(Vec<u8>, Self), HeaderError> {
+    pub fn encode(
+        specs: &[TensorSpec],
+        metadata: &[(String, String)],
+    ) -> Result<(Vec<u8>, Self), HeaderError> {
         let duplicates = repeated(specs.iter().map(|spec| spec.name.as_str()));
         if let Some(first) = duplicates.first() {
-            return Err(HeaderError::DuplicateTensors { first: (*first).to_owned(), more: duplicates.len() - 1 });
+            return Err(HeaderError::DuplicateTensors {
+                first: (*first).to_owned(),
+                more: duplicates.len() - 1,
+            });
         }
         let mut entries = Vec::with_capacity(specs.len());
         let mut end = 0u64;
         for spec in specs {
             let len = spec.checked_len()?;
-            entries.push(HeaderEntry { spec: spec.clone(), offset: end, len });
-            end = end.checked_add(len).ok_or_else(|| shape_overflow(&spec.name, spec.dtype, &spec.shape))?;
+            entries.push(HeaderEntry {
+                spec: spec.clone(),
+                offset: end,
+                len,
+            });
+            end = end
+                .checked_add(len)
+                .ok_or_else(|| shape_overflow(&spec.name, spec.dtype, &spec.shape))?;
         }
         let mut json = encode_json(&entries, metadata);
         json.resize(json.len().next_multiple_of(LENGTH_BYTES as usize), b' ');
@@ -398,7 +461,14 @@ impl Header {
         }
         let mut bytes = json_len.to_le_bytes().to_vec();
         bytes.append(&mut json);
-        Ok((bytes, Self { entries, metadata: metadata.to_vec(), data_start: LENGTH_BYTES + json_len }))
+        Ok((
+            bytes,
+            Self {
+                entries,
+                metadata: metadata.to_vec(),
+                data_start: LENGTH_BYTES + json_len,
+            },
+        ))
     }
 }
 
@@ -419,8 +489,12 @@ fn check_name(name: &str) -> Result<(), HeaderError> {
     match name {
         "" => Err(HeaderError::EmptyName),
         METADATA_KEY => Err(HeaderError::ReservedName),
-        _ if name.len() > MAX_NAME_BYTES => Err(HeaderError::LongName { name: name.to_owned() }),
-        _ if name.contains('\0') => Err(HeaderError::NulInName { name: name.to_owned() }),
+        _ if name.len() > MAX_NAME_BYTES => Err(HeaderError::LongName {
+            name: name.to_owned(),
+        }),
+        _ if name.contains('\0') => Err(HeaderError::NulInName {
+            name: name.to_owned(),
+        }),
         _ => Ok(()),
     }
 }
@@ -432,11 +506,18 @@ fn check_entry(name: String, raw: RawEntry, data_len: u64) -> Result<HeaderEntry
         Err(problem) => return Err(HeaderError::DType { name, problem }),
     };
     if raw.shape.len() > MAX_DIMS {
-        return Err(HeaderError::TooManyDims { name, dims: raw.shape.len() });
+        return Err(HeaderError::TooManyDims {
+            name,
+            dims: raw.shape.len(),
+        });
     }
     let dims: Result<Vec<usize>, _> = raw.shape.iter().map(|&dim| usize::try_from(dim)).collect();
     let Ok(shape) = dims else {
-        return Err(HeaderError::ShapeOverflow { name, dtype, shape: raw.shape });
+        return Err(HeaderError::ShapeOverflow {
+            name,
+            dtype,
+            shape: raw.shape,
+        });
     };
     let expected = byte_len(&name, dtype, &shape)?;
     let (start, end) = raw.data_offsets;
@@ -444,19 +525,39 @@ fn check_entry(name: String, raw: RawEntry, data_len: u64) -> Result<HeaderEntry
         return Err(HeaderError::ReversedOffsets { name, start, end });
     }
     if end - start != expected {
-        return Err(HeaderError::SizeMismatch { name, dtype, shape, expected, found: end - start });
+        return Err(HeaderError::SizeMismatch {
+            name,
+            dtype,
+            shape,
+            expected,
+            found: end - start,
+        });
     }
     if end > data_len {
-        return Err(HeaderError::OffsetsLeaveFile { name, end, available: data_len });
+        return Err(HeaderError::OffsetsLeaveFile {
+            name,
+            end,
+            available: data_len,
+        });
     }
-    Ok(HeaderEntry { spec: TensorSpec { name, dtype, shape }, offset: start, len: expected })
+    Ok(HeaderEntry {
+        spec: TensorSpec { name, dtype, shape },
+        offset: start,
+        len: expected,
+    })
 }
 
 fn byte_len(name: &str, dtype: DType, shape: &[usize]) -> Result<u64, HeaderError> {
     dtype.byte_len(shape).ok_or_else(|| {
-        let bits = shape.iter().try_fold(dtype.bits() as u64, |product, &dim| product.checked_mul(dim as u64));
+        let bits = shape.iter().try_fold(dtype.bits() as u64, |product, &dim| {
+            product.checked_mul(dim as u64)
+        });
         match bits {
-            Some(_) => HeaderError::PartialByte { name: name.to_owned(), dtype, shape: shape.to_vec() },
+            Some(_) => HeaderError::PartialByte {
+                name: name.to_owned(),
+                dtype,
+                shape: shape.to_vec(),
+            },
             None => shape_overflow(name, dtype, shape),
         }
     })
@@ -464,7 +565,11 @@ fn byte_len(name: &str, dtype: DType, shape: &[usize]) -> Result<u64, HeaderErro
 
 fn shape_overflow(name: &str, dtype: DType, shape: &[usize]) -> HeaderError {
     let shape = shape.iter().map(|&dim| dim as u64).collect();
-    HeaderError::ShapeOverflow { name: name.to_owned(), dtype, shape }
+    HeaderError::ShapeOverflow {
+        name: name.to_owned(),
+        dtype,
+        shape,
+    }
 }
 
 /// Every byte of the data belongs to exactly one tensor. `entries` are in the order of their offsets.
@@ -474,10 +579,19 @@ fn check_contiguous(entries: &[HeaderEntry], data_len: u64) -> Result<(), Header
     for entry in entries {
         if let (true, Some(last)) = (entry.offset < end, last) {
             let (first, second) = (last.spec.name.clone(), entry.spec.name.clone());
-            return Err(HeaderError::Overlap { first, second, end, start: entry.offset });
+            return Err(HeaderError::Overlap {
+                first,
+                second,
+                end,
+                start: entry.offset,
+            });
         }
         if entry.offset > end {
-            return Err(HeaderError::Hole { start: end, end: entry.offset, before: entry.spec.name.clone() });
+            return Err(HeaderError::Hole {
+                start: end,
+                end: entry.offset,
+                before: entry.spec.name.clone(),
+            });
         }
         end = entry.offset + entry.len;
         last = Some(entry);
@@ -507,7 +621,9 @@ fn encode_json(entries: &[HeaderEntry], metadata: &[(String, String)]) -> Vec<u8
         push_string(&mut json, &spec.name);
         let shape: Vec<String> = spec.shape.iter().map(usize::to_string).collect();
         let (dtype, shape, end) = (spec.dtype, shape.join(","), offset + len);
-        json.push_str(&format!(r#":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{offset},{end}]}},"#));
+        json.push_str(&format!(
+            r#":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{offset},{end}]}},"#
+        ));
     }
     if json.ends_with(',') {
         json.pop();

@@ -23,6 +23,7 @@ mod staging;
 mod unique_map;
 mod writer;
 
+pub(crate) use error::quote;
 pub use error::{CheckpointError, Result};
 pub use folder::{Checkpoint, INDEX_FILE, SINGLE_FILE, SafetensorsFile, TensorInfo};
 pub use header::{Header, HeaderEntry, HeaderError, MAX_HEADER_BYTES, TensorSpec};

@@ -42,17 +42,19 @@ impl OutputFiles {
     /// the disk, and appends its tensors, in header order, to those known.
     pub(super) fn add(&mut self, path: PathBuf, bytes: &[u8], header: &Header) -> Result<()> {
         let len = header.data_start + header.data_len();
-        let file = File::create_new(&path).map_err(|error| CheckpointError::write(&path, len, error))?;
+        let file =
+            File::create_new(&path).map_err(|error| CheckpointError::write(&path, len, error))?;
         reserve(&file, len).map_err(|error| CheckpointError::write(&path, len, error))?;
         write_all_at(&file, 0, bytes).map_err(|error| CheckpointError::write(&path, len, error))?;
         let index = self.files.len();
-        self.tensors.extend(header.entries.iter().map(|entry| OutputTensor {
-            name: entry.spec.name.clone(),
-            file: index,
-            start: header.data_start + entry.offset,
-            len: entry.len,
-            written: Mutex::default(),
-        }));
+        self.tensors
+            .extend(header.entries.iter().map(|entry| OutputTensor {
+                name: entry.spec.name.clone(),
+                file: index,
+                start: header.data_start + entry.offset,
+                len: entry.len,
+                written: Mutex::default(),
+            }));
         self.files.push(OutputFile { file, path });
         Ok(())
     }
@@ -60,7 +62,10 @@ impl OutputFiles {
     pub(super) fn write_at(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()> {
         let (file, at) = self.claim(tensor, offset, bytes.len() as u64)?;
         let written = write_all_at(&file.file, at, bytes);
-        self.note(tensor, written.map_err(|error| CheckpointError::write(&file.path, bytes.len() as u64, error)))
+        self.note(
+            tensor,
+            written.map_err(|error| CheckpointError::write(&file.path, bytes.len() as u64, error)),
+        )
     }
 
     pub(super) fn copy_from(
@@ -72,25 +77,41 @@ impl OutputFiles {
         len: u64,
     ) -> Result<()> {
         let (file, at) = self.claim(tensor, offset, len)?;
-        self.note(tensor, copy_range(source, source_offset, &file.file, &file.path, at, len))
+        self.note(
+            tensor,
+            copy_range(source, source_offset, &file.file, &file.path, at, len),
+        )
     }
 
     /// The file and position of bytes about to be written, which no one else may write.
     fn claim(&self, tensor: usize, offset: u64, len: u64) -> Result<(&OutputFile, u64)> {
         let tensor = &self.tensors[tensor];
         let Some(end) = offset.checked_add(len).filter(|&end| end <= tensor.len) else {
-            let problem = format!("a write of {len} bytes at byte {offset} leaves its {} bytes", tensor.len);
-            return Err(CheckpointError::BadRange { name: tensor.name.clone(), problem });
+            let problem = format!(
+                "a write of {len} bytes at byte {offset} leaves its {} bytes",
+                tensor.len
+            );
+            return Err(CheckpointError::BadRange {
+                name: tensor.name.clone(),
+                problem,
+            });
         };
         if !lock(&tensor.written).claim(offset, end) {
-            return Err(CheckpointError::WrittenTwice { name: tensor.name.clone(), start: offset, end });
+            return Err(CheckpointError::WrittenTwice {
+                name: tensor.name.clone(),
+                start: offset,
+                end,
+            });
         }
         Ok((&self.files[tensor.file], tensor.start + offset))
     }
 
     fn note(&self, tensor: usize, result: Result<()>) -> Result<()> {
         if let Err(error) = &result {
-            lock(&self.failures).push(format!("tensor {}: {error}", quote(&self.tensors[tensor].name)));
+            lock(&self.failures).push(format!(
+                "tensor {}: {error}",
+                quote(&self.tensors[tensor].name)
+            ));
         }
         result
     }
@@ -100,16 +121,27 @@ impl OutputFiles {
     /// # Errors
     /// [`CheckpointError::Incomplete`], with every tensor that lacks bytes; `path` is the output as a whole.
     pub(super) fn finish(self, path: &Path, durability: Durability) -> Result<()> {
-        let mut problems = self.failures.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut problems = self
+            .failures
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
         for tensor in self.tensors {
-            let written = tensor.written.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let written = tensor
+                .written
+                .into_inner()
+                .unwrap_or_else(PoisonError::into_inner);
             if let Some((start, end)) = written.first_gap(tensor.len) {
                 let (name, len) = (quote(&tensor.name), tensor.len);
-                problems.push(format!("tensor {name}: bytes {start}..{end} of {len} were never written"));
+                problems.push(format!(
+                    "tensor {name}: bytes {start}..{end} of {len} were never written"
+                ));
             }
         }
         if !problems.is_empty() {
-            return Err(CheckpointError::Incomplete { path: path.to_path_buf(), problems });
+            return Err(CheckpointError::Incomplete {
+                path: path.to_path_buf(),
+                problems,
+            });
         }
         if durability == Durability::Synced {
             for OutputFile { file, path } in &self.files {

@@ -27,13 +27,20 @@ impl Region {
     /// When the two have different lengths.
     pub fn new(offset: impl Into<Vec<usize>>, shape: impl Into<Vec<usize>>) -> Self {
         let (offset, shape) = (offset.into(), shape.into());
-        assert_eq!(offset.len(), shape.len(), "offset {offset:?} and shape {shape:?} differ in their number of dims");
+        assert_eq!(
+            offset.len(),
+            shape.len(),
+            "offset {offset:?} and shape {shape:?} differ in their number of dims"
+        );
         Self { offset, shape }
     }
 
     /// All of a tensor of that shape.
     pub fn whole(shape: &[usize]) -> Self {
-        Self { offset: vec![0; shape.len()], shape: shape.to_vec() }
+        Self {
+            offset: vec![0; shape.len()],
+            shape: shape.to_vec(),
+        }
     }
 
     /// Whether it has no elements. A scalar has one.
@@ -46,15 +53,20 @@ impl Region {
         if self.is_empty() {
             return Some(0);
         }
-        self.shape.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim as u64))
+        self.shape
+            .iter()
+            .try_fold(1u64, |product, &dim| product.checked_mul(dim as u64))
     }
 
     /// Whether it lies within a tensor of shape `shape`, with the same number of dims.
     pub fn fits(&self, shape: &[usize]) -> bool {
         self.offset.len() == shape.len()
             && self.shape.len() == shape.len()
-            && (0..shape.len())
-                .all(|dim| self.offset[dim].checked_add(self.shape[dim]).is_some_and(|end| end <= shape[dim]))
+            && (0..shape.len()).all(|dim| {
+                self.offset[dim]
+                    .checked_add(self.shape[dim])
+                    .is_some_and(|end| end <= shape[dim])
+            })
     }
 
     /// The part that two regions of one tensor share; `None` when that has no elements.
@@ -62,12 +74,20 @@ impl Region {
     /// # Panics
     /// When the regions differ in their number of dims.
     pub fn intersect(&self, other: &Region) -> Option<Region> {
-        assert_eq!(self.shape.len(), other.shape.len(), "regions of tensors with different numbers of dims");
+        assert_eq!(
+            self.shape.len(),
+            other.shape.len(),
+            "regions of tensors with different numbers of dims"
+        );
         let dims = self.shape.len();
-        let mut shared = Region { offset: Vec::with_capacity(dims), shape: Vec::with_capacity(dims) };
+        let mut shared = Region {
+            offset: Vec::with_capacity(dims),
+            shape: Vec::with_capacity(dims),
+        };
         for dim in 0..dims {
             let start = self.offset[dim].max(other.offset[dim]);
-            let end = (self.offset[dim] + self.shape[dim]).min(other.offset[dim] + other.shape[dim]);
+            let end =
+                (self.offset[dim] + self.shape[dim]).min(other.offset[dim] + other.shape[dim]);
             if end <= start {
                 return None;
             }
@@ -82,28 +102,46 @@ impl Region {
     ///
     /// # Panics
     /// When this region does not lie within both.
-    pub fn runs(&self, src: &Region, dst: &Region, element_bytes: usize) -> impl Iterator<Item = Run> + use<> {
+    pub fn runs(
+        &self,
+        src: &Region,
+        dst: &Region,
+        element_bytes: usize,
+    ) -> impl Iterator<Item = Run> + use<> {
         let dims = self.shape.len();
         for outer in [src, dst] {
             let inside = (0..dims).all(|dim| {
                 self.offset[dim] >= outer.offset[dim]
                     && self.offset[dim] + self.shape[dim] <= outer.offset[dim] + outer.shape[dim]
             });
-            assert!(outer.shape.len() == dims && inside, "{self:?} is not within {outer:?}");
+            assert!(
+                outer.shape.len() == dims && inside,
+                "{self:?} is not within {outer:?}"
+            );
         }
         // From the innermost dim outwards, dims that are taken whole on both sides join the run; the next one too,
         // in part.
-        let full = |dim: usize| self.shape[dim] == src.shape[dim] && self.shape[dim] == dst.shape[dim];
+        let full =
+            |dim: usize| self.shape[dim] == src.shape[dim] && self.shape[dim] == dst.shape[dim];
         let mut inner = dims;
         while inner > 0 && full(inner - 1) {
             inner -= 1;
         }
         let outer_dims = inner.saturating_sub(1);
         let element_bytes = element_bytes as u64;
-        let run_len = self.shape[outer_dims..].iter().map(|&dim| dim as u64).product::<u64>() * element_bytes;
-        let (src_strides, dst_strides) = (strides(&src.shape, element_bytes), strides(&dst.shape, element_bytes));
+        let run_len = self.shape[outer_dims..]
+            .iter()
+            .map(|&dim| dim as u64)
+            .product::<u64>()
+            * element_bytes;
+        let (src_strides, dst_strides) = (
+            strides(&src.shape, element_bytes),
+            strides(&dst.shape, element_bytes),
+        );
         let start = |outer: &Region, strides: &[u64]| -> u64 {
-            (0..dims).map(|dim| (self.offset[dim] - outer.offset[dim]) as u64 * strides[dim]).sum()
+            (0..dims)
+                .map(|dim| (self.offset[dim] - outer.offset[dim]) as u64 * strides[dim])
+                .sum()
         };
         let (src_start, dst_start) = (start(src, &src_strides), start(dst, &dst_strides));
         let counts = self.shape[..outer_dims].to_vec();
@@ -113,8 +151,18 @@ impl Region {
             if done {
                 return None;
             }
-            let at = |strides: &[u64]| index.iter().zip(strides).map(|(&i, &stride)| i as u64 * stride).sum::<u64>();
-            let run = Run { src: src_start + at(&src_strides), dst: dst_start + at(&dst_strides), len: run_len };
+            let at = |strides: &[u64]| {
+                index
+                    .iter()
+                    .zip(strides)
+                    .map(|(&i, &stride)| i as u64 * stride)
+                    .sum::<u64>()
+            };
+            let run = Run {
+                src: src_start + at(&src_strides),
+                dst: dst_start + at(&dst_strides),
+                len: run_len,
+            };
             done = true;
             for dim in (0..outer_dims).rev() {
                 index[dim] += 1;
@@ -137,7 +185,10 @@ impl Region {
     /// When the range does not lie within the tensor.
     pub fn of_flat_range(shape: &[usize], start: u64, end: u64) -> Vec<Region> {
         let elements = Region::whole(shape).elements();
-        assert!(start <= end && elements.is_some_and(|all| end <= all), "{start}..{end} of a tensor of shape {shape:?}");
+        assert!(
+            start <= end && elements.is_some_and(|all| end <= all),
+            "{start}..{end} of a tensor of shape {shape:?}"
+        );
         let strides = strides(shape, 1);
         let mut regions = Vec::new();
         let mut at = start;
@@ -145,7 +196,10 @@ impl Region {
             // The outermost dim at whose boundary `at` stands and of which at least one whole slice is left.
             let fits = |&dim: &usize| at.is_multiple_of(strides[dim]) && at + strides[dim] <= end;
             let dim = (0..shape.len()).find(fits);
-            let mut region = Region { offset: Vec::with_capacity(shape.len()), shape: vec![1; shape.len()] };
+            let mut region = Region {
+                offset: Vec::with_capacity(shape.len()),
+                shape: vec![1; shape.len()],
+            };
             let mut rest = at;
             for stride in &strides {
                 region.offset.push((rest / stride) as usize);
@@ -185,7 +239,10 @@ mod tests {
 
     #[track_caller]
     fn check(region: &Region, src: &Region, dst: &Region, expected: &[(u64, u64, u64)]) {
-        let runs: Vec<_> = region.runs(src, dst, 1).map(|run| (run.src, run.dst, run.len)).collect();
+        let runs: Vec<_> = region
+            .runs(src, dst, 1)
+            .map(|run| (run.src, run.dst, run.len))
+            .collect();
         assert_eq!(runs, expected);
     }
 
@@ -196,7 +253,12 @@ mod tests {
         let rows = Region::new([1, 0, 0], [2, 3, 5]);
         check(&rows, &whole, &rows, &[(15, 0, 30)]);
         let columns = Region::new([0, 1, 0], [4, 1, 5]);
-        check(&columns, &whole, &columns, &[(5, 0, 5), (20, 5, 5), (35, 10, 5), (50, 15, 5)]);
+        check(
+            &columns,
+            &whole,
+            &columns,
+            &[(5, 0, 5), (20, 5, 5), (35, 10, 5), (50, 15, 5)],
+        );
         let corner = Region::new([3, 2, 3], [1, 1, 2]);
         check(&corner, &whole, &columns_of(&corner), &[(58, 0, 2)]);
     }
@@ -228,7 +290,10 @@ mod tests {
     fn shape_and_regions() -> impl Strategy<Value = (Vec<usize>, Region, Region)> {
         proptest::collection::vec(1usize..6, 0..5).prop_flat_map(|shape| {
             let region = |shape: &[usize]| {
-                let dims: Vec<_> = shape.iter().map(|&dim| (0..dim).prop_flat_map(move |o| (Just(o), 1..=dim - o))).collect();
+                let dims: Vec<_> = shape
+                    .iter()
+                    .map(|&dim| (0..dim).prop_flat_map(move |o| (Just(o), 1..=dim - o)))
+                    .collect();
                 dims.prop_map(|dims| {
                     let (offset, shape): (Vec<_>, Vec<_>) = dims.into_iter().unzip();
                     Region { offset, shape }
@@ -247,7 +312,9 @@ mod tests {
                 .iter()
                 .flat_map(|base| {
                     let (strides, outer) = (&strides, &outer);
-                    (0..region.shape[dim]).map(move |i| base + (region.offset[dim] + i - outer.offset[dim]) as u64 * strides[dim])
+                    (0..region.shape[dim]).map(move |i| {
+                        base + (region.offset[dim] + i - outer.offset[dim]) as u64 * strides[dim]
+                    })
                 })
                 .collect();
         }

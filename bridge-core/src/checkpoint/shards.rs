@@ -75,7 +75,11 @@ impl ShardLayout {
                 1 => SINGLE_FILE.to_owned(),
                 _ => format!("model-{:05}-of-{count:05}.safetensors", position + 1),
             };
-            shards.push(Shard { file_name, tensors: group, header_json: None });
+            shards.push(Shard {
+                file_name,
+                tensors: group,
+                header_json: None,
+            });
         }
         let index_json = (count > 1).then(|| index_json(tensors, &lens, &shards));
         Ok(Self { shards, index_json })
@@ -91,20 +95,38 @@ impl ShardLayout {
     /// [`CheckpointError::Io`] when the source cannot be read.
     pub fn like(source: &Checkpoint, tensors: &[TensorSpec]) -> Result<Self> {
         let lens = checked_lens(tensors)?;
-        let positions: HashMap<&str, usize> =
-            tensors.iter().enumerate().map(|(position, spec)| (spec.name.as_str(), position)).collect();
+        let positions: HashMap<&str, usize> = tensors
+            .iter()
+            .enumerate()
+            .map(|(position, spec)| (spec.name.as_str(), position))
+            .collect();
         let mut problems = Problems::new();
-        for spec in tensors.iter().filter(|spec| source.get(&spec.name).is_none()) {
-            problems.push(format!("tensor {} is in no file of {}", quote(&spec.name), source.describe()));
+        for spec in tensors
+            .iter()
+            .filter(|spec| source.get(&spec.name).is_none())
+        {
+            problems.push(format!(
+                "tensor {} is in no file of {}",
+                quote(&spec.name),
+                source.describe()
+            ));
         }
         let mut shards = Vec::with_capacity(source.files().len());
         let mut same_sizes = true;
         for file in source.files() {
-            let mut shard = Shard { file_name: file.name().to_owned(), tensors: Vec::new(), header_json: None };
+            let mut shard = Shard {
+                file_name: file.name().to_owned(),
+                tensors: Vec::new(),
+                header_json: None,
+            };
             let mut same = true;
             for entry in &file.header().entries {
                 let Some(&position) = positions.get(entry.spec.name.as_str()) else {
-                    problems.push(format!("tensor {} of {} is not written", quote(&entry.spec.name), file.name()));
+                    problems.push(format!(
+                        "tensor {} of {} is not written",
+                        quote(&entry.spec.name),
+                        file.name()
+                    ));
                     continue;
                 };
                 same &= tensors[position] == entry.spec;
@@ -149,7 +171,11 @@ impl ShardLayout {
             }
             for &tensor in &shard.tensors {
                 match holders.get_mut(tensor) {
-                    None => problems.push(format!("{} names tensor {tensor} of {}", shard.file_name, tensors.len())),
+                    None => problems.push(format!(
+                        "{} names tensor {tensor} of {}",
+                        shard.file_name,
+                        tensors.len()
+                    )),
                     Some(Some(first)) => problems.push(format!(
                         "tensor {} is in both {first} and {}",
                         quote(&tensors[tensor].name),
@@ -159,10 +185,18 @@ impl ShardLayout {
                 }
             }
         }
-        for (tensor, _) in tensors.iter().zip(&holders).filter(|(_, holder)| holder.is_none()) {
+        for (tensor, _) in tensors
+            .iter()
+            .zip(&holders)
+            .filter(|(_, holder)| holder.is_none())
+        {
             problems.push(format!("tensor {} is in no shard", quote(&tensor.name)));
         }
-        if problems.is_empty() { Ok(()) } else { Err(CheckpointError::BadLayout { problems }) }
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(CheckpointError::BadLayout { problems })
+        }
     }
 }
 
@@ -180,14 +214,23 @@ fn checked_lens(tensors: &[TensorSpec]) -> Result<Vec<u64>> {
     if total > i64::MAX as u64 {
         problems.push("the tensors are larger together than any file system");
     }
-    if problems.is_empty() { Ok(lens) } else { Err(CheckpointError::BadLayout { problems }) }
+    if problems.is_empty() {
+        Ok(lens)
+    } else {
+        Err(CheckpointError::BadLayout { problems })
+    }
 }
 
 /// The index as the usual exporters write it: two spaces, sorted keys, a line end.
 fn index_json(tensors: &[TensorSpec], lens: &[u64], shards: &[Shard]) -> Vec<u8> {
     let mut weight_map = BTreeMap::new();
     for shard in shards {
-        weight_map.extend(shard.tensors.iter().map(|&tensor| (&tensors[tensor].name, &shard.file_name)));
+        weight_map.extend(
+            shard
+                .tensors
+                .iter()
+                .map(|&tensor| (&tensors[tensor].name, &shard.file_name)),
+        );
     }
     let total: u64 = lens.iter().sum();
     let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
@@ -228,10 +271,17 @@ mod tests {
 
     #[track_caller]
     fn check(sizes: &[usize], max: u64, expected: &[&[usize]]) {
-        let specs: Vec<_> =
-            sizes.iter().enumerate().map(|(i, &size)| TensorSpec::new(format!("t{i}"), DType::U8, [size])).collect();
+        let specs: Vec<_> = sizes
+            .iter()
+            .enumerate()
+            .map(|(i, &size)| TensorSpec::new(format!("t{i}"), DType::U8, [size]))
+            .collect();
         let layout = ShardLayout::by_size(&specs, max).unwrap();
-        let found: Vec<&[usize]> = layout.shards.iter().map(|shard| shard.tensors.as_slice()).collect();
+        let found: Vec<&[usize]> = layout
+            .shards
+            .iter()
+            .map(|shard| shard.tensors.as_slice())
+            .collect();
         assert_eq!(found, expected);
         layout.check(&specs).unwrap();
     }
@@ -255,7 +305,10 @@ mod tests {
             TensorSpec::new("d", DType::F32, [2]),
         ];
         let layout = ShardLayout::by_size(&specs, 16).unwrap();
-        assert_eq!(layout.shards[0].file_name, "model-00001-of-00002.safetensors");
+        assert_eq!(
+            layout.shards[0].file_name,
+            "model-00001-of-00002.safetensors"
+        );
         assert_eq!(layout.shards[0].tensors, [2, 1, 0]);
         let index = String::from_utf8(layout.index_json.unwrap()).unwrap();
         let expected = r#"{
@@ -271,38 +324,67 @@ mod tests {
 }
 "#;
         assert_eq!(index, expected);
-        assert_eq!(ShardLayout::by_size(&specs, 24).unwrap().shards[0].file_name, "model.safetensors");
+        assert_eq!(
+            ShardLayout::by_size(&specs, 24).unwrap().shards[0].file_name,
+            "model.safetensors"
+        );
         assert_eq!(ShardLayout::by_size(&specs, 24).unwrap().index_json, None);
     }
 
     #[test]
     fn a_layout_that_loses_or_repeats_tensors_is_refused() {
-        let specs = [TensorSpec::new("a", DType::U8, [1]), TensorSpec::new("b", DType::U8, [1])];
+        let specs = [
+            TensorSpec::new("a", DType::U8, [1]),
+            TensorSpec::new("b", DType::U8, [1]),
+        ];
         let shard = |name: &str, tensors: &[usize]| Shard {
             file_name: name.to_owned(),
             tensors: tensors.to_vec(),
             header_json: None,
         };
         let layout = ShardLayout {
-            shards: vec![shard("x.safetensors", &[0, 0]), shard("../y.safetensors", &[7])],
+            shards: vec![
+                shard("x.safetensors", &[0, 0]),
+                shard("../y.safetensors", &[7]),
+            ],
             index_json: None,
         };
         let text = layout.check(&specs).unwrap_err().to_string();
-        for part in ["`a` is in both", "only plain file names", "names tensor 7 of 2", "`b` is in no shard"] {
+        for part in [
+            "`a` is in both",
+            "only plain file names",
+            "names tensor 7 of 2",
+            "`b` is in no shard",
+        ] {
             assert!(text.contains(part), "{part} in {text}");
         }
     }
 
     #[test]
     fn only_plain_safetensors_names_are_allowed() {
-        for name in ["model.safetensors", "model-00001-of-00002.safetensors", "a..b.safetensors"] {
+        for name in [
+            "model.safetensors",
+            "model-00001-of-00002.safetensors",
+            "a..b.safetensors",
+        ] {
             assert_eq!(file_name_problem(name), None, "{name}");
         }
         let long = format!("{}.safetensors", "x".repeat(250));
-        for name in
-            ["", "../x.safetensors", "/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "C:x.safetensors", "..",
-             "x\0.safetensors", "x\n.safetensors", ".safetensors", "pytorch_model.bin", INDEX_FILE, &long]
-        {
+        for name in [
+            "",
+            "../x.safetensors",
+            "/x.safetensors",
+            "a/b.safetensors",
+            "a\\b.safetensors",
+            "C:x.safetensors",
+            "..",
+            "x\0.safetensors",
+            "x\n.safetensors",
+            ".safetensors",
+            "pytorch_model.bin",
+            INDEX_FILE,
+            &long,
+        ] {
             assert!(file_name_problem(name).is_some(), "{name:?}");
         }
     }

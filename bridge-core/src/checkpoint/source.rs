@@ -114,7 +114,10 @@ pub struct MemoryReader {
 impl MemoryReader {
     /// A source of `bytes`, called `name` in messages.
     pub fn new(name: impl Into<String>, bytes: impl Into<Vec<u8>>) -> Self {
-        Self { bytes: bytes.into(), name: name.into() }
+        Self {
+            bytes: bytes.into(),
+            name: name.into(),
+        }
     }
 }
 
@@ -131,7 +134,11 @@ impl RangeReader for MemoryReader {
                 buf.copy_from_slice(bytes);
                 Ok(())
             }
-            None => Err(CheckpointError::io("read", &self.name, io::ErrorKind::UnexpectedEof.into())),
+            None => Err(CheckpointError::io(
+                "read",
+                &self.name,
+                io::ErrorKind::UnexpectedEof.into(),
+            )),
         }
     }
 
@@ -154,7 +161,10 @@ mod tests {
         reader.read_exact_at(6, &mut []).unwrap();
         for offset in [4, 7, u64::MAX] {
             let error = reader.read_exact_at(offset, &mut buf).unwrap_err();
-            assert!(matches!(&error, CheckpointError::Io { action: "read", .. }), "{offset}: {error:?}");
+            assert!(
+                matches!(&error, CheckpointError::Io { action: "read", .. }),
+                "{offset}: {error:?}"
+            );
         }
     }
 
@@ -172,7 +182,10 @@ mod tests {
     #[test]
     fn folders_and_missing_files_are_refused() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(matches!(FileReader::open(folder.path()), Err(CheckpointError::NotAFile { .. })));
+        assert!(matches!(
+            FileReader::open(folder.path()),
+            Err(CheckpointError::NotAFile { .. })
+        ));
         let missing = FileReader::open(folder.path().join("missing")).unwrap_err();
         assert!(missing.is_input() && missing.to_string().contains("missing"));
     }

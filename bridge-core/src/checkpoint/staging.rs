@@ -56,7 +56,13 @@ impl Staging {
         let made_parents = make_parents(parent)?;
         // From here on, dropping cleans up.
         let dir = parent.join(format!(".{name}{PARTIAL}{}", writer_mark()));
-        let staging = Self { dir, target: target.clone(), existing, published: false, made_parents };
+        let staging = Self {
+            dir,
+            target: target.clone(),
+            existing,
+            published: false,
+            made_parents,
+        };
         remove_leftovers(parent, |leftover| leftover == name)?;
         fs::create_dir(&staging.dir).context("create folder", &staging.dir)?;
         Ok(staging)
@@ -80,7 +86,11 @@ impl Staging {
             let available = stat.f_bavail.saturating_mul(stat.f_frsize);
             if available < needed {
                 let path = self.target.clone();
-                return Err(CheckpointError::DiskFull { path, needed, available: Some(available) });
+                return Err(CheckpointError::DiskFull {
+                    path,
+                    needed,
+                    available: Some(available),
+                });
             }
         }
         Ok(())
@@ -144,7 +154,9 @@ impl Drop for Staging {
 fn resolve_target(target: &Path) -> Result<PathBuf> {
     match fs::canonicalize(target) {
         Ok(resolved) => Ok(resolved),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(target).context("create", target),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            std::path::absolute(target).context("create", target)
+        }
         Err(error) => Err(CheckpointError::io("open", target, error)),
     }
 }
@@ -155,7 +167,10 @@ fn parent_and_name(target: &Path) -> Result<(&Path, &str)> {
         (Some(parent), Some(name)) => Ok((parent, name)),
         _ => {
             let mut problems = Problems::new();
-            problems.push(format!("{} is not the name of a folder that can be made", target.display()));
+            problems.push(format!(
+                "{} is not the name of a folder that can be made",
+                target.display()
+            ));
             Err(CheckpointError::BadLayout { problems })
         }
     }
@@ -188,7 +203,9 @@ fn is_nonempty_folder(path: &Path) -> Result<bool> {
         Ok(mut entries) => Ok(entries.next().is_some()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
-            Err(CheckpointError::NotAFolder { path: path.to_path_buf() })
+            Err(CheckpointError::NotAFolder {
+                path: path.to_path_buf(),
+            })
         }
         Err(error) => Err(CheckpointError::io("open folder", path, error)),
     }
@@ -199,16 +216,21 @@ fn check_replaceable(target: &Path, existing: Existing) -> Result<()> {
         return check_not_mount_point(target);
     }
     if existing == Existing::Refuse {
-        return Err(CheckpointError::OutputExists { path: target.to_path_buf() });
+        return Err(CheckpointError::OutputExists {
+            path: target.to_path_buf(),
+        });
     }
     let mut looks_like_checkpoint = false;
     for entry in fs::read_dir(target).context("open folder", target)? {
         let name = entry.context("read folder", target)?.file_name();
         let name = name.to_string_lossy();
-        looks_like_checkpoint |= name == "config.json" || name == "index.json" || name.ends_with(".safetensors");
+        looks_like_checkpoint |=
+            name == "config.json" || name == "index.json" || name.ends_with(".safetensors");
     }
     if !looks_like_checkpoint {
-        return Err(CheckpointError::NotReplaceable { path: target.to_path_buf() });
+        return Err(CheckpointError::NotReplaceable {
+            path: target.to_path_buf(),
+        });
     }
     check_not_mount_point(target)
 }
@@ -219,11 +241,15 @@ fn check_not_mount_point(target: &Path) -> Result<()> {
     {
         use std::os::unix::fs::MetadataExt;
 
-        if let (Ok(folder), Some(Ok(parent))) = (fs::metadata(target), target.parent().map(fs::metadata))
+        if let (Ok(folder), Some(Ok(parent))) =
+            (fs::metadata(target), target.parent().map(fs::metadata))
             && folder.dev() != parent.dev()
         {
             let mut problems = Problems::new();
-            problems.push(format!("{} is a mount point; choose a folder inside it", target.display()));
+            problems.push(format!(
+                "{} is a mount point; choose a folder inside it",
+                target.display()
+            ));
             return Err(CheckpointError::BadLayout { problems });
         }
     }
@@ -252,7 +278,12 @@ fn exchange(a: &Path, b: &Path) -> io::Result<bool> {
 
 /// Who writes: process id, machine, and a number of its own, so that leftovers can be told from work in progress.
 pub(super) fn writer_mark() -> String {
-    format!("{}-{:08x}{:08x}", std::process::id(), machine_mark(), random_u32())
+    format!(
+        "{}-{:08x}{:08x}",
+        std::process::id(),
+        machine_mark(),
+        random_u32()
+    )
 }
 
 fn random_u32() -> u32 {
@@ -265,25 +296,40 @@ fn machine_mark() -> u32 {
     #[cfg(unix)]
     let node = rustix::system::uname().nodename().to_bytes().to_vec();
     #[cfg(not(unix))]
-    let node = std::env::var_os("COMPUTERNAME").map(|name| name.to_string_lossy().into_owned().into_bytes());
+    let node = std::env::var_os("COMPUTERNAME")
+        .map(|name| name.to_string_lossy().into_owned().into_bytes());
     #[cfg(not(unix))]
     let node = node.unwrap_or_default();
     let id_space = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     // FNV-1a: the same number in every process of this machine, which the standard hasher does not promise.
-    let bytes = node.iter().copied().chain(id_space.to_string_lossy().into_owned().into_bytes());
-    bytes.fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+    let bytes = node
+        .iter()
+        .copied()
+        .chain(id_space.to_string_lossy().into_owned().into_bytes());
+    bytes.fold(0x811c_9dc5, |hash: u32, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    })
 }
 
 /// The target's name, the process and the machine from the name of a temporary folder of ours.
 fn parse_leftover(name: &str) -> Option<(&str, u32, u32)> {
     let name = name.strip_prefix('.')?;
-    let (target, mark) = name.rsplit_once(PARTIAL).or_else(|| name.rsplit_once(REMOVED))?;
+    let (target, mark) = name
+        .rsplit_once(PARTIAL)
+        .or_else(|| name.rsplit_once(REMOVED))?;
     let (pid, rest) = mark.split_once('-')?;
-    let digits = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let digits = |text: &str| {
+        text.bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    };
     if rest.len() != 16 || !digits(rest) {
         return None;
     }
-    Some((target, pid.parse().ok()?, u32::from_str_radix(&rest[..8], 16).ok()?))
+    Some((
+        target,
+        pid.parse().ok()?,
+        u32::from_str_radix(&rest[..8], 16).ok()?,
+    ))
 }
 
 /// Removes the temporary folders and files in `parent` that belong to targets for which `wanted` holds and whose
@@ -292,7 +338,9 @@ pub(super) fn remove_leftovers(parent: &Path, wanted: impl Fn(&str) -> bool) -> 
     for entry in fs::read_dir(parent).context("open folder", parent)? {
         let entry = entry.context("read folder", parent)?;
         let name = entry.file_name();
-        let Some((target, pid, machine)) = name.to_str().and_then(parse_leftover) else { continue };
+        let Some((target, pid, machine)) = name.to_str().and_then(parse_leftover) else {
+            continue;
+        };
         if !wanted(target) {
             continue;
         }
@@ -301,12 +349,22 @@ pub(super) fn remove_leftovers(parent: &Path, wanted: impl Fn(&str) -> bool) -> 
         if !dead && !is_abandoned(&path) {
             continue;
         }
-        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        let removed = if path.is_dir() {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
         match removed {
             Ok(()) => {}
             // Another writer had the same thought.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(CheckpointError::io("remove the leftover of an earlier write", path, error)),
+            Err(error) => {
+                return Err(CheckpointError::io(
+                    "remove the leftover of an earlier write",
+                    path,
+                    error,
+                ));
+            }
         }
     }
     Ok(())
@@ -315,9 +373,13 @@ pub(super) fn remove_leftovers(parent: &Path, wanted: impl Fn(&str) -> bool) -> 
 fn is_alive(pid: u32) -> bool {
     #[cfg(unix)]
     {
-        let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+        let pid = i32::try_from(pid)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
         // "Not permitted" means that there is such a process, of another user.
-        pid.is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
+        pid.is_some_and(|pid| {
+            rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH)
+        })
     }
     #[cfg(not(unix))]
     {
@@ -353,7 +415,8 @@ pub(super) fn remove_folder(dir: &Path) -> Result<()> {
 pub(super) fn replace_file(path: &Path, bytes: &[u8], durability: Durability) -> Result<()> {
     let (parent, name) = parent_and_name(path)?;
     let partial = parent.join(format!(".{name}{PARTIAL}{}", writer_mark()));
-    let written = write_file(&partial, bytes, durability).and_then(|()| fs::rename(&partial, path).context("write", path));
+    let written = write_file(&partial, bytes, durability)
+        .and_then(|()| fs::rename(&partial, path).context("write", path));
     if written.is_err() {
         // Best effort: the error is on its way already.
         let _ = fs::remove_file(&partial);
@@ -366,8 +429,10 @@ pub(super) fn replace_file(path: &Path, bytes: &[u8], durability: Durability) ->
 }
 
 pub(super) fn write_file(path: &Path, bytes: &[u8], durability: Durability) -> Result<()> {
-    let file = File::create_new(path).map_err(|error| CheckpointError::write(path, bytes.len() as u64, error))?;
-    super::copy::write_all_at(&file, 0, bytes).map_err(|error| CheckpointError::write(path, bytes.len() as u64, error))?;
+    let file = File::create_new(path)
+        .map_err(|error| CheckpointError::write(path, bytes.len() as u64, error))?;
+    super::copy::write_all_at(&file, 0, bytes)
+        .map_err(|error| CheckpointError::write(path, bytes.len() as u64, error))?;
     if durability == Durability::Synced {
         file.sync_all().context("synchronise", path)?;
     }
@@ -381,7 +446,9 @@ fn sync_tree(dir: &Path) -> Result<()> {
             sync_tree(&path)?;
         } else {
             // Opened for reading: that serves to synchronise, and works for files copied without write permission.
-            File::open(&path).and_then(|file| file.sync_all()).context("synchronise", &path)?;
+            File::open(&path)
+                .and_then(|file| file.sync_all())
+                .context("synchronise", &path)?;
         }
     }
     sync_dir(dir)
@@ -389,7 +456,9 @@ fn sync_tree(dir: &Path) -> Result<()> {
 
 pub(super) fn sync_dir(dir: &Path) -> Result<()> {
     #[cfg(unix)]
-    File::open(dir).and_then(|dir| dir.sync_all()).context("synchronise folder", dir)?;
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .context("synchronise folder", dir)?;
     #[cfg(not(unix))]
     let _ = dir;
     Ok(())

@@ -1,14 +1,21 @@
 use super::*;
 
 fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
 
 fn fill(staging: &Staging, text: &str) {
-    write_file(&staging.dir().join("config.json"), text.as_bytes(), Durability::Cached).unwrap();
+    write_file(
+        &staging.dir().join("config.json"),
+        text.as_bytes(),
+        Durability::Cached,
+    )
+    .unwrap();
 }
 
 #[test]
@@ -19,13 +26,20 @@ fn a_folder_appears_whole_or_not_at_all() {
     fill(&staging, "1");
     assert!(!target.exists());
     drop(staging);
-    assert_eq!(names(root.path()), [""; 0], "folders made on the way are gone too");
+    assert_eq!(
+        names(root.path()),
+        [""; 0],
+        "folders made on the way are gone too"
+    );
 
     for durability in [Durability::Cached, Durability::Synced] {
         let target = root.path().join(format!("{durability:?}"));
         let staging = Staging::create(&target, Existing::Refuse).unwrap();
         fill(&staging, "1");
-        assert_eq!(staging.publish(durability).unwrap().file_name(), target.file_name());
+        assert_eq!(
+            staging.publish(durability).unwrap().file_name(),
+            target.file_name()
+        );
         assert_eq!(names(&target), ["config.json"]);
     }
     assert_eq!(names(root.path()), ["Cached", "Synced"]);
@@ -62,9 +76,18 @@ fn folders_of_other_things_are_never_replaced() {
     let refused = Staging::create(&target, Existing::Replace).unwrap_err();
     assert!(matches!(refused, CheckpointError::NotReplaceable { .. }));
     let refused = Staging::create(&target.join("thesis.txt"), Existing::Replace).unwrap_err();
-    assert!(matches!(refused, CheckpointError::NotAFolder { .. }), "{refused:?}");
+    assert!(
+        matches!(refused, CheckpointError::NotAFolder { .. }),
+        "{refused:?}"
+    );
     let refused = Staging::create(Path::new("/"), Existing::Replace).unwrap_err();
-    assert!(matches!(refused, CheckpointError::NotReplaceable { .. } | CheckpointError::BadLayout { .. }), "{refused:?}");
+    assert!(
+        matches!(
+            refused,
+            CheckpointError::NotReplaceable { .. } | CheckpointError::BadLayout { .. }
+        ),
+        "{refused:?}"
+    );
     assert_eq!(names(root.path()), ["documents"]);
 }
 
@@ -76,7 +99,10 @@ fn a_target_filled_meanwhile_is_respected() {
     let staging = Staging::create(&target, Existing::Refuse).unwrap();
     fs::create_dir(&target).unwrap();
     fs::write(target.join("theirs"), "").unwrap();
-    assert!(matches!(staging.publish(Durability::Cached), Err(CheckpointError::OutputExists { .. })));
+    assert!(matches!(
+        staging.publish(Durability::Cached),
+        Err(CheckpointError::OutputExists { .. })
+    ));
     assert_eq!(names(root.path()), ["out"]);
     assert_eq!(names(&target), ["theirs"]);
 }
@@ -115,7 +141,10 @@ fn leftovers_of_the_dead_are_removed_and_those_of_the_living_kept() {
         ".out.partial-mine".to_owned(),
         format!("out{PARTIAL}{dead}-{here:08x}00000001"),
     ];
-    let removed = [leftover(dead, here), format!(".out{REMOVED}{dead}-{here:08x}00000002")];
+    let removed = [
+        leftover(dead, here),
+        format!(".out{REMOVED}{dead}-{here:08x}00000002"),
+    ];
     for name in kept.iter().chain(&removed) {
         fs::create_dir(root.path().join(name)).unwrap();
         fs::write(root.path().join(name).join("model.safetensors"), "x").unwrap();
@@ -123,7 +152,10 @@ fn leftovers_of_the_dead_are_removed_and_those_of_the_living_kept() {
     let old = root.path().join(leftover(dead, elsewhere.wrapping_add(1)));
     fs::create_dir(&old).unwrap();
     let two_days_ago = SystemTime::now() - 2 * ABANDONED_AFTER;
-    File::open(&old).unwrap().set_modified(two_days_ago).unwrap();
+    File::open(&old)
+        .unwrap()
+        .set_modified(two_days_ago)
+        .unwrap();
 
     let staging = Staging::create(&root.path().join("out"), Existing::Refuse).unwrap();
     fill(&staging, "1");
@@ -139,7 +171,16 @@ fn a_full_disk_is_known_beforehand() {
     let root = tempfile::tempdir().unwrap();
     let staging = Staging::create(&root.path().join("out"), Existing::Refuse).unwrap();
     let error = staging.check_room(1 << 60).unwrap_err();
-    assert!(matches!(&error, CheckpointError::DiskFull { available: Some(_), .. }), "{error:?}");
+    assert!(
+        matches!(
+            &error,
+            CheckpointError::DiskFull {
+                available: Some(_),
+                ..
+            }
+        ),
+        "{error:?}"
+    );
     assert!(error.to_string().contains("free some space"), "{error}");
     staging.check_room(1).unwrap();
     drop(staging);

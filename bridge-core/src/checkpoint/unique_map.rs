@@ -36,7 +36,10 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for UniqueMap<V> {
 
         let pairs = deserializer.deserialize_map(Pairs(PhantomData))?;
         if let Some(key) = repeated(pairs.iter().map(|(key, _)| key.as_str())).first() {
-            return Err(D::Error::custom(format_args!("key {} appears twice", quote(key))));
+            return Err(D::Error::custom(format_args!(
+                "key {} appears twice",
+                quote(key)
+            )));
         }
         Ok(Self(pairs))
     }
@@ -46,7 +49,8 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for UniqueMap<V> {
 pub(crate) fn repeated<'a>(keys: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let mut seen = HashSet::new();
     let mut told = HashSet::new();
-    keys.filter(|&key| !seen.insert(key) && told.insert(key)).collect()
+    keys.filter(|&key| !seen.insert(key) && told.insert(key))
+        .collect()
 }
 
 #[cfg(test)]
@@ -59,7 +63,10 @@ mod tests {
         assert_eq!(map.0, [("b".to_owned(), 1), ("a".to_owned(), 2)]);
         // The same key, once with an escape.
         let error = serde_json::from_str::<UniqueMap<u8>>(r#"{"b":1,"\u0062":2}"#).unwrap_err();
-        assert!(error.to_string().contains("key `b` appears twice"), "{error}");
+        assert!(
+            error.to_string().contains("key `b` appears twice"),
+            "{error}"
+        );
         assert_eq!(repeated(["a", "b", "a", "a"].into_iter()), ["a"]);
     }
 }

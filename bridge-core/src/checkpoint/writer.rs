@@ -82,13 +82,29 @@ impl ShardedWriter {
     /// [`CheckpointError::BadLayout`] for tensors that cannot be written, [`CheckpointError::OutputExists`] or
     /// [`CheckpointError::NotReplaceable`] for the target, [`CheckpointError::DiskFull`] when there is no room.
     pub fn create(target: &Path, tensors: Vec<TensorSpec>, options: WriterOptions) -> Result<Self> {
-        let WriterOptions { max_shard_bytes, metadata, durability, existing, layout } = options;
-        let by_name: HashMap<String, usize> =
-            tensors.iter().enumerate().map(|(position, spec)| (spec.name.clone(), position)).collect();
+        let WriterOptions {
+            max_shard_bytes,
+            metadata,
+            durability,
+            existing,
+            layout,
+        } = options;
+        let by_name: HashMap<String, usize> = tensors
+            .iter()
+            .enumerate()
+            .map(|(position, spec)| (spec.name.clone(), position))
+            .collect();
         if by_name.len() != tensors.len() {
             let mut problems = Problems::new();
-            for (position, spec) in tensors.iter().enumerate().filter(|(i, spec)| by_name[&spec.name] != *i) {
-                problems.push(format!("tensor {} is declared again after position {position}", quote(&spec.name)));
+            for (position, spec) in tensors
+                .iter()
+                .enumerate()
+                .filter(|(i, spec)| by_name[&spec.name] != *i)
+            {
+                problems.push(format!(
+                    "tensor {} is declared again after position {position}",
+                    quote(&spec.name)
+                ));
             }
             return Err(CheckpointError::BadLayout { problems });
         }
@@ -98,9 +114,14 @@ impl ShardedWriter {
         };
         layout.check(&tensors)?;
         // All headers are made before the first file, so that what cannot be written leaves no trace.
-        let headers: Vec<(Vec<u8>, Header)> =
-            layout.shards.iter().map(|shard| shard_header(shard, &tensors, &metadata)).collect::<Result<_>>()?;
-        let needed = headers.iter().map(|(_, header)| header.data_start.saturating_add(header.data_len()));
+        let headers: Vec<(Vec<u8>, Header)> = layout
+            .shards
+            .iter()
+            .map(|shard| shard_header(shard, &tensors, &metadata))
+            .collect::<Result<_>>()?;
+        let needed = headers
+            .iter()
+            .map(|(_, header)| header.data_start.saturating_add(header.data_len()));
         let needed = needed.fold(0, u64::saturating_add);
 
         let staging = Staging::create(target, existing)?;
@@ -118,7 +139,14 @@ impl ShardedWriter {
         if let Some(index) = &layout.index_json {
             write_file(&staging.dir().join(INDEX_FILE), index, durability)?;
         }
-        Ok(Self { staging, files, slots, tensors, by_name, durability })
+        Ok(Self {
+            staging,
+            files,
+            slots,
+            tensors,
+            by_name,
+            durability,
+        })
     }
 
     /// The tensors, as declared.
@@ -160,7 +188,8 @@ impl ShardedWriter {
         source_offset: u64,
         len: u64,
     ) -> Result<()> {
-        self.files.copy_from(self.slots[tensor], offset, source, source_offset, len)
+        self.files
+            .copy_from(self.slots[tensor], offset, source, source_offset, len)
     }
 
     /// The temporary folder, into which other files of the checkpoint may be put before [`ShardedWriter::finish`].
@@ -188,15 +217,31 @@ impl ShardedWriter {
 }
 
 /// The bytes before a shard's first tensor, with what they say.
-fn shard_header(shard: &Shard, tensors: &[TensorSpec], metadata: &[(String, String)]) -> Result<(Vec<u8>, Header)> {
-    let specs: Vec<TensorSpec> = shard.tensors.iter().map(|&tensor| tensors[tensor].clone()).collect();
-    let wrong = |problem| CheckpointError::Header { file: shard.file_name.clone(), problem };
+fn shard_header(
+    shard: &Shard,
+    tensors: &[TensorSpec],
+    metadata: &[(String, String)],
+) -> Result<(Vec<u8>, Header)> {
+    let specs: Vec<TensorSpec> = shard
+        .tensors
+        .iter()
+        .map(|&tensor| tensors[tensor].clone())
+        .collect();
+    let wrong = |problem| CheckpointError::Header {
+        file: shard.file_name.clone(),
+        problem,
+    };
     let (bytes, made) = Header::encode(&specs, metadata).map_err(wrong)?;
-    let Some(json) = &shard.header_json else { return Ok((bytes, made)) };
+    let Some(json) = &shard.header_json else {
+        return Ok((bytes, made));
+    };
     let given = Header::parse_json(json, made.data_len()).map_err(wrong)?;
     if given.entries != made.entries {
         let mut problems = Problems::new();
-        problems.push(format!("the header given for {} does not describe its tensors in their order", shard.file_name));
+        problems.push(format!(
+            "the header given for {} does not describe its tensors in their order",
+            shard.file_name
+        ));
         return Err(CheckpointError::BadLayout { problems });
     }
     let mut bytes = Vec::with_capacity(LENGTH_BYTES as usize + json.len());

@@ -18,11 +18,16 @@ fn specs() -> Vec<TensorSpec> {
 
 fn data(spec: &TensorSpec) -> Vec<u8> {
     let seed = spec.name.len() as u8 * 31;
-    (0..spec.dtype.byte_len(&spec.shape).unwrap()).map(|i| (i as u8).wrapping_mul(7) ^ seed).collect()
+    (0..spec.dtype.byte_len(&spec.shape).unwrap())
+        .map(|i| (i as u8).wrapping_mul(7) ^ seed)
+        .collect()
 }
 
 fn options(max_shard_bytes: u64) -> WriterOptions {
-    WriterOptions { max_shard_bytes, ..WriterOptions::default() }
+    WriterOptions {
+        max_shard_bytes,
+        ..WriterOptions::default()
+    }
 }
 
 fn write_all(writer: &ShardedWriter) {
@@ -32,8 +37,10 @@ fn write_all(writer: &ShardedWriter) {
 }
 
 fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -61,8 +68,16 @@ fn what_is_written_is_read_at_any_shard_size() {
             assert_eq!(checkpoint.read(info).unwrap(), data(&spec), "{}", spec.name);
         }
         assert_eq!(names(root.path()), ["out"]);
-        assert_eq!(checkpoint.files()[0].header().metadata, [("format".to_owned(), "pt".to_owned())]);
-        assert!(checkpoint.files().iter().all(|file| file.header().data_start.is_multiple_of(8)));
+        assert_eq!(
+            checkpoint.files()[0].header().metadata,
+            [("format".to_owned(), "pt".to_owned())]
+        );
+        assert!(
+            checkpoint
+                .files()
+                .iter()
+                .all(|file| file.header().data_start.is_multiple_of(8))
+        );
     }
 }
 
@@ -70,7 +85,10 @@ fn what_is_written_is_read_at_any_shard_size() {
 fn an_output_without_tensors_is_a_file() {
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("out");
-    ShardedWriter::create(&out, vec![], options(1)).unwrap().finish().unwrap();
+    ShardedWriter::create(&out, vec![], options(1))
+        .unwrap()
+        .finish()
+        .unwrap();
     assert_eq!(names(&out), [SINGLE_FILE]);
     assert!(Checkpoint::open(&out).unwrap().tensors().is_empty());
 }
@@ -93,9 +111,15 @@ fn ranges_come_in_any_order_from_any_thread_and_source() {
                 for part in (0..100).rev().filter(|part| part % 3 == thread) {
                     let at = part * 3000;
                     match thread {
-                        0 => writer.write_at(0, at as u64, &bytes[at..at + 3000]).unwrap(),
-                        1 => writer.copy_from(0, at as u64, file, at as u64, 3000).unwrap(),
-                        _ => writer.copy_from(0, at as u64, memory, at as u64, 3000).unwrap(),
+                        0 => writer
+                            .write_at(0, at as u64, &bytes[at..at + 3000])
+                            .unwrap(),
+                        1 => writer
+                            .copy_from(0, at as u64, file, at as u64, 3000)
+                            .unwrap(),
+                        _ => writer
+                            .copy_from(0, at as u64, memory, at as u64, 3000)
+                            .unwrap(),
                     }
                 }
             });
@@ -114,13 +138,26 @@ fn bytes_are_written_once_and_within_their_tensor() {
     let norm = writer.position("norm").unwrap();
     writer.write_at(norm, 4, &[1; 4]).unwrap();
     let twice = writer.write_at(norm, 6, &[1; 4]).unwrap_err();
-    assert!(matches!(&twice, CheckpointError::WrittenTwice { start: 6, end: 10, name } if name == "norm"), "{twice:?}");
+    assert!(
+        matches!(&twice, CheckpointError::WrittenTwice { start: 6, end: 10, name } if name == "norm"),
+        "{twice:?}"
+    );
     for (offset, len) in [(13, 4), (17, 0), (u64::MAX, 2)] {
         let outside = writer.write_at(norm, offset, &vec![0; len]).unwrap_err();
-        assert!(matches!(outside, CheckpointError::BadRange { .. }), "{outside:?}");
+        assert!(
+            matches!(outside, CheckpointError::BadRange { .. }),
+            "{outside:?}"
+        );
     }
     let incomplete = writer.finish().unwrap_err().to_string();
-    for part in ["4 problems", "`norm`: bytes 0..4 of 16", "`embed`: bytes 0..56", "`scalar`", "`ids`", "not published"] {
+    for part in [
+        "4 problems",
+        "`norm`: bytes 0..4 of 16",
+        "`embed`: bytes 0..56",
+        "`scalar`",
+        "`ids`",
+        "not published",
+    ] {
         assert!(incomplete.contains(part), "{part} in {incomplete}");
     }
     assert_eq!(names(root.path()), [""; 0]);
@@ -130,11 +167,20 @@ fn bytes_are_written_once_and_within_their_tensor() {
 fn a_failed_write_keeps_the_output_from_being_published() {
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("out");
-    let writer = ShardedWriter::create(&out, vec![TensorSpec::new("w", DType::U8, [8])], options(u64::MAX)).unwrap();
+    let writer = ShardedWriter::create(
+        &out,
+        vec![TensorSpec::new("w", DType::U8, [8])],
+        options(u64::MAX),
+    )
+    .unwrap();
     let short = MemoryReader::new("short", vec![1; 4]);
     writer.copy_from(0, 0, &short, 0, 8).unwrap_err();
     let error = writer.finish().unwrap_err();
-    assert!(matches!(&error, CheckpointError::Incomplete { .. }) && error.to_string().contains("cannot read short"), "{error}");
+    assert!(
+        matches!(&error, CheckpointError::Incomplete { .. })
+            && error.to_string().contains("cannot read short"),
+        "{error}"
+    );
     assert!(!error.is_input());
     assert_eq!(names(root.path()), [""; 0]);
 }
@@ -145,7 +191,10 @@ fn a_full_disk_leaves_nothing() {
     let out = root.path().join("deep/out");
     let huge = vec![TensorSpec::new("w", DType::U8, [1 << 60])];
     let error = ShardedWriter::create(&out, huge, options(u64::MAX)).unwrap_err();
-    assert!(matches!(error, CheckpointError::DiskFull { .. }) && !error.is_input(), "{error:?}");
+    assert!(
+        matches!(error, CheckpointError::DiskFull { .. }) && !error.is_input(),
+        "{error:?}"
+    );
     assert_eq!(names(root.path()), [""; 0]);
 }
 
@@ -154,17 +203,31 @@ fn what_cannot_be_written_is_refused_beforehand() {
     let root = tempfile::tempdir().unwrap();
     #[track_caller]
     fn check(root: &TempDir, tensors: &[TensorSpec], part: &str) {
-        let error = ShardedWriter::create(&root.path().join("out"), tensors.to_vec(), options(10)).unwrap_err();
-        assert!(matches!(error, CheckpointError::BadLayout { .. }) && error.to_string().contains(part), "{error}");
+        let error = ShardedWriter::create(&root.path().join("out"), tensors.to_vec(), options(10))
+            .unwrap_err();
+        assert!(
+            matches!(error, CheckpointError::BadLayout { .. }) && error.to_string().contains(part),
+            "{error}"
+        );
         assert_eq!(names(root.path()), [""; 0]);
     }
     let spec = |name: &str| TensorSpec::new(name, DType::U8, [1]);
     check(&root, &[spec("a"), spec("a")], "`a` is declared again");
     check(&root, &[spec("")], "empty name");
     check(&root, &[spec("a\0")], "NUL");
-    check(&root, &[TensorSpec::new("a", DType::F4, [3])], "whole bytes");
-    check(&root, &[TensorSpec::new("a", DType::F32, [usize::MAX, 8])], "larger than any file");
-    let many: Vec<_> = (0..8).map(|i| TensorSpec::new(format!("t{i}"), DType::U8, [1 << 60])).collect();
+    check(
+        &root,
+        &[TensorSpec::new("a", DType::F4, [3])],
+        "whole bytes",
+    );
+    check(
+        &root,
+        &[TensorSpec::new("a", DType::F32, [usize::MAX, 8])],
+        "larger than any file",
+    );
+    let many: Vec<_> = (0..8)
+        .map(|i| TensorSpec::new(format!("t{i}"), DType::U8, [1 << 60]))
+        .collect();
     check(&root, &many, "together");
 }
 
@@ -187,31 +250,73 @@ fn files_are_reproduced_byte_for_byte() {
     fs::write(source.join(INDEX_FILE), index).unwrap();
 
     let checkpoint = Checkpoint::open(&source).unwrap();
-    let spec = |info: &crate::checkpoint::TensorInfo| TensorSpec::new(&*info.name, info.dtype, &*info.shape);
+    let spec = |info: &crate::checkpoint::TensorInfo| {
+        TensorSpec::new(&*info.name, info.dtype, &*info.shape)
+    };
     let tensors: Vec<_> = checkpoint.tensors().iter().rev().map(spec).collect();
     let layout = ShardLayout::like(&checkpoint, &tensors).unwrap();
     let out = root.path().join("out");
-    let writer = ShardedWriter::create(&out, tensors.clone(), WriterOptions { layout: Some(layout), ..options(1) }).unwrap();
+    let writer = ShardedWriter::create(
+        &out,
+        tensors.clone(),
+        WriterOptions {
+            layout: Some(layout),
+            ..options(1)
+        },
+    )
+    .unwrap();
     for (tensor, spec) in tensors.iter().enumerate() {
         let info = checkpoint.tensor(&spec.name).unwrap();
-        writer.copy_from(tensor, 0, checkpoint.reader(info), info.offset, info.len).unwrap();
+        writer
+            .copy_from(tensor, 0, checkpoint.reader(info), info.offset, info.len)
+            .unwrap();
     }
     writer.finish().unwrap();
     assert_eq!(names(&out), [INDEX_FILE, "x.safetensors", "y.safetensors"]);
     for name in names(&out) {
-        assert_eq!(fs::read(out.join(&name)).unwrap(), fs::read(source.join(&name)).unwrap(), "{name}");
+        assert_eq!(
+            fs::read(out.join(&name)).unwrap(),
+            fs::read(source.join(&name)).unwrap(),
+            "{name}"
+        );
     }
 
     // Another type: the files stay, the header of the file concerned and the total are made anew.
-    let wider: Vec<_> =
-        tensors.iter().map(|spec| TensorSpec { dtype: if spec.name == "c" { DType::F32 } else { spec.dtype }, ..spec.clone() }).collect();
+    let wider: Vec<_> = tensors
+        .iter()
+        .map(|spec| TensorSpec {
+            dtype: if spec.name == "c" {
+                DType::F32
+            } else {
+                spec.dtype
+            },
+            ..spec.clone()
+        })
+        .collect();
     let layout = ShardLayout::like(&checkpoint, &wider).unwrap();
-    assert_eq!(layout.shards.iter().map(|shard| shard.header_json.is_some()).collect::<Vec<_>>(), [true, false]);
-    assert!(String::from_utf8(layout.index_json.unwrap()).unwrap().contains("\"total_size\": 18"));
+    assert_eq!(
+        layout
+            .shards
+            .iter()
+            .map(|shard| shard.header_json.is_some())
+            .collect::<Vec<_>>(),
+        [true, false]
+    );
+    assert!(
+        String::from_utf8(layout.index_json.unwrap())
+            .unwrap()
+            .contains("\"total_size\": 18")
+    );
 
     // Other tensors: refused, each named.
-    let text = ShardLayout::like(&checkpoint, &[TensorSpec::new("new", DType::U8, [1])]).unwrap_err().to_string();
-    for part in ["`new` is in no file", "`c` of y.safetensors is not written", "5 problems"] {
+    let text = ShardLayout::like(&checkpoint, &[TensorSpec::new("new", DType::U8, [1])])
+        .unwrap_err()
+        .to_string();
+    for part in [
+        "`new` is in no file",
+        "`c` of y.safetensors is not written",
+        "5 problems",
+    ] {
         assert!(text.contains(part), "{part} in {text}");
     }
 }
@@ -221,15 +326,36 @@ fn a_given_header_must_describe_the_tensors() {
     let root = tempfile::tempdir().unwrap();
     let tensors = vec![TensorSpec::new("a", DType::U8, [2])];
     let create = |json: &str| {
-        let shard =
-            Shard { file_name: "m.safetensors".to_owned(), tensors: vec![0], header_json: Some(json.as_bytes().to_vec()) };
-        let layout = ShardLayout { shards: vec![shard], index_json: None };
-        let options = WriterOptions { layout: Some(layout), ..options(1) };
+        let shard = Shard {
+            file_name: "m.safetensors".to_owned(),
+            tensors: vec![0],
+            header_json: Some(json.as_bytes().to_vec()),
+        };
+        let layout = ShardLayout {
+            shards: vec![shard],
+            index_json: None,
+        };
+        let options = WriterOptions {
+            layout: Some(layout),
+            ..options(1)
+        };
         ShardedWriter::create(&root.path().join("out"), tensors.clone(), options)
     };
     assert!(create(r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#).is_ok());
     let other = create(r#"{"b":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#).unwrap_err();
-    assert!(matches!(other, CheckpointError::BadLayout { .. }), "{other:?}");
+    assert!(
+        matches!(other, CheckpointError::BadLayout { .. }),
+        "{other:?}"
+    );
     let wrong = create(r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#).unwrap_err();
-    assert!(matches!(wrong, CheckpointError::Header { problem: HeaderError::TrailingBytes { .. }, .. }), "{wrong:?}");
+    assert!(
+        matches!(
+            wrong,
+            CheckpointError::Header {
+                problem: HeaderError::TrailingBytes { .. },
+                ..
+            }
+        ),
+        "{wrong:?}"
+    );
 }

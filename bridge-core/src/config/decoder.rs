@@ -181,7 +181,9 @@ impl Activation {
         match name {
             "swish" => Some(Activation::Silu),
             "gelu_new" | "gelu_fast" => Some(Activation::GeluTanh),
-            _ => Self::ALL.into_iter().find(|activation| activation.hf_name() == name),
+            _ => Self::ALL
+                .into_iter()
+                .find(|activation| activation.hf_name() == name),
         }
     }
 }
@@ -210,13 +212,19 @@ pub struct LayerConfig {
 impl LayerConfig {
     /// A layer with full causal attention under the global rotary embedding, and the model's own MLP.
     pub fn dense() -> Self {
-        Self { mixer: Mixer::Attention(AttentionLayer::default()), ffn: Ffn::Mlp(MlpLayer::default()) }
+        Self {
+            mixer: Mixer::Attention(AttentionLayer::default()),
+            ffn: Ffn::Mlp(MlpLayer::default()),
+        }
     }
 
     /// [`LayerConfig::dense`] with attention to the last `window` tokens only, the current one included.
     pub fn dense_with_window(window: Option<usize>) -> Self {
         Self {
-            mixer: Mixer::Attention(AttentionLayer { window, ..AttentionLayer::default() }),
+            mixer: Mixer::Attention(AttentionLayer {
+                window,
+                ..AttentionLayer::default()
+            }),
             ffn: Ffn::Mlp(MlpLayer::default()),
         }
     }
@@ -299,13 +307,16 @@ impl DecoderConfig {
 
     /// Factor on q.k before softmax.
     pub fn attention_scale(&self) -> f64 {
-        self.attention_scale.unwrap_or_else(|| 1.0 / (self.head_dim as f64).sqrt())
+        self.attention_scale
+            .unwrap_or_else(|| 1.0 / (self.head_dim as f64).sqrt())
     }
 
     /// Inner width of layer `layer`'s MLP. Layers beyond the last have the model's own width.
     pub fn mlp_intermediate_size(&self, layer: usize) -> usize {
         match self.layers.get(layer).map(|layer| &layer.ffn) {
-            Some(Ffn::Mlp(MlpLayer { intermediate_size: Some(size) })) => *size,
+            Some(Ffn::Mlp(MlpLayer {
+                intermediate_size: Some(size),
+            })) => *size,
             _ => self.intermediate_size,
         }
     }
@@ -322,7 +333,9 @@ impl DecoderConfig {
             ("head_dim", self.head_dim),
         ];
         let equal = candidates.into_iter().filter(|(_, value)| *value == extent);
-        equal.map(|(name, value)| format!("{name}={value}")).collect()
+        equal
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect()
     }
 
     /// Checks that the numbers fit together, and that no size is absurd. `origin` is named in the error.
@@ -331,7 +344,14 @@ impl DecoderConfig {
     /// [`Error::Config`] with every finding.
     pub fn validate(&self, origin: &str) -> Result<()> {
         let problems = self.problems();
-        if problems.is_empty() { Ok(()) } else { Err(Error::Config { file: origin.to_owned(), problems }) }
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Config {
+                file: origin.to_owned(),
+                problems,
+            })
+        }
     }
 
     fn problems(&self) -> Problems {
@@ -348,7 +368,11 @@ impl DecoderConfig {
             ("num_key_value_heads", self.num_key_value_heads, MAX_WIDTH),
             ("head_dim", self.head_dim, MAX_WIDTH),
             ("vocab_size", self.vocab_size, MAX_VOCAB),
-            ("max_position_embeddings", self.max_position_embeddings, MAX_CONTEXT),
+            (
+                "max_position_embeddings",
+                self.max_position_embeddings,
+                MAX_CONTEXT,
+            ),
         ] {
             if value == 0 || value > max {
                 problems.push(format!("{key} is {value}, expected 1 to {max}"));
@@ -401,7 +425,9 @@ impl DecoderConfig {
         for (name, rope) in [("rope", &self.rope), ("rope_local", &self.rope_local)] {
             if let Some(rope) = rope {
                 if matches!(rope.scaling, RopeScaling::Dynamic { .. }) && self.rotary_dim() == 2 {
-                    problems.push(format!("{name}: dynamic scaling needs more than 2 rotated elements per head"));
+                    problems.push(format!(
+                        "{name}: dynamic scaling needs more than 2 rotated elements per head"
+                    ));
                 }
                 problems.extend(&format!("{name}: "), rope.problems());
             }
@@ -412,7 +438,9 @@ impl DecoderConfig {
         for (index, layer) in self.layers.iter().enumerate() {
             if let Some(attention) = layer.attention() {
                 if attention.window == Some(0) {
-                    problems.push(format!("layer {index}: sliding window is 0, expected at least 1 token"));
+                    problems.push(format!(
+                        "layer {index}: sliding window is 0, expected at least 1 token"
+                    ));
                 }
                 let missing = match attention.rope {
                     LayerRope::Local => self.rope_local.is_none().then_some("rope_local"),
@@ -424,7 +452,9 @@ impl DecoderConfig {
             }
             let width = self.mlp_intermediate_size(index);
             if width == 0 {
-                problems.push(format!("layer {index}: intermediate_size is 0, expected at least 1"));
+                problems.push(format!(
+                    "layer {index}: intermediate_size is 0, expected at least 1"
+                ));
             }
         }
     }
@@ -435,7 +465,9 @@ impl DecoderConfig {
             ("initializer_range", Some(self.initializer_range)),
         ] {
             if let Some(value) = value.filter(|value| !(value.is_finite() && *value >= 0.0)) {
-                problems.push(format!("{key} is {value}, expected a finite number of at least 0"));
+                problems.push(format!(
+                    "{key} is {value}, expected a finite number of at least 0"
+                ));
             }
         }
         for (key, value) in [
@@ -445,8 +477,14 @@ impl DecoderConfig {
             ("final_logit_softcap", self.final_logit_softcap),
         ] {
             if let Some(value) = value.filter(|value| !(value.is_finite() && *value > 0.0)) {
-                problems.push(format!("{key} is {value}, expected a finite number above 0"));
+                problems.push(format!(
+                    "{key} is {value}, expected a finite number above 0"
+                ));
             }
         }
     }
 }
+
+#[cfg(test)]
+#[path = "decoder_tests.rs"]
+mod tests;

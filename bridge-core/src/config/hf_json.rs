@@ -29,10 +29,16 @@ impl HfConfig {
     /// # Errors
     /// If the file cannot be read, is larger than [`MAX_CONFIG_BYTES`], or is not a JSON object.
     pub fn load(dir: &Path) -> Result<Self> {
-        let path = if dir.is_dir() { dir.join("config.json") } else { dir.to_path_buf() };
+        let path = if dir.is_dir() {
+            dir.join("config.json")
+        } else {
+            dir.to_path_buf()
+        };
         let file = File::open(&path).map_err(|source| Error::io("read", &path, source))?;
         let mut raw = Vec::new();
-        file.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut raw).map_err(|source| Error::io("read", &path, source))?;
+        file.take(MAX_CONFIG_BYTES + 1)
+            .read_to_end(&mut raw)
+            .map_err(|source| Error::io("read", &path, source))?;
         Self::from_slice(&raw, path.display().to_string())
     }
 
@@ -47,7 +53,9 @@ impl HfConfig {
         if raw.len() as u64 > MAX_CONFIG_BYTES {
             return Err(Error::malformed(
                 origin,
-                format!("model config is larger than {MAX_CONFIG_BYTES} bytes; this is not a config.json"),
+                format!(
+                    "model config is larger than {MAX_CONFIG_BYTES} bytes; this is not a config.json"
+                ),
             ));
         }
         // serde_json refuses nesting beyond 128 levels, so hostile depth cannot overflow the stack.
@@ -56,11 +64,19 @@ impl HfConfig {
             None => Err(error),
         });
         match parsed {
-            Ok(Value::Object(json)) => Ok(Self { raw: raw.to_vec(), json, origin }),
-            Ok(other) => {
-                Err(Error::malformed(origin, format!("holds {}, expected a JSON object", json_kind(&other))))
-            }
-            Err(error) => Err(Error::malformed(origin, format!("is not valid JSON: {error}"))),
+            Ok(Value::Object(json)) => Ok(Self {
+                raw: raw.to_vec(),
+                json,
+                origin,
+            }),
+            Ok(other) => Err(Error::malformed(
+                origin,
+                format!("holds {}, expected a JSON object", json_kind(&other)),
+            )),
+            Err(error) => Err(Error::malformed(
+                origin,
+                format!("is not valid JSON: {error}"),
+            )),
         }
     }
 
@@ -69,7 +85,11 @@ impl HfConfig {
     pub fn from_json(json: Map<String, Value>, origin: impl Into<String>) -> Self {
         let mut raw = format!("{:#}", Value::Object(json.clone())).into_bytes();
         raw.push(b'\n');
-        Self { raw, json, origin: origin.into() }
+        Self {
+            raw,
+            json,
+            origin: origin.into(),
+        }
     }
 
     /// The bytes of the file, unchanged.
@@ -90,7 +110,9 @@ impl HfConfig {
     /// The names in `architectures`; empty if the key is absent or not a list of strings.
     pub fn architectures(&self) -> Vec<&str> {
         let listed = self.json.get("architectures").and_then(Value::as_array);
-        listed.map(|names| names.iter().filter_map(Value::as_str).collect()).unwrap_or_default()
+        listed
+            .map(|names| names.iter().filter_map(Value::as_str).collect())
+            .unwrap_or_default()
     }
 
     /// Typed access to the keys.
@@ -107,7 +129,10 @@ fn quote_non_finite(raw: &[u8]) -> Option<Vec<u8>> {
     let mut at = 0;
     while let Some(&byte) = raw.get(at) {
         if !in_string {
-            if let Some(word) = NON_FINITE.iter().find(|word| raw[at..].starts_with(word.as_bytes())) {
+            if let Some(word) = NON_FINITE
+                .iter()
+                .find(|word| raw[at..].starts_with(word.as_bytes()))
+            {
                 quoted.push(b'"');
                 quoted.extend_from_slice(word.as_bytes());
                 quoted.push(b'"');
@@ -131,7 +156,9 @@ fn quote_non_finite(raw: &[u8]) -> Option<Vec<u8>> {
 pub(super) fn as_number(value: &Value) -> Option<f64> {
     match value {
         Value::Number(number) => number.as_f64(),
-        Value::String(text) if NON_FINITE.contains(&text.as_str()) => text.replace("Infinity", "inf").parse().ok(),
+        Value::String(text) if NON_FINITE.contains(&text.as_str()) => {
+            text.replace("Infinity", "inf").parse().ok()
+        }
         _ => None,
     }
 }
@@ -145,7 +172,11 @@ pub(super) fn json_kind(value: &Value) -> String {
         Value::Object(_) => "an object".to_owned(),
         Value::String(text) => {
             let short: String = text.chars().take(SHOWN).collect();
-            let more = if text.chars().count() > SHOWN { "..." } else { "" };
+            let more = if text.chars().count() > SHOWN {
+                "..."
+            } else {
+                ""
+            };
             format!("the string {short:?}{more}")
         }
         Value::Bool(_) | Value::Number(_) => value.to_string(),

@@ -9,8 +9,8 @@ mod rope_hf;
 mod tensors;
 
 pub use decoder::{
-    Activation, AttentionLayer, DecoderConfig, Ffn, LayerConfig, LayerRope, Mixer, MlpLayer, NormConfig, NormKind,
-    QkNorm, RopeStyle,
+    Activation, AttentionLayer, DecoderConfig, Ffn, LayerConfig, LayerRope, Mixer, MlpLayer,
+    NormConfig, NormKind, QkNorm, RopeStyle,
 };
 pub use hf_json::{HfConfig, MAX_CONFIG_BYTES};
 pub use reader::{ConfigReader, MAX_LAYERS};

@@ -41,7 +41,12 @@ impl<'a> ConfigReader<'a> {
     }
 
     fn of(map: &'a Map<String, Value>, origin: &'a str, prefix: String) -> Self {
-        Self { map, origin, prefix, problems: RefCell::default() }
+        Self {
+            map,
+            origin,
+            prefix,
+            problems: RefCell::default(),
+        }
     }
 
     /// The value of `key`; `None` if it is absent or `null`.
@@ -52,6 +57,11 @@ impl<'a> ConfigReader<'a> {
     /// Whether the key is there with a value other than `null`.
     pub fn has(&self, key: &str) -> bool {
         self.get(key).is_some()
+    }
+
+    /// Whether the key is there with the value `null`, for keys whose absence means something else.
+    pub fn is_null(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(Value::is_null)
     }
 
     /// Adds a finding of the caller's own.
@@ -68,14 +78,19 @@ impl<'a> ConfigReader<'a> {
         if problems.is_empty() {
             return Ok(());
         }
-        Err(Error::Config { file: self.origin.to_owned(), problems: problems.clone() })
+        Err(Error::Config {
+            file: self.origin.to_owned(),
+            problems: problems.clone(),
+        })
     }
 
     /// A reader of the object under `key`, such as `text_config`; `None` if there is none. Its findings are its own:
     /// pass it to [`ConfigReader::absorb`] in the end.
     pub fn section(&self, key: &str) -> Option<ConfigReader<'a>> {
         match self.get(key)? {
-            Value::Object(map) => Some(Self::of(map, self.origin, format!("{}{key}.", self.prefix))),
+            Value::Object(map) => {
+                Some(Self::of(map, self.origin, format!("{}{key}.", self.prefix)))
+            }
             other => {
                 self.wrong(key, "an object", other);
                 None
@@ -85,7 +100,9 @@ impl<'a> ConfigReader<'a> {
 
     /// Takes over the findings of a [`ConfigReader::section`].
     pub fn absorb(&self, section: ConfigReader<'_>) {
-        self.problems.borrow_mut().extend("", section.problems.into_inner());
+        self.problems
+            .borrow_mut()
+            .extend("", section.problems.into_inner());
     }
 
     /// A required whole number of at least 0; 0 after a finding.
@@ -141,7 +158,8 @@ impl<'a> ConfigReader<'a> {
 
     /// `true` or `false`, or `default`.
     pub fn flag_or(&self, key: &str, default: bool) -> bool {
-        self.typed(key, "true or false", Value::as_bool).unwrap_or(default)
+        self.typed(key, "true or false", Value::as_bool)
+            .unwrap_or(default)
     }
 
     /// A string, if there.
@@ -157,7 +175,9 @@ impl<'a> ConfigReader<'a> {
     /// A list of strings, if there.
     pub fn texts_opt(&self, key: &str) -> Option<Vec<&'a str>> {
         let value = self.get(key)?;
-        let texts = value.as_array().and_then(|items| items.iter().map(Value::as_str).collect());
+        let texts = value
+            .as_array()
+            .and_then(|items| items.iter().map(Value::as_str).collect());
         if texts.is_none() {
             self.wrong(key, "a list of strings", value);
         }
@@ -175,15 +195,19 @@ impl<'a> ConfigReader<'a> {
             Value::Array(items) => items.iter().map(as_token).collect(),
             one => as_token(one).map(|id| vec![id]),
         };
-        self.typed(key, "a token id or a list of them", one_or_many).unwrap_or_default()
+        self.typed(key, "a token id or a list of them", one_or_many)
+            .unwrap_or_default()
     }
 
     /// The MLP's non-linearity under `key`, or `default`.
     pub fn activation_or(&self, key: &str, default: Activation) -> Activation {
-        let Some(name) = self.text_opt(key) else { return default };
+        let Some(name) = self.text_opt(key) else {
+            return default;
+        };
         Activation::from_hf_name(name).unwrap_or_else(|| {
             let known = Activation::ALL.map(Activation::hf_name);
-            let nearest = crate::registry::nearest(name, known).map(|n| format!("; did you mean {n}?"));
+            let nearest =
+                crate::registry::nearest(name, known).map(|n| format!("; did you mean {n}?"));
             self.problem(format!(
                 "{}{key} is {name:?}, an activation that is not supported; known: {}{}",
                 self.prefix,
@@ -196,11 +220,18 @@ impl<'a> ConfigReader<'a> {
 
     /// The dtype of the weights (`dtype`, or `torch_dtype` of older files), if stated.
     pub fn dtype(&self) -> Option<DType> {
-        let key = if self.has("dtype") { "dtype" } else { "torch_dtype" };
+        let key = if self.has("dtype") {
+            "dtype"
+        } else {
+            "torch_dtype"
+        };
         let name = self.text_opt(key)?;
         let dtype = torch_dtype(name);
         if dtype.is_none() {
-            self.problem(format!("{}{key} is {name:?}, expected a torch dtype such as bfloat16", self.prefix));
+            self.problem(format!(
+                "{}{key} is {name:?}, expected a torch dtype such as bfloat16",
+                self.prefix
+            ));
         }
         dtype
     }
@@ -216,7 +247,11 @@ impl<'a> ConfigReader<'a> {
             ));
             return None;
         }
-        if let Some((layer, found)) = types.iter().enumerate().find(|(_, found)| !known.contains(found)) {
+        if let Some((layer, found)) = types
+            .iter()
+            .enumerate()
+            .find(|(_, found)| !known.contains(found))
+        {
             self.problem(format!(
                 "{}layer_types[{layer}] is {found:?}, expected one of {}",
                 self.prefix,
@@ -236,10 +271,19 @@ impl<'a> ConfigReader<'a> {
     }
 
     fn wrong(&self, key: &str, expected: &str, found: &Value) {
-        self.problem(format!("{}{key} is {}, expected {expected}", self.prefix, json_kind(found)));
+        self.problem(format!(
+            "{}{key} is {}, expected {expected}",
+            self.prefix,
+            json_kind(found)
+        ));
     }
 
-    fn typed<T>(&self, key: &str, expected: &str, convert: impl Fn(&Value) -> Option<T>) -> Option<T> {
+    fn typed<T>(
+        &self,
+        key: &str,
+        expected: &str,
+        convert: impl Fn(&Value) -> Option<T>,
+    ) -> Option<T> {
         let value = self.get(key)?;
         let converted = convert(value);
         if converted.is_none() {

@@ -24,7 +24,11 @@ fn check_problem(json: Value, read: impl Fn(&ConfigReader<'_>), expected: &str) 
 fn missing_and_wrong_keys_are_named() {
     let read_size = |keys: &ConfigReader<'_>| assert_eq!(keys.size("hidden_size"), 0);
     check_problem(json!({}), read_size, "key hidden_size is missing");
-    check_problem(json!({"hidden_size": null}), read_size, "key hidden_size is missing");
+    check_problem(
+        json!({"hidden_size": null}),
+        read_size,
+        "key hidden_size is missing",
+    );
     for (value, shown) in [
         (json!("64"), "the string \"64\""),
         (json!(-1), "-1"),
@@ -44,7 +48,12 @@ fn missing_and_wrong_keys_are_named() {
     );
     check_problem(
         json!({"hidden_act": "geul"}),
-        |keys| assert_eq!(keys.activation_or("hidden_act", Activation::Silu), Activation::Silu),
+        |keys| {
+            assert_eq!(
+                keys.activation_or("hidden_act", Activation::Silu),
+                Activation::Silu
+            )
+        },
         "hidden_act is \"geul\", an activation that is not supported; known: silu, gelu, gelu_pytorch_tanh, \
          quick_gelu, relu, relu2, sigmoid, tanh; did you mean gelu?",
     );
@@ -61,7 +70,8 @@ fn missing_and_wrong_keys_are_named() {
 
 #[test]
 fn every_finding_is_reported() {
-    let config = config(json!({"tie_word_embeddings": 1, "rms_norm_eps": "small", "layer_types": ["a"]}));
+    let config =
+        config(json!({"tie_word_embeddings": 1, "rms_norm_eps": "small", "layer_types": ["a"]}));
     let keys = config.reader();
     keys.size("hidden_size");
     keys.flag_or("tie_word_embeddings", false);
@@ -89,13 +99,17 @@ fn lenient_where_files_differ() {
     assert!(keys.token_ids("pad").is_empty());
     assert_eq!(keys.dtype(), Some(DType::BF16));
     assert_eq!(keys.layer_types(2, &["a", "b"]), Some(vec!["a", "b"]));
-    assert_eq!(keys.activation_or("hidden_act", Activation::Gelu), Activation::Silu);
+    assert_eq!(
+        keys.activation_or("hidden_act", Activation::Gelu),
+        Activation::Silu
+    );
     keys.finish().unwrap();
 }
 
 #[test]
 fn python_spellings_of_infinity_are_numbers() {
-    let text = br#"{"limit": [0.0, Infinity], "low": -Infinity, "nan": NaN, "text": "Infinity \" NaN"}"#;
+    let text =
+        br#"{"limit": [0.0, Infinity], "low": -Infinity, "nan": NaN, "text": "Infinity \" NaN"}"#;
     let config = HfConfig::from_slice(text, "config.json").unwrap();
     assert_eq!(config.raw(), text);
     let keys = config.reader();
@@ -108,18 +122,44 @@ fn python_spellings_of_infinity_are_numbers() {
 #[test]
 fn files_that_are_no_json_objects_are_refused() {
     for (bytes, expected) in [
-        (&b""[..], "config.json: is not valid JSON: EOF while parsing a value at line 1 column 0"),
-        (b"[]", "config.json: holds a list of 0 items, expected a JSON object"),
-        (b"{\"a\": 1", "config.json: is not valid JSON: EOF while parsing an object at line 1 column 7"),
-        (b"\xff\xfe", "config.json: is not valid JSON: expected value at line 1 column 1"),
+        (
+            &b""[..],
+            "config.json: is not valid JSON: EOF while parsing a value at line 1 column 0",
+        ),
+        (
+            b"[]",
+            "config.json: holds a list of 0 items, expected a JSON object",
+        ),
+        (
+            b"{\"a\": 1",
+            "config.json: is not valid JSON: EOF while parsing an object at line 1 column 7",
+        ),
+        (
+            b"\xff\xfe",
+            "config.json: is not valid JSON: expected value at line 1 column 1",
+        ),
     ] {
-        assert_eq!(HfConfig::from_slice(bytes, "config.json").unwrap_err().to_string(), expected);
+        assert_eq!(
+            HfConfig::from_slice(bytes, "config.json")
+                .unwrap_err()
+                .to_string(),
+            expected
+        );
     }
     let deep = "[".repeat(100_000);
     assert!(HfConfig::from_slice(deep.as_bytes(), "config.json").is_err());
     let long = vec![b' '; crate::config::MAX_CONFIG_BYTES as usize + 1];
-    assert!(HfConfig::from_slice(&long, "config.json").unwrap_err().to_string().contains("larger than"));
-    assert!(HfConfig::load(std::path::Path::new("/nonexistent/model")).unwrap_err().is_input());
+    assert!(
+        HfConfig::from_slice(&long, "config.json")
+            .unwrap_err()
+            .to_string()
+            .contains("larger than")
+    );
+    assert!(
+        HfConfig::load(std::path::Path::new("/nonexistent/model"))
+            .unwrap_err()
+            .is_input()
+    );
 }
 
 #[track_caller]
@@ -134,14 +174,25 @@ fn check_rope(json: Value, expected: RopeConfig, partial: f64) {
 #[test]
 fn both_spellings_of_rope_are_one_config() {
     check_rope(json!({}), RopeConfig::new(10_000.0), 1.0);
-    check_rope(json!({"rope_theta": 5e5, "rope_scaling": null}), RopeConfig::new(5e5), 1.0);
-    check_rope(json!({"rope_theta": 5e5, "rope_scaling": {}}), RopeConfig::new(5e5), 1.0);
+    check_rope(
+        json!({"rope_theta": 5e5, "rope_scaling": null}),
+        RopeConfig::new(5e5),
+        1.0,
+    );
+    check_rope(
+        json!({"rope_theta": 5e5, "rope_scaling": {}}),
+        RopeConfig::new(5e5),
+        1.0,
+    );
     check_rope(
         json!({"rope_parameters": {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.5}}),
         RopeConfig::new(77.0),
         0.5,
     );
-    let linear = RopeConfig { theta: 77.0, scaling: RopeScaling::Linear { factor: 4.0 } };
+    let linear = RopeConfig {
+        theta: 77.0,
+        scaling: RopeScaling::Linear { factor: 4.0 },
+    };
     for json in [
         json!({"rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 4}}),
         json!({"rope_theta": 77.0, "rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4}}),
@@ -164,7 +215,11 @@ fn both_spellings_of_rope_are_one_config() {
             truncate: true,
         },
     };
-    check_rope(json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}), yarn(4.0, 512), 1.0);
+    check_rope(
+        json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+        yarn(4.0, 512),
+        1.0,
+    );
     check_rope(
         json!({"rope_scaling": {"type": "yarn", "factor": null, "beta_fast": 0,
                                 "original_max_position_embeddings": 128}}),
@@ -191,11 +246,27 @@ fn exported_rope_keys_read_back() {
         attention_factor: Some(1.5),
         truncate: false,
     };
-    let dynamic = RopeScaling::Dynamic { factor: 2.0, max_position_embeddings: 512 };
-    for scaling in [RopeScaling::Default, RopeScaling::Linear { factor: 2.5 }, dynamic, llama3, yarn] {
-        let rope = RopeConfig { theta: 1234.5, scaling };
+    let dynamic = RopeScaling::Dynamic {
+        factor: 2.0,
+        max_position_embeddings: 512,
+    };
+    for scaling in [
+        RopeScaling::Default,
+        RopeScaling::Linear { factor: 2.5 },
+        dynamic,
+        llama3,
+        yarn,
+    ] {
+        let rope = RopeConfig {
+            theta: 1234.5,
+            scaling,
+        };
         let (theta, scaling) = rope.to_hf();
-        check_rope(json!({"rope_theta": theta, "rope_scaling": scaling}), rope, 1.0);
+        check_rope(
+            json!({"rope_theta": theta, "rope_scaling": scaling}),
+            rope,
+            1.0,
+        );
     }
 }
 
@@ -207,9 +278,23 @@ fn rope_by_layer_type() {
     }}));
     let keys = config.reader();
     let defaults = RopeDefaults::new(512);
-    let full = keys.rope_of_layer_type("full_attention", defaults).unwrap().0;
-    assert_eq!(full, RopeConfig { theta: 1e6, scaling: RopeScaling::Linear { factor: 8.0 } });
-    assert_eq!(keys.rope_of_layer_type("sliding_attention", defaults).unwrap().0, RopeConfig::new(1e4));
+    let full = keys
+        .rope_of_layer_type("full_attention", defaults)
+        .unwrap()
+        .0;
+    assert_eq!(
+        full,
+        RopeConfig {
+            theta: 1e6,
+            scaling: RopeScaling::Linear { factor: 8.0 }
+        }
+    );
+    assert_eq!(
+        keys.rope_of_layer_type("sliding_attention", defaults)
+            .unwrap()
+            .0,
+        RopeConfig::new(1e4)
+    );
     assert_eq!(keys.rope_of_layer_type("chunked_attention", defaults), None);
     keys.finish().unwrap();
 }
@@ -242,20 +327,43 @@ fn json_values() -> impl Strategy<Value = Value> {
         any::<bool>().prop_map(Value::from),
         any::<i64>().prop_map(Value::from),
         any::<f64>().prop_map(Value::from),
-        prop::sample::select(vec!["default", "yarn", "llama3", "linear", "dynamic", "silu", "bfloat16", "é\0"])
-            .prop_map(Value::from),
+        prop::sample::select(vec![
+            "default", "yarn", "llama3", "linear", "dynamic", "silu", "bfloat16", "é\0"
+        ])
+        .prop_map(Value::from),
         ".{0,12}".prop_map(Value::from),
     ];
     leaf.prop_recursive(4, 64, 8, |inner| {
         let keys = prop::sample::select(vec![
-            "hidden_size", "num_hidden_layers", "rope_theta", "rope_scaling", "rope_parameters", "rope_type", "type",
-            "factor", "original_max_position_embeddings", "layer_types", "full_attention", "eos_token_id", "dtype",
-            "hidden_act", "partial_rotary_factor", "architectures", "low_freq_factor", "high_freq_factor", "truncate",
+            "hidden_size",
+            "num_hidden_layers",
+            "rope_theta",
+            "rope_scaling",
+            "rope_parameters",
+            "rope_type",
+            "type",
+            "factor",
+            "original_max_position_embeddings",
+            "layer_types",
+            "full_attention",
+            "eos_token_id",
+            "dtype",
+            "hidden_act",
+            "partial_rotary_factor",
+            "architectures",
+            "low_freq_factor",
+            "high_freq_factor",
+            "truncate",
         ]);
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
             prop::collection::vec((keys, inner), 0..8).prop_map(|pairs| {
-                Value::Object(pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect::<Map<_, _>>())
+                Value::Object(
+                    pairs
+                        .into_iter()
+                        .map(|(k, v)| (k.to_owned(), v))
+                        .collect::<Map<_, _>>(),
+                )
             }),
         ]
     })

@@ -100,7 +100,10 @@ impl RopeScaling {
 impl RopeConfig {
     /// An unscaled rotary embedding.
     pub fn new(theta: f64) -> Self {
-        Self { theta, scaling: RopeScaling::Default }
+        Self {
+            theta,
+            scaling: RopeScaling::Default,
+        }
     }
 
     /// Whether the frequencies depend on the length of the sequence, so that a table must be renewed as it grows.
@@ -113,14 +116,27 @@ impl RopeConfig {
     /// Only `Dynamic` looks at `seq_len`. `rotary_dim` is taken as even.
     /// Source: `ROPE_INIT_FUNCTIONS` in transformers' `modeling_rope_utils.py`.
     pub fn frequencies(&self, rotary_dim: usize, seq_len: usize) -> Frequencies {
-        let plain = |theta: f64| wavelengths(theta, rotary_dim).map(|p| 1.0 / p).collect::<Vec<f32>>();
-        let unscaled = |inv_freq| Frequencies { inv_freq, attention_factor: 1.0 };
+        let plain = |theta: f64| {
+            wavelengths(theta, rotary_dim)
+                .map(|p| 1.0 / p)
+                .collect::<Vec<f32>>()
+        };
+        let unscaled = |inv_freq| Frequencies {
+            inv_freq,
+            attention_factor: 1.0,
+        };
         match &self.scaling {
             RopeScaling::Default => unscaled(plain(self.theta)),
-            RopeScaling::Linear { factor } => {
-                unscaled(plain(self.theta).into_iter().map(|f| f / *factor as f32).collect())
-            }
-            RopeScaling::Dynamic { factor, max_position_embeddings } => {
+            RopeScaling::Linear { factor } => unscaled(
+                plain(self.theta)
+                    .into_iter()
+                    .map(|f| f / *factor as f32)
+                    .collect(),
+            ),
+            RopeScaling::Dynamic {
+                factor,
+                max_position_embeddings,
+            } => {
                 let trained = *max_position_embeddings as f64;
                 let length = (seq_len as f64).max(trained);
                 let dim = rotary_dim as f64;
@@ -133,13 +149,20 @@ impl RopeConfig {
     }
 
     fn llama3(&self, mut inv_freq: Vec<f32>) -> Vec<f32> {
-        let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } =
-            self.scaling
+        let RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } = self.scaling
         else {
             return inv_freq;
         };
         let original = original_max_position_embeddings as f64;
-        let (long, short) = ((original / low_freq_factor) as f32, (original / high_freq_factor) as f32);
+        let (long, short) = (
+            (original / low_freq_factor) as f32,
+            (original / high_freq_factor) as f32,
+        );
         let (factor, original, low) = (factor as f32, original as f32, low_freq_factor as f32);
         let width = (high_freq_factor - low_freq_factor) as f32;
         for frequency in &mut inv_freq {
@@ -166,7 +189,10 @@ impl RopeConfig {
             truncate,
         } = self.scaling
         else {
-            return Frequencies { inv_freq: Vec::new(), attention_factor: 1.0 };
+            return Frequencies {
+                inv_freq: Vec::new(),
+                attention_factor: 1.0,
+            };
         };
         let dim = rotary_dim as f64;
         let original = original_max_position_embeddings as f64;
@@ -188,16 +214,21 @@ impl RopeConfig {
             .map(|(index, wavelength)| {
                 let ramp = ((index as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
                 let kept = 1.0 - ramp;
-                let (interpolated, extrapolated) = (1.0 / (factor as f32 * wavelength), 1.0 / wavelength);
+                let (interpolated, extrapolated) =
+                    (1.0 / (factor as f32 * wavelength), 1.0 / wavelength);
                 interpolated * (1.0 - kept) + extrapolated * kept
             })
             .collect();
         Frequencies {
             inv_freq,
             attention_factor: attention_factor.unwrap_or_else(|| {
-                match (mscale.filter(|m| *m != 0.0), mscale_all_dim.filter(|m| *m != 0.0)) {
+                match (
+                    mscale.filter(|m| *m != 0.0),
+                    mscale_all_dim.filter(|m| *m != 0.0),
+                ) {
                     (Some(mscale), Some(all_dim)) => {
-                        RopeConfig::yarn_mscale(factor, mscale) / RopeConfig::yarn_mscale(factor, all_dim)
+                        RopeConfig::yarn_mscale(factor, mscale)
+                            / RopeConfig::yarn_mscale(factor, all_dim)
                     }
                     _ => RopeConfig::yarn_mscale(factor, 1.0),
                 }
@@ -207,24 +238,36 @@ impl RopeConfig {
 
     /// YaRN's temperature `0.1 * mscale * ln(factor) + 1`, or 1 where nothing is stretched.
     pub fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
-        if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+        if factor <= 1.0 {
+            1.0
+        } else {
+            0.1 * mscale * factor.ln() + 1.0
+        }
     }
 
     /// What is wrong with the numbers.
     pub(crate) fn problems(&self) -> Problems {
         let mut problems = Problems::new();
         if !(self.theta.is_finite() && self.theta > 1.0) {
-            problems.push(format!("rope_theta is {}, expected a finite number above 1", self.theta));
+            problems.push(format!(
+                "rope_theta is {}, expected a finite number above 1",
+                self.theta
+            ));
         }
         let mut positive = |name: &str, value: f64| {
             if !(value.is_finite() && value > 0.0) {
-                problems.push(format!("{name} is {value}, expected a finite number above 0"));
+                problems.push(format!(
+                    "{name} is {value}, expected a finite number above 0"
+                ));
             }
         };
         match &self.scaling {
             RopeScaling::Default => {}
             RopeScaling::Linear { factor } => positive("factor", *factor),
-            RopeScaling::Dynamic { factor, max_position_embeddings } => {
+            RopeScaling::Dynamic {
+                factor,
+                max_position_embeddings,
+            } => {
                 positive("factor", *factor);
                 positive("max_position_embeddings", *max_position_embeddings as f64);
             }
@@ -239,14 +282,21 @@ impl RopeConfig {
                 truncate: _,
             } => {
                 positive("factor", *factor);
-                positive("original_max_position_embeddings", *original_max_position_embeddings as f64);
+                positive(
+                    "original_max_position_embeddings",
+                    *original_max_position_embeddings as f64,
+                );
                 positive("beta_fast", *beta_fast);
                 positive("beta_slow", *beta_slow);
-                for (name, value) in
-                    [("mscale", mscale), ("mscale_all_dim", mscale_all_dim), ("attention_factor", attention_factor)]
-                {
+                for (name, value) in [
+                    ("mscale", mscale),
+                    ("mscale_all_dim", mscale_all_dim),
+                    ("attention_factor", attention_factor),
+                ] {
                     // Zero means "not given" for the two mscales, as in transformers.
-                    if let Some(value) = value.filter(|value| *value != 0.0 || name == "attention_factor") {
+                    if let Some(value) =
+                        value.filter(|value| *value != 0.0 || name == "attention_factor")
+                    {
                         positive(name, value);
                     }
                 }
@@ -260,7 +310,10 @@ impl RopeConfig {
                 positive("factor", *factor);
                 positive("low_freq_factor", *low_freq_factor);
                 positive("high_freq_factor", *high_freq_factor);
-                positive("original_max_position_embeddings", *original_max_position_embeddings as f64);
+                positive(
+                    "original_max_position_embeddings",
+                    *original_max_position_embeddings as f64,
+                );
                 if high_freq_factor <= low_freq_factor {
                     problems.push(format!(
                         "high_freq_factor is {high_freq_factor}, expected more than low_freq_factor={low_freq_factor}"

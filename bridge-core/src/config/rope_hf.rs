@@ -19,7 +19,11 @@ pub struct RopeDefaults {
 impl RopeDefaults {
     /// What transformers assumes for most families: base 10000, every element rotated.
     pub fn new(max_position_embeddings: usize) -> Self {
-        Self { theta: 10_000.0, max_position_embeddings, partial_rotary_factor: 1.0 }
+        Self {
+            theta: 10_000.0,
+            max_position_embeddings,
+            partial_rotary_factor: 1.0,
+        }
     }
 }
 
@@ -30,14 +34,31 @@ impl ConfigReader<'_> {
     /// An unknown rope type is a finding that names the known ones.
     pub fn rope(&self, defaults: RopeDefaults) -> (RopeConfig, f64) {
         // An empty `rope_scaling` says nothing.
-        let scaled = self.get("rope_scaling").is_some_and(|value| value.as_object().is_none_or(|keys| !keys.is_empty()));
-        self.rope_under(self.section(if scaled { "rope_scaling" } else { "rope_parameters" }), defaults)
+        let scaled = self
+            .get("rope_scaling")
+            .is_some_and(|value| value.as_object().is_none_or(|keys| !keys.is_empty()));
+        self.rope_under(
+            self.section(if scaled {
+                "rope_scaling"
+            } else {
+                "rope_parameters"
+            }),
+            defaults,
+        )
     }
 
     /// The rotary embedding of one layer type ("full_attention", "sliding_attention") where `rope_parameters` is split
     /// by layer type; `None` where it is not split or says nothing about that type.
-    pub fn rope_of_layer_type(&self, layer_type: &str, defaults: RopeDefaults) -> Option<(RopeConfig, f64)> {
-        if !matches!(self.get("rope_parameters").and_then(|all| all.get(layer_type)), Some(Value::Object(_))) {
+    pub fn rope_of_layer_type(
+        &self,
+        layer_type: &str,
+        defaults: RopeDefaults,
+    ) -> Option<(RopeConfig, f64)> {
+        if !matches!(
+            self.get("rope_parameters")
+                .and_then(|all| all.get(layer_type)),
+            Some(Value::Object(_))
+        ) {
             return None;
         }
         let all = self.section("rope_parameters")?;
@@ -47,7 +68,11 @@ impl ConfigReader<'_> {
         Some(found)
     }
 
-    fn rope_under(&self, section: Option<ConfigReader<'_>>, defaults: RopeDefaults) -> (RopeConfig, f64) {
+    fn rope_under(
+        &self,
+        section: Option<ConfigReader<'_>>,
+        defaults: RopeDefaults,
+    ) -> (RopeConfig, f64) {
         let theta = self.number_or("rope_theta", defaults.theta);
         let partial = self.number_or("partial_rotary_factor", defaults.partial_rotary_factor);
         let Some(keys) = section else {
@@ -56,14 +81,20 @@ impl ConfigReader<'_> {
         let theta = keys.number_or("rope_theta", theta);
         let partial = keys.number_or("partial_rotary_factor", partial);
         // `rope_type` is the newer word for `type`; both are found in one file at times.
-        let type_key = if keys.has("rope_type") { "rope_type" } else { "type" };
+        let type_key = if keys.has("rope_type") {
+            "rope_type"
+        } else {
+            "type"
+        };
         let original = self
             .size_opt("original_max_position_embeddings")
             .or_else(|| keys.size_opt("original_max_position_embeddings"))
             .unwrap_or(defaults.max_position_embeddings);
         let scaling = match keys.text_opt(type_key).unwrap_or("default") {
             "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear { factor: keys.number("factor") },
+            "linear" => RopeScaling::Linear {
+                factor: keys.number("factor"),
+            },
             "dynamic" => RopeScaling::Dynamic {
                 factor: keys.number("factor"),
                 max_position_embeddings: defaults.max_position_embeddings,
@@ -76,8 +107,14 @@ impl ConfigReader<'_> {
                     keys.number("factor")
                 },
                 original_max_position_embeddings: original,
-                beta_fast: keys.number_opt("beta_fast").filter(|beta| *beta != 0.0).unwrap_or(32.0),
-                beta_slow: keys.number_opt("beta_slow").filter(|beta| *beta != 0.0).unwrap_or(1.0),
+                beta_fast: keys
+                    .number_opt("beta_fast")
+                    .filter(|beta| *beta != 0.0)
+                    .unwrap_or(32.0),
+                beta_slow: keys
+                    .number_opt("beta_slow")
+                    .filter(|beta| *beta != 0.0)
+                    .unwrap_or(1.0),
                 mscale: keys.number_opt("mscale"),
                 mscale_all_dim: keys.number_opt("mscale_all_dim"),
                 attention_factor: keys.number_opt("attention_factor"),
@@ -91,7 +128,8 @@ impl ConfigReader<'_> {
             },
             unknown => {
                 let known = RopeScaling::NAMES;
-                let nearest = crate::registry::nearest(unknown, known).map(|n| format!("; did you mean {n}?"));
+                let nearest = crate::registry::nearest(unknown, known)
+                    .map(|n| format!("; did you mean {n}?"));
                 keys.problem(format!(
                     "{} is {unknown:?}, a rope type that is not supported; known: {}{}",
                     keys.path_of(type_key),
@@ -117,7 +155,10 @@ impl RopeConfig {
         match &self.scaling {
             RopeScaling::Default => return (json!(self.theta), Value::Null),
             RopeScaling::Linear { factor } => set("factor", json!(factor)),
-            RopeScaling::Dynamic { factor, max_position_embeddings: _ } => set("factor", json!(factor)),
+            RopeScaling::Dynamic {
+                factor,
+                max_position_embeddings: _,
+            } => set("factor", json!(factor)),
             RopeScaling::Yarn {
                 factor,
                 original_max_position_embeddings,
@@ -129,12 +170,17 @@ impl RopeConfig {
                 truncate,
             } => {
                 set("factor", json!(factor));
-                set("original_max_position_embeddings", json!(original_max_position_embeddings));
+                set(
+                    "original_max_position_embeddings",
+                    json!(original_max_position_embeddings),
+                );
                 set("beta_fast", json!(beta_fast));
                 set("beta_slow", json!(beta_slow));
-                for (key, value) in
-                    [("mscale", mscale), ("mscale_all_dim", mscale_all_dim), ("attention_factor", attention_factor)]
-                {
+                for (key, value) in [
+                    ("mscale", mscale),
+                    ("mscale_all_dim", mscale_all_dim),
+                    ("attention_factor", attention_factor),
+                ] {
                     if let Some(value) = value {
                         set(key, json!(value));
                     }
@@ -150,7 +196,10 @@ impl RopeConfig {
                 set("factor", json!(factor));
                 set("low_freq_factor", json!(low_freq_factor));
                 set("high_freq_factor", json!(high_freq_factor));
-                set("original_max_position_embeddings", json!(original_max_position_embeddings));
+                set(
+                    "original_max_position_embeddings",
+                    json!(original_max_position_embeddings),
+                );
             }
         }
         set("rope_type", json!(self.scaling.name()));

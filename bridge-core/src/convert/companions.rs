@@ -59,7 +59,9 @@ impl Companions {
         let read = |source| Error::io("read folder", dir, source);
         for entry in fs::read_dir(dir).map_err(read)? {
             let entry = entry.map_err(read)?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
+            let Ok(name) = entry.file_name().into_string() else {
+                continue;
+            };
             let wanted = NAMES.contains(&name.as_str())
                 || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
                 || name.ends_with(".tiktoken");
@@ -67,14 +69,21 @@ impl Companions {
             if !wanted && !is_code {
                 continue;
             }
-            let metadata = fs::metadata(entry.path()).map_err(|source| Error::io("read", entry.path(), source))?;
+            let metadata = fs::metadata(entry.path())
+                .map_err(|source| Error::io("read", entry.path(), source))?;
             if !metadata.is_file() {
                 continue;
             }
             if metadata.len() > MAX_BYTES {
-                found.skipped.push(SkippedFile { name, reason: "larger than 1 GiB" });
+                found.skipped.push(SkippedFile {
+                    name,
+                    reason: "larger than 1 GiB",
+                });
             } else if is_code && !with_code {
-                found.skipped.push(SkippedFile { name, reason: "code is copied only on request" });
+                found.skipped.push(SkippedFile {
+                    name,
+                    reason: "code is copied only on request",
+                });
             } else {
                 found.names.push(name);
             }
@@ -104,8 +113,10 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
 /// Writes a new small file.
 pub(super) fn write_new(path: PathBuf, bytes: &[u8]) -> Result<()> {
     use std::io::Write;
-    let mut file = fs::File::create_new(&path).map_err(|source| Error::io("create", &path, source))?;
-    file.write_all(bytes).map_err(|source| Error::io("write", &path, source))
+    let mut file =
+        fs::File::create_new(&path).map_err(|source| Error::io("create", &path, source))?;
+    file.write_all(bytes)
+        .map_err(|source| Error::io("write", &path, source))
 }
 
 #[cfg(test)]
@@ -116,8 +127,17 @@ mod tests {
     fn tokenizers_and_templates_are_taken_and_code_is_not() {
         let folder = tempfile::tempdir().unwrap();
         for name in [
-            "config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-            "chat_template.jinja", "generation_config.json", "LICENSE.txt", "qwen.tiktoken", "modeling.py", "notes.md",
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "generation_config.json",
+            "LICENSE.txt",
+            "qwen.tiktoken",
+            "modeling.py",
+            "notes.md",
             "pytorch_model.bin",
         ] {
             fs::write(folder.path().join(name), name).unwrap();
@@ -125,17 +145,33 @@ mod tests {
         fs::create_dir(folder.path().join("tokenizer.d")).unwrap();
         let found = Companions::find(folder.path(), false).unwrap();
         let taken = [
-            "LICENSE.txt", "chat_template.jinja", "generation_config.json", "qwen.tiktoken", "tokenizer.json",
-            "tokenizer.model", "tokenizer_config.json",
+            "LICENSE.txt",
+            "chat_template.jinja",
+            "generation_config.json",
+            "qwen.tiktoken",
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
         ];
         assert_eq!(found.names, taken);
         assert_eq!(found.skipped.len(), 1);
         assert_eq!(found.skipped[0].name, "modeling.py");
-        assert!(Companions::find(folder.path(), true).unwrap().names.contains(&"modeling.py".to_owned()));
+        assert!(
+            Companions::find(folder.path(), true)
+                .unwrap()
+                .names
+                .contains(&"modeling.py".to_owned())
+        );
 
         let target = tempfile::tempdir().unwrap();
         found.copy(folder.path(), target.path()).unwrap();
-        assert_eq!(fs::read(target.path().join("tokenizer.json")).unwrap(), b"tokenizer.json");
-        assert!(found.copy(folder.path(), target.path()).is_err(), "existing files are never overwritten");
+        assert_eq!(
+            fs::read(target.path().join("tokenizer.json")).unwrap(),
+            b"tokenizer.json"
+        );
+        assert!(
+            found.copy(folder.path(), target.path()).is_err(),
+            "existing files are never overwritten"
+        );
     }
 }

@@ -56,8 +56,11 @@ fn trimmed(json: &[u8], range: Range<usize>) -> Range<usize> {
 /// it has none of them.
 pub(super) fn replace_values(json: &[u8], keys: &[&str], value: &str) -> Option<Vec<u8>> {
     let wanted = |key: &[u8]| keys.iter().any(|wanted| wanted.as_bytes() == key);
-    let ranges: Vec<Range<usize>> =
-        top_level_values(json).into_iter().filter(|(key, _)| wanted(key)).map(|(_, range)| range).collect();
+    let ranges: Vec<Range<usize>> = top_level_values(json)
+        .into_iter()
+        .filter(|(key, _)| wanted(key))
+        .map(|(_, range)| range)
+        .collect();
     if ranges.is_empty() {
         return None;
     }
@@ -82,18 +85,38 @@ mod tests {
     #[track_caller]
     fn check(json: &str, expected: Option<&str>) {
         let edited = replace_values(json.as_bytes(), &["dtype", "torch_dtype"], "\"float32\"");
-        assert_eq!(edited.map(|bytes| String::from_utf8(bytes).unwrap()).as_deref(), expected);
+        assert_eq!(
+            edited
+                .map(|bytes| String::from_utf8(bytes).unwrap())
+                .as_deref(),
+            expected
+        );
     }
 
     #[test]
     fn only_the_outermost_value_changes() {
         check("{}", None);
         check(r#"{"a": 1}"#, None);
-        check(r#"{ "dtype" : "bfloat16" , "a":[1, {"dtype": 2}]}"#, Some(r#"{ "dtype" : "float32" , "a":[1, {"dtype": 2}]}"#));
-        check(r#"{"x":{"dtype":"a"},"torch_dtype":null}"#, Some(r#"{"x":{"dtype":"a"},"torch_dtype":"float32"}"#));
-        check(r#"{"s":"\"dtype\": \\","dtype":"a","torch_dtype":"b"}"#, Some(r#"{"s":"\"dtype\": \\","dtype":"float32","torch_dtype":"float32"}"#));
-        check("{\n  \"dtype\": \"a\",\n  \"b\": [NaN, -Infinity]\n}\n", Some("{\n  \"dtype\": \"float32\",\n  \"b\": [NaN, -Infinity]\n}\n"));
-        check(r#"{"dtype": {"a": [1, 2]}, "z": "dtype"}"#, Some(r#"{"dtype": "float32", "z": "dtype"}"#));
+        check(
+            r#"{ "dtype" : "bfloat16" , "a":[1, {"dtype": 2}]}"#,
+            Some(r#"{ "dtype" : "float32" , "a":[1, {"dtype": 2}]}"#),
+        );
+        check(
+            r#"{"x":{"dtype":"a"},"torch_dtype":null}"#,
+            Some(r#"{"x":{"dtype":"a"},"torch_dtype":"float32"}"#),
+        );
+        check(
+            r#"{"s":"\"dtype\": \\","dtype":"a","torch_dtype":"b"}"#,
+            Some(r#"{"s":"\"dtype\": \\","dtype":"float32","torch_dtype":"float32"}"#),
+        );
+        check(
+            "{\n  \"dtype\": \"a\",\n  \"b\": [NaN, -Infinity]\n}\n",
+            Some("{\n  \"dtype\": \"float32\",\n  \"b\": [NaN, -Infinity]\n}\n"),
+        );
+        check(
+            r#"{"dtype": {"a": [1, 2]}, "z": "dtype"}"#,
+            Some(r#"{"dtype": "float32", "z": "dtype"}"#),
+        );
         check(r#"{"z": "dtype", "y": 1}"#, None);
     }
 

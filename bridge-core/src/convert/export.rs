@@ -83,26 +83,40 @@ pub(super) fn export_opened(
     let typed = bridge.config(&config)?;
     let record = SourceRecord::load(hf)?;
     let source = record.as_ref().map(SourceRecord::headers).transpose()?;
-    let had = |name: &str| source.as_ref().is_some_and(|source| source.get(name).is_some());
+    let had = |name: &str| {
+        source
+            .as_ref()
+            .is_some_and(|source| source.get(name).is_some())
+    };
     let stored: Vec<TensorHeader> = native
         .index()
         .model
         .iter()
-        .map(|(name, tensor)| TensorHeader::new(name.as_str(), tensor.dtype, tensor.shape.as_slice()))
+        .map(|(name, tensor)| {
+            TensorHeader::new(name.as_str(), tensor.dtype, tensor.shape.as_slice())
+        })
         .collect();
     let had: Option<&dyn Fn(&str) -> bool> = if source.is_some() { Some(&had) } else { None };
     let plan = plan_export(bridge, &typed, &stored, options.dtype, had)?;
     let carried_dir = hf.join(CARRIED_DIR);
-    let carried = carried_dir.is_dir().then(|| Checkpoint::open(&carried_dir)).transpose()?;
+    let carried = carried_dir
+        .is_dir()
+        .then(|| Checkpoint::open(&carried_dir))
+        .transpose()?;
     let companions = Companions::find(hf, options.convert.copy_code)?;
 
-    let mut specs: Vec<TensorSpec> = plan.headers().map(|h| TensorSpec::new(h.name, h.dtype, h.shape)).collect();
+    let mut specs: Vec<TensorSpec> = plan
+        .headers()
+        .map(|h| TensorSpec::new(h.name, h.dtype, h.shape))
+        .collect();
     let mut transfers = transfers(native, &plan)?;
     if let Some(carried) = &carried {
         carry(carried, &mut specs, &mut transfers);
     }
     let layout = match (&record, &source, options.max_shard_bytes) {
-        (Some(record), Some(source), None) if same_names(source, &specs) => Some(record.layout(source, &specs)?),
+        (Some(record), Some(source), None) if same_names(source, &specs) => {
+            Some(record.layout(source, &specs)?)
+        }
         _ => None,
     };
     let (config_bytes, changed_dtype) = export_config(&config, source.as_ref(), &specs);
@@ -126,8 +140,19 @@ pub(super) fn export_opened(
     let tensors = transfers.len();
     drop(transfers);
     let dir = writer.finish()?;
-    let files = Checkpoint::open(&dir)?.files().iter().map(|file| file.name().to_owned()).collect();
-    Ok(ExportReport { dir, tensors, bytes, files, changed_dtype, skipped_files: companions.skipped })
+    let files = Checkpoint::open(&dir)?
+        .files()
+        .iter()
+        .map(|file| file.name().to_owned())
+        .collect();
+    Ok(ExportReport {
+        dir,
+        tensors,
+        bytes,
+        files,
+        changed_dtype,
+        skipped_files: companions.skipped,
+    })
 }
 
 impl Sink for ShardedWriter {
@@ -135,7 +160,14 @@ impl Sink for ShardedWriter {
         Ok(self.write_at(tensor, offset, bytes)?)
     }
 
-    fn copy(&self, tensor: usize, offset: u64, reader: &dyn RangeReader, start: u64, len: u64) -> Result<()> {
+    fn copy(
+        &self,
+        tensor: usize,
+        offset: u64,
+        reader: &dyn RangeReader,
+        start: u64,
+        len: u64,
+    ) -> Result<()> {
         Ok(self.copy_from(tensor, offset, reader, start, len)?)
     }
 }
@@ -149,10 +181,22 @@ fn transfers<'a>(native: &'a NativeCheckpoint, plan: &ExportPlan) -> Result<Vec<
         for piece in plan.mapping.pieces_of_foreign(*foreign) {
             let name = &plan.mapping.canonical[piece.canonical].name;
             let stored = native.tensor(Group::Model, name)?;
-            segments.extend(stored_segments(native, name, stored, &piece.canonical_view, &piece.foreign_view)?);
+            segments.extend(stored_segments(
+                native,
+                name,
+                stored,
+                &piece.canonical_view,
+                &piece.foreign_view,
+            )?);
         }
         let (name, numel) = (tensor.name.clone(), tensor.shape.iter().product());
-        transfers.push(Transfer { tensor: position, name, numel, dtype: *dtype, segments });
+        transfers.push(Transfer {
+            tensor: position,
+            name,
+            numel,
+            dtype: *dtype,
+            segments,
+        });
     }
     Ok(transfers)
 }
@@ -165,12 +209,19 @@ pub(super) fn stored_segments<'a>(
     canonical: &View,
     target: &View,
 ) -> Result<Vec<Segment<'a>>> {
-    let pair = ViewPair { near: canonical.clone(), far: target.clone() };
+    let pair = ViewPair {
+        near: canonical.clone(),
+        far: target.clone(),
+    };
     let mut segments = Vec::new();
     for piece in &stored.pieces {
         let region = piece.region();
-        let ranges: Vec<Range<usize>> =
-            region.offset.iter().zip(&region.shape).map(|(start, extent)| *start..start + extent).collect();
+        let ranges: Vec<Range<usize>> = region
+            .offset
+            .iter()
+            .zip(&region.shape)
+            .map(|(start, extent)| *start..start + extent)
+            .collect();
         let parts = pair.within(&stored.shape, &ranges);
         if parts.is_empty() {
             continue;
@@ -195,7 +246,11 @@ pub(super) fn stored_segments<'a>(
 }
 
 /// Adds the tensors that the model does not use and the import kept.
-fn carry<'a>(carried: &'a Checkpoint, specs: &mut Vec<TensorSpec>, transfers: &mut Vec<Transfer<'a>>) {
+fn carry<'a>(
+    carried: &'a Checkpoint,
+    specs: &mut Vec<TensorSpec>,
+    transfers: &mut Vec<Transfer<'a>>,
+) {
     for info in carried.tensors() {
         let numel = info.shape.iter().product();
         let view = View::whole(&[numel]);
@@ -212,19 +267,33 @@ fn carry<'a>(carried: &'a Checkpoint, specs: &mut Vec<TensorSpec>, transfers: &m
                 base: info.offset,
             }],
         });
-        specs.push(TensorSpec::new(info.name.as_str(), info.dtype, info.shape.as_slice()));
+        specs.push(TensorSpec::new(
+            info.name.as_str(),
+            info.dtype,
+            info.shape.as_slice(),
+        ));
     }
 }
 
 fn same_names(source: &Checkpoint, specs: &[TensorSpec]) -> bool {
-    source.tensors().len() == specs.len() && specs.iter().all(|spec| source.get(&spec.name).is_some())
+    source.tensors().len() == specs.len()
+        && specs.iter().all(|spec| source.get(&spec.name).is_some())
 }
 
 /// The bytes of `config.json`, and the dtype that was put into it, if it had to change.
-fn export_config(config: &HfConfig, source: Option<&Checkpoint>, specs: &[TensorSpec]) -> (Vec<u8>, Option<DType>) {
+fn export_config(
+    config: &HfConfig,
+    source: Option<&Checkpoint>,
+    specs: &[TensorSpec],
+) -> (Vec<u8>, Option<DType>) {
     let written = main_dtype(specs.iter().map(|spec| (spec.dtype, spec.shape.as_slice())));
     let had = match source {
-        Some(source) => main_dtype(source.tensors().iter().map(|info| (info.dtype, info.shape.as_slice()))),
+        Some(source) => main_dtype(
+            source
+                .tensors()
+                .iter()
+                .map(|info| (info.dtype, info.shape.as_slice())),
+        ),
         None => config.reader().dtype(),
     };
     let name = match written {
@@ -247,7 +316,11 @@ fn export_config(config: &HfConfig, source: Option<&Checkpoint>, specs: &[Tensor
 fn main_dtype<'a>(tensors: impl Iterator<Item = (DType, &'a [usize])>) -> Option<DType> {
     let mut counts: HashMap<DType, u64> = HashMap::new();
     for (dtype, shape) in tensors {
-        *counts.entry(dtype).or_default() += shape.iter().map(|extent| *extent as u64).product::<u64>();
+        *counts.entry(dtype).or_default() +=
+            shape.iter().map(|extent| *extent as u64).product::<u64>();
     }
-    counts.into_iter().max_by_key(|(dtype, count)| (*count, *dtype)).map(|(dtype, _)| dtype)
+    counts
+        .into_iter()
+        .max_by_key(|(dtype, count)| (*count, *dtype))
+        .map(|(dtype, _)| dtype)
 }

@@ -11,7 +11,9 @@ use super::source_record::{CARRIED_DIR, SourceRecord};
 use super::transfer::{self, Sink, Transfer};
 use super::{ConvertOptions, HF_DIR, Progress};
 use crate::checkpoint::native::{Group, NativeWriter, PieceSpec, PieceWriter, list_iterations};
-use crate::checkpoint::{CheckpointError, Existing, RangeReader, ShardedWriter, TensorSpec, WriterOptions};
+use crate::checkpoint::{
+    CheckpointError, Existing, RangeReader, ShardedWriter, TensorSpec, WriterOptions,
+};
 use crate::error::{Error, Result};
 use crate::layout::LayoutSpec;
 use crate::mapping::ForeignRole;
@@ -65,7 +67,11 @@ pub fn import(
     let tensors = &model.plan().tensors;
     let pieces = order.iter().map(|index| {
         let tensor = &tensors[*index];
-        PieceSpec::whole(tensor.canonical.as_str(), tensor.dtype, tensor.shape.as_slice())
+        PieceSpec::whole(
+            tensor.canonical.as_str(),
+            tensor.dtype,
+            tensor.shape.as_slice(),
+        )
     });
     let file = writer.piece_file(Group::Model, 0, pieces.collect())?;
     let transfers: Vec<Transfer<'_>> = order
@@ -77,7 +83,12 @@ pub fn import(
     check_tied(&model, options, progress)?;
     file.finish()?;
     let dir = writer.finish(1, 0)?;
-    Ok(ImportReport { dir, bytes, skipped_files: companions.skipped, plan: model.into_plan() })
+    Ok(ImportReport {
+        dir,
+        bytes,
+        skipped_files: companions.skipped,
+        plan: model.into_plan(),
+    })
 }
 
 impl Sink for PieceWriter {
@@ -85,7 +96,14 @@ impl Sink for PieceWriter {
         Ok(self.write_at(tensor, offset, bytes)?)
     }
 
-    fn copy(&self, tensor: usize, offset: u64, reader: &dyn RangeReader, start: u64, len: u64) -> Result<()> {
+    fn copy(
+        &self,
+        tensor: usize,
+        offset: u64,
+        reader: &dyn RangeReader,
+        start: u64,
+        len: u64,
+    ) -> Result<()> {
         Ok(self.copy_from(tensor, offset, reader, start, len)?)
     }
 }
@@ -104,11 +122,24 @@ fn check_target(out: &Path, existing: Existing) -> Result<()> {
     if !occupied {
         return Ok(());
     }
-    let only_import = || Ok::<bool, Error>(list_iterations(out)?.iter().map(|(number, _)| *number).eq([0]));
+    let only_import = || {
+        Ok::<bool, Error>(
+            list_iterations(out)?
+                .iter()
+                .map(|(number, _)| *number)
+                .eq([0]),
+        )
+    };
     match existing {
         Existing::Replace if only_import()? => Ok(()),
-        Existing::Replace => Err(CheckpointError::NotReplaceable { path: out.to_path_buf() }.into()),
-        Existing::Refuse => Err(CheckpointError::OutputExists { path: out.to_path_buf() }.into()),
+        Existing::Replace => Err(CheckpointError::NotReplaceable {
+            path: out.to_path_buf(),
+        }
+        .into()),
+        Existing::Refuse => Err(CheckpointError::OutputExists {
+            path: out.to_path_buf(),
+        }
+        .into()),
     }
 }
 
@@ -117,23 +148,43 @@ fn by_place(model: &HfModel) -> Vec<usize> {
     let mut order: Vec<usize> = (0..model.plan().tensors.len()).collect();
     order.sort_by_key(|index| {
         let name = model.plan().tensors[*index].foreign.first();
-        name.and_then(|name| model.checkpoint().get(name)).map(|info| (info.file, info.offset))
+        name.and_then(|name| model.checkpoint().get(name))
+            .map(|info| (info.file, info.offset))
     });
     order
 }
 
 /// Keeps the tensors that the model does not use, for the export.
 fn carry_ignored(model: &HfModel, dir: &Path, options: &ConvertOptions) -> Result<()> {
-    let names: Vec<&str> = model.plan().ignored.iter().map(|tensor| tensor.name.as_str()).collect();
-    let infos: Vec<_> = names.iter().filter_map(|name| model.checkpoint().get(name)).collect();
+    let names: Vec<&str> = model
+        .plan()
+        .ignored
+        .iter()
+        .map(|tensor| tensor.name.as_str())
+        .collect();
+    let infos: Vec<_> = names
+        .iter()
+        .filter_map(|name| model.checkpoint().get(name))
+        .collect();
     if infos.is_empty() {
         return Ok(());
     }
-    let specs = infos.iter().map(|info| TensorSpec::new(info.name.as_str(), info.dtype, info.shape.as_slice()));
-    let writer_options = WriterOptions { durability: options.durability, ..WriterOptions::default() };
+    let specs = infos
+        .iter()
+        .map(|info| TensorSpec::new(info.name.as_str(), info.dtype, info.shape.as_slice()));
+    let writer_options = WriterOptions {
+        durability: options.durability,
+        ..WriterOptions::default()
+    };
     let writer = ShardedWriter::create(dir, specs.collect(), writer_options)?;
     for (position, info) in infos.iter().enumerate() {
-        writer.copy_from(position, 0, model.checkpoint().reader(info), info.offset, info.len)?;
+        writer.copy_from(
+            position,
+            0,
+            model.checkpoint().reader(info),
+            info.offset,
+            info.len,
+        )?;
     }
     writer.finish()?;
     Ok(())
@@ -144,8 +195,13 @@ fn check_tied(model: &HfModel, options: &ConvertOptions, progress: &dyn Progress
     let (mapping, plan) = (model.plan().mapping(), model.plan());
     let mut pairs = Vec::new();
     for (foreign, tensor) in mapping.foreign.iter().enumerate() {
-        let ForeignRole::TiedCopy { of } = tensor.role else { continue };
-        let imported = plan.sources(of).iter().any(|piece| piece.foreign == foreign);
+        let ForeignRole::TiedCopy { of } = tensor.role else {
+            continue;
+        };
+        let imported = plan
+            .sources(of)
+            .iter()
+            .any(|piece| piece.foreign == foreign);
         if !imported && model.checkpoint().get(&tensor.name).is_some() {
             let mut copy = model.tied_transfer(of, foreign);
             copy.name = tensor.name.clone();
@@ -155,12 +211,21 @@ fn check_tied(model: &HfModel, options: &ConvertOptions, progress: &dyn Progress
     if pairs.is_empty() {
         return Ok(());
     }
-    progress.begin("compare tied weights", pairs.iter().map(|(copy, _)| copy.bytes()).sum());
+    progress.begin(
+        "compare tied weights",
+        pairs.iter().map(|(copy, _)| copy.bytes()).sum(),
+    );
     let differing = Mutex::new(None);
     transfer::compare(&pairs, options.resources(), progress, &|name| {
-        differing.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(name.to_owned());
+        differing
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .get_or_insert(name.to_owned());
     })?;
-    match differing.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+    match differing
+        .into_inner()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+    {
         None => Ok(()),
         Some(name) => Err(Error::TiedWeightsDiffer(format!(
             "tensor `{name}` of {} differs from the weight that the config ties it to; set tie_word_embeddings to \

@@ -36,8 +36,17 @@ impl HfModel {
         let checkpoint = Checkpoint::open(dir)?;
         let plan = plan_import(bridge, &config, &headers(&checkpoint), layout)?;
         let names = plan.tensors.iter().map(|tensor| tensor.canonical.clone());
-        let by_name = names.enumerate().map(|(index, name)| (name, index)).collect();
-        Ok(Self { bridge, config, checkpoint, plan, by_name })
+        let by_name = names
+            .enumerate()
+            .map(|(index, name)| (name, index))
+            .collect();
+        Ok(Self {
+            bridge,
+            config,
+            checkpoint,
+            plan,
+            by_name,
+        })
     }
 
     /// The family's bridge.
@@ -95,7 +104,9 @@ impl HfModel {
     pub fn read_slice(&self, name: &str, region: &[Range<usize>]) -> Result<Vec<u8>> {
         let index = self.index(name)?;
         let tensor = &self.plan.tensors[index];
-        let within = |(range, extent): (&Range<usize>, &usize)| range.start <= range.end && range.end <= *extent;
+        let within = |(range, extent): (&Range<usize>, &usize)| {
+            range.start <= range.end && range.end <= *extent
+        };
         if region.len() != tensor.shape.len() || !region.iter().zip(&tensor.shape).all(within) {
             return Err(Error::InvalidArgument(format!(
                 "slice {region:?} is not within tensor `{name}` of shape {:?}",
@@ -103,28 +114,57 @@ impl HfModel {
             )));
         }
         let transfer = self.transfer(index, region, 0);
-        transfer.read(Resources { threads: 1, memory_budget: 64 << 20 })
+        transfer.read(Resources {
+            threads: 1,
+            memory_budget: 64 << 20,
+        })
     }
 
     fn index(&self, name: &str) -> Result<usize> {
         self.by_name.get(name).copied().ok_or_else(|| {
-            let known = self.plan.tensors.iter().map(|tensor| tensor.canonical.as_str());
-            let near = crate::registry::nearest(name, known).map(|n| format!("; did you mean `{n}`?"));
-            Error::InvalidArgument(format!("the model has no tensor `{name}`{}", near.unwrap_or_default()))
+            let known = self
+                .plan
+                .tensors
+                .iter()
+                .map(|tensor| tensor.canonical.as_str());
+            let near =
+                crate::registry::nearest(name, known).map(|n| format!("; did you mean `{n}`?"));
+            Error::InvalidArgument(format!(
+                "the model has no tensor `{name}`{}",
+                near.unwrap_or_default()
+            ))
         })
     }
 
     /// What makes `region` of canonical tensor number `index`, for the sink's tensor `target`.
-    pub(super) fn transfer(&self, index: usize, region: &[Range<usize>], target: usize) -> Transfer<'_> {
-        let pieces = self.plan.sources(index).into_iter().map(|piece| (piece.foreign, &piece.canonical_view, &piece.foreign_view));
+    pub(super) fn transfer(
+        &self,
+        index: usize,
+        region: &[Range<usize>],
+        target: usize,
+    ) -> Transfer<'_> {
+        let pieces = self
+            .plan
+            .sources(index)
+            .into_iter()
+            .map(|piece| (piece.foreign, &piece.canonical_view, &piece.foreign_view));
         self.transfer_of(index, region, target, pieces)
     }
 
     /// The same from a tied copy, which lies in foreign tensor number `foreign`.
     pub(super) fn tied_transfer(&self, index: usize, foreign: usize) -> Transfer<'_> {
-        let whole: Vec<Range<usize>> = self.plan.tensors[index].shape.iter().map(|extent| 0..*extent).collect();
-        let pieces = self.plan.mapping.pieces_of_foreign(foreign).filter(|piece| piece.canonical == index);
-        let pieces = pieces.map(|piece| (piece.foreign, &piece.canonical_view, &piece.foreign_view));
+        let whole: Vec<Range<usize>> = self.plan.tensors[index]
+            .shape
+            .iter()
+            .map(|extent| 0..*extent)
+            .collect();
+        let pieces = self
+            .plan
+            .mapping
+            .pieces_of_foreign(foreign)
+            .filter(|piece| piece.canonical == index);
+        let pieces =
+            pieces.map(|piece| (piece.foreign, &piece.canonical_view, &piece.foreign_view));
         self.transfer_of(index, &whole, 0, pieces)
     }
 
@@ -139,15 +179,27 @@ impl HfModel {
         let mut segments = Vec::new();
         for (foreign, near, far) in pieces {
             // The plan holds only foreign tensors that the checkpoint has.
-            let Some(info) = self.checkpoint.get(&self.plan.mapping.foreign[foreign].name) else { continue };
-            let pair = ViewPair { near: near.clone(), far: far.clone() };
-            segments.extend(pair.within(&tensor.shape, region).into_iter().map(|part| Segment {
-                target: part.near,
-                source: part.far,
-                dtype: info.dtype,
-                reader: self.checkpoint.reader(info),
-                base: info.offset,
-            }));
+            let Some(info) = self
+                .checkpoint
+                .get(&self.plan.mapping.foreign[foreign].name)
+            else {
+                continue;
+            };
+            let pair = ViewPair {
+                near: near.clone(),
+                far: far.clone(),
+            };
+            segments.extend(
+                pair.within(&tensor.shape, region)
+                    .into_iter()
+                    .map(|part| Segment {
+                        target: part.near,
+                        source: part.far,
+                        dtype: info.dtype,
+                        reader: self.checkpoint.reader(info),
+                        base: info.offset,
+                    }),
+            );
         }
         Transfer {
             tensor: target,

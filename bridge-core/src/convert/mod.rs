@@ -57,7 +57,10 @@ impl Default for ConvertOptions {
 
 impl ConvertOptions {
     fn resources(&self) -> transfer::Resources {
-        transfer::Resources { threads: self.threads, memory_budget: self.memory_budget }
+        transfer::Resources {
+            threads: self.threads,
+            memory_budget: self.memory_budget,
+        }
     }
 }
 

@@ -36,8 +36,13 @@ pub fn reshard(
         let coords = layout.coords(rank);
         let mut owned = Vec::new();
         // The first of the stages that hold a tensor owns it.
-        for tensor in tensors.iter().filter(|tensor| split.stages(tensor.place).first() == Some(&coords.pp)) {
-            let Some(slice) = local_slice(&tensor.shard, &tensor.shape, layout, &coords)? else { continue };
+        for tensor in tensors
+            .iter()
+            .filter(|tensor| split.stages(tensor.place).first() == Some(&coords.pp))
+        {
+            let Some(slice) = local_slice(&tensor.shard, &tensor.shape, layout, &coords)? else {
+                continue;
+            };
             if !slice.owner || slice.numel() == 0 {
                 continue;
             }
@@ -50,12 +55,17 @@ pub fn reshard(
     }
 
     let writer = NativeWriter::begin(out, source.iteration(), options.durability)?;
-    let mut sink = Ranks { files: Vec::new(), places: Vec::new() };
+    let mut sink = Ranks {
+        files: Vec::new(),
+        places: Vec::new(),
+    };
     let mut transfers = Vec::new();
     for (part, owned) in ranks.into_iter().enumerate() {
         let (specs, own): (Vec<PieceSpec>, Vec<Transfer<'_>>) = owned.into_iter().unzip();
-        sink.places.extend((0..specs.len()).map(|piece| (part, piece)));
-        sink.files.push(writer.piece_file(Group::Model, part, specs)?);
+        sink.places
+            .extend((0..specs.len()).map(|piece| (part, piece)));
+        sink.files
+            .push(writer.piece_file(Group::Model, part, specs)?);
         transfers.extend(own);
     }
     progress.begin("reshard", transfers.iter().map(Transfer::bytes).sum());
@@ -106,7 +116,14 @@ impl Sink for Ranks {
         Ok(self.files[file].write_at(piece, offset, bytes)?)
     }
 
-    fn copy(&self, tensor: usize, offset: u64, reader: &dyn RangeReader, start: u64, len: u64) -> Result<()> {
+    fn copy(
+        &self,
+        tensor: usize,
+        offset: u64,
+        reader: &dyn RangeReader,
+        start: u64,
+        len: u64,
+    ) -> Result<()> {
         let (file, piece) = self.places[tensor];
         Ok(self.files[file].copy_from(piece, offset, reader, start, len)?)
     }

@@ -75,24 +75,49 @@ pub fn roundtrip(
     let tensors = bridge.tensors(&typed);
     layout.validate(&tensors, typed.num_hidden_layers)?;
 
-    let beside = fs::canonicalize(hf_dir).map_err(|source| Error::io("open folder", hf_dir, source))?;
+    let beside =
+        fs::canonicalize(hf_dir).map_err(|source| Error::io("open folder", hf_dir, source))?;
     let base = work_dir.or(beside.parent()).unwrap_or(&beside);
     let work = tempfile::Builder::new()
         .prefix(".roundtrip-")
         .tempdir_in(base)
         .map_err(|source| Error::io("create a temporary folder in", base, source))?;
-    let imported = import(hf_dir, &work.path().join("imported"), registry, options, progress)?;
+    let imported = import(
+        hf_dir,
+        &work.path().join("imported"),
+        registry,
+        options,
+        progress,
+    )?;
     let native = NativeCheckpoint::open(&imported.dir)?;
     let cut = work.path().join("cut");
-    reshard(&native, &cut, &tensors, typed.num_hidden_layers, layout, options, progress)?;
+    reshard(
+        &native,
+        &cut,
+        &tensors,
+        typed.num_hidden_layers,
+        layout,
+        options,
+        progress,
+    )?;
     // The pieces now hold everything; the first copy makes room for the export.
     drop(native);
     let model_dir = imported.dir.join("model");
     fs::remove_dir_all(&model_dir).map_err(|source| Error::io("remove", &model_dir, source))?;
-    let export_options = ExportOptions { convert: options.clone(), ..ExportOptions::default() };
+    let export_options = ExportOptions {
+        convert: options.clone(),
+        ..ExportOptions::default()
+    };
     let hf = imported.dir.join(HF_DIR);
     let exported = work.path().join("exported");
-    export_opened(&NativeCheckpoint::open(&cut)?, &hf, &exported, registry, &export_options, progress)?;
+    export_opened(
+        &NativeCheckpoint::open(&cut)?,
+        &hf,
+        &exported,
+        registry,
+        &export_options,
+        progress,
+    )?;
 
     let mut report = RoundtripReport {
         family: bridge.name().to_owned(),
@@ -114,11 +139,19 @@ pub fn roundtrip(
 
 impl RoundtripReport {
     fn mismatch(&mut self, name: &str, problem: impl Into<String>) {
-        self.mismatches.push(Mismatch { name: name.to_owned(), problem: problem.into() });
+        self.mismatches.push(Mismatch {
+            name: name.to_owned(),
+            problem: problem.into(),
+        });
     }
 }
 
-fn compare_tensors(before: &Path, after: &Path, report: &mut RoundtripReport, progress: &dyn Progress) -> Result<()> {
+fn compare_tensors(
+    before: &Path,
+    after: &Path,
+    report: &mut RoundtripReport,
+    progress: &dyn Progress,
+) -> Result<()> {
     let (before, after) = (Checkpoint::open(before)?, Checkpoint::open(after)?);
     progress.begin("compare", before.total_bytes());
     for old in before.tensors() {
@@ -131,25 +164,43 @@ fn compare_tensors(before: &Path, after: &Path, report: &mut RoundtripReport, pr
         if (old.dtype, &old.shape) != (new.dtype, &new.shape) {
             report.mismatch(
                 &old.name,
-                format!("it was {} {:?} and came back as {} {:?}", old.dtype, old.shape, new.dtype, new.shape),
+                format!(
+                    "it was {} {:?} and came back as {} {:?}",
+                    old.dtype, old.shape, new.dtype, new.shape
+                ),
             );
         } else if let Some(at) = first_difference(&before, old, &after, new, progress)? {
             report.mismatch(&old.name, format!("byte {at} of {} differs", old.len));
         }
     }
-    for new in after.tensors().iter().filter(|new| before.get(&new.name).is_none()) {
+    for new in after
+        .tensors()
+        .iter()
+        .filter(|new| before.get(&new.name).is_none())
+    {
         report.mismatch(&new.name, "it was not in the source");
     }
     report.files = before.files().len() + usize::from(before.index_json().is_some());
-    report.identical_files = usize::from(before.index_json().is_some() && before.index_json() == after.index_json());
+    report.identical_files =
+        usize::from(before.index_json().is_some() && before.index_json() == after.index_json());
     for old in before.files() {
         // Equal headers and equal tensors make equal files.
-        let same = after.files().iter().find(|new| new.name() == old.name()).is_some_and(|new| {
-            let headers = (crate::checkpoint::Header::read_json(old.reader()), crate::checkpoint::Header::read_json(new.reader()));
-            matches!(headers, (Ok(old), Ok(new)) if old == new)
-        });
+        let same = after
+            .files()
+            .iter()
+            .find(|new| new.name() == old.name())
+            .is_some_and(|new| {
+                let headers = (
+                    crate::checkpoint::Header::read_json(old.reader()),
+                    crate::checkpoint::Header::read_json(new.reader()),
+                );
+                matches!(headers, (Ok(old), Ok(new)) if old == new)
+            });
         let intact = |entry: &crate::checkpoint::HeaderEntry| {
-            report.mismatches.iter().all(|mismatch| mismatch.name != entry.spec.name)
+            report
+                .mismatches
+                .iter()
+                .all(|mismatch| mismatch.name != entry.spec.name)
         };
         report.identical_files += usize::from(same && old.header().entries.iter().all(intact));
     }
@@ -169,15 +220,21 @@ fn first_difference(
     let mut at = 0;
     while at < old.len {
         let len = CHUNK.min(old.len - at) as usize;
-        let read = |checkpoint: &Checkpoint, info: &TensorInfo, buffer: &mut Vec<u8>| -> Result<()> {
-            buffer.resize(len, 0);
-            let reader: &dyn RangeReader = checkpoint.reader(info);
-            Ok(reader.read_exact_at(info.offset + at, buffer)?)
-        };
+        let read =
+            |checkpoint: &Checkpoint, info: &TensorInfo, buffer: &mut Vec<u8>| -> Result<()> {
+                buffer.resize(len, 0);
+                let reader: &dyn RangeReader = checkpoint.reader(info);
+                Ok(reader.read_exact_at(info.offset + at, buffer)?)
+            };
         read(before, old, &mut buffers.0)?;
         read(after, new, &mut buffers.1)?;
         if buffers.0 != buffers.1 {
-            let same = buffers.0.iter().zip(&buffers.1).take_while(|(a, b)| a == b).count();
+            let same = buffers
+                .0
+                .iter()
+                .zip(&buffers.1)
+                .take_while(|(a, b)| a == b)
+                .count();
             return Ok(Some(at + same as u64));
         }
         if !progress.advance(&old.name, len as u64) {

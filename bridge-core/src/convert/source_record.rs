@@ -52,13 +52,20 @@ impl SourceRecord {
                 data_bytes: file.header().data_len(),
             })
         });
-        let index = checkpoint.index_json().map(|json| utf8(json.to_vec(), "model.safetensors.index.json"));
-        Ok(Self { version: VERSION, files: files.collect::<Result<_>>()?, index: index.transpose()? })
+        let index = checkpoint
+            .index_json()
+            .map(|json| utf8(json.to_vec(), "model.safetensors.index.json"));
+        Ok(Self {
+            version: VERSION,
+            files: files.collect::<Result<_>>()?,
+            index: index.transpose()?,
+        })
     }
 
     /// Writes the record into folder `hf`.
     pub(super) fn save(&self, hf: &Path) -> Result<()> {
-        let mut json = serde_json::to_vec(self).map_err(|error| Error::malformed(RECORD_FILE, error.to_string()))?;
+        let mut json = serde_json::to_vec(self)
+            .map_err(|error| Error::malformed(RECORD_FILE, error.to_string()))?;
         json.push(b'\n');
         write_new(hf.join(RECORD_FILE), &json)
     }
@@ -72,15 +79,25 @@ impl SourceRecord {
             Err(error) => return Err(Error::io("read", path, error)),
         };
         let mut json = Vec::new();
-        file.take(MAX_RECORD_BYTES + 1).read_to_end(&mut json).map_err(|source| Error::io("read", &path, source))?;
+        file.take(MAX_RECORD_BYTES + 1)
+            .read_to_end(&mut json)
+            .map_err(|source| Error::io("read", &path, source))?;
         let wrong = |problem: String| Error::malformed(path.display().to_string(), problem);
         if json.len() as u64 > MAX_RECORD_BYTES {
-            return Err(wrong(format!("is larger than {MAX_RECORD_BYTES} bytes; import the checkpoint again")));
+            return Err(wrong(format!(
+                "is larger than {MAX_RECORD_BYTES} bytes; import the checkpoint again"
+            )));
         }
-        let record: Self = serde_json::from_slice(&json)
-            .map_err(|error| wrong(format!("is not a record of an import ({error}); import the checkpoint again")))?;
+        let record: Self = serde_json::from_slice(&json).map_err(|error| {
+            wrong(format!(
+                "is not a record of an import ({error}); import the checkpoint again"
+            ))
+        })?;
         if record.version != VERSION {
-            return Err(wrong(format!("has version {}, expected {VERSION}; import again", record.version)));
+            return Err(wrong(format!(
+                "has version {}, expected {VERSION}; import again",
+                record.version
+            )));
         }
         Ok(Some(record))
     }
@@ -88,18 +105,30 @@ impl SourceRecord {
     /// The imported checkpoint without its data: names, types, shapes and files.
     pub(super) fn headers(&self) -> Result<Checkpoint> {
         let open = |file: &FileRecord| {
-            SafetensorsFile::new(file.name.as_str(), Box::new(HeaderOnly(file.clone()))).map_err(Error::from)
+            SafetensorsFile::new(file.name.as_str(), Box::new(HeaderOnly(file.clone())))
+                .map_err(Error::from)
         };
         let files = self.files.iter().map(open).collect::<Result<_>>()?;
         Ok(Checkpoint::from_files(RECORD_FILE, files)?)
     }
 
     /// The files again for the same tensors, perhaps of other types. Bytes that still hold are kept.
-    pub(super) fn layout(&self, headers: &Checkpoint, tensors: &[TensorSpec]) -> Result<ShardLayout> {
+    pub(super) fn layout(
+        &self,
+        headers: &Checkpoint,
+        tensors: &[TensorSpec],
+    ) -> Result<ShardLayout> {
         let mut layout = ShardLayout::like(headers, tensors)?;
         if let Some(index) = &self.index {
-            let unchanged = layout.shards.iter().all(|shard| shard.header_json.is_some());
-            layout.index_json = Some(if unchanged { index.clone().into_bytes() } else { layout.make_index(tensors)? });
+            let unchanged = layout
+                .shards
+                .iter()
+                .all(|shard| shard.header_json.is_some());
+            layout.index_json = Some(if unchanged {
+                index.clone().into_bytes()
+            } else {
+                layout.make_index(tensors)?
+            });
         }
         Ok(layout)
     }

@@ -36,13 +36,23 @@ impl Paired {
         let mut joined: Vec<Axis> = Vec::with_capacity(axes.len());
         for axis in axes {
             match joined.last_mut() {
-                Some(outer) if outer.near == axis.near * axis.extent && outer.far == axis.far * axis.extent => {
-                    *outer = Axis { extent: outer.extent * axis.extent, ..axis };
+                Some(outer)
+                    if outer.near == axis.near * axis.extent
+                        && outer.far == axis.far * axis.extent =>
+                {
+                    *outer = Axis {
+                        extent: outer.extent * axis.extent,
+                        ..axis
+                    };
                 }
                 _ => joined.push(axis),
             }
         }
-        Self { axes: joined, near_offset: pair.near.offset(), far_offset: pair.far.offset() }
+        Self {
+            axes: joined,
+            near_offset: pair.near.offset(),
+            far_offset: pair.far.offset(),
+        }
     }
 
     pub(super) fn numel(&self) -> usize {
@@ -66,16 +76,28 @@ impl Paired {
             axis.near = stride;
             stride *= axis.extent;
         }
-        Paired { axes, near_offset: 0, far_offset: self.far_offset }
+        Paired {
+            axes,
+            near_offset: 0,
+            far_offset: self.far_offset,
+        }
     }
 
     /// From the compact listing to the near positions.
     pub(super) fn scatter(&self) -> Paired {
         let mut scatter = self.compact();
         for (axis, own) in scatter.axes.iter_mut().zip(&self.axes) {
-            *axis = Axis { extent: own.extent, near: own.near, far: axis.near };
+            *axis = Axis {
+                extent: own.extent,
+                near: own.near,
+                far: axis.near,
+            };
         }
-        Paired { near_offset: self.near_offset, far_offset: 0, ..scatter }
+        Paired {
+            near_offset: self.near_offset,
+            far_offset: 0,
+            ..scatter
+        }
     }
 }
 
@@ -98,10 +120,22 @@ fn copy_sized<const N: usize>(paired: &Paired, src: &[u8], dst: &mut [u8]) {
     }
 }
 
-fn copy_axes<const N: usize>(axes: &[Axis], src: &[[u8; N]], from: usize, dst: &mut [[u8; N]], to: usize) {
+fn copy_axes<const N: usize>(
+    axes: &[Axis],
+    src: &[[u8; N]],
+    from: usize,
+    dst: &mut [[u8; N]],
+    to: usize,
+) {
     match *axes {
         [] => {}
-        [Axis { extent, near: 1, far: 1 }] => dst[to..to + extent].copy_from_slice(&src[from..from + extent]),
+        [
+            Axis {
+                extent,
+                near: 1,
+                far: 1,
+            },
+        ] => dst[to..to + extent].copy_from_slice(&src[from..from + extent]),
         [Axis { extent, near, far }] => {
             for index in 0..extent {
                 dst[to + index * near] = src[from + index * far];
@@ -162,11 +196,18 @@ pub(super) fn gather(
     let mut inner: Vec<Axis> = Vec::new();
     let mut span = 1;
     while let Some(axis) = outer.last().copied() {
-        let longer = (axis.extent - 1).saturating_mul(axis.far).saturating_add(span);
-        let apart = axis.extent.saturating_mul(span.saturating_mul(size).saturating_add(READ_COST));
+        let longer = (axis.extent - 1)
+            .saturating_mul(axis.far)
+            .saturating_add(span);
+        let apart = axis
+            .extent
+            .saturating_mul(span.saturating_mul(size).saturating_add(READ_COST));
         // What lies without gaps on both sides is read straight to its place, so no buffer limits it.
         let unbroken = inner.is_empty() && axis.near == 1 && axis.far == 1;
-        if !unbroken && (longer.saturating_mul(size) > limit.max(size) || longer.saturating_mul(size) > apart) {
+        if !unbroken
+            && (longer.saturating_mul(size) > limit.max(size)
+                || longer.saturating_mul(size) > apart)
+        {
             break;
         }
         span = longer;
@@ -174,7 +215,11 @@ pub(super) fn gather(
         outer.pop();
     }
     inner.sort_by_key(|axis| Reverse(axis.near));
-    let mut part = Paired { axes: inner, near_offset: 0, far_offset: 0 };
+    let mut part = Paired {
+        axes: inner,
+        near_offset: 0,
+        far_offset: 0,
+    };
     let direct = part.is_run();
     let bytes = span * size;
     if !direct && scratch.len() < bytes {
@@ -263,20 +308,53 @@ mod tests {
 
     #[test]
     fn a_contiguous_tensor_is_one_read_however_large() {
-        let pair = ViewPair { near: View::whole(&[40, 50]), far: View::whole(&[40, 50]) };
-        let reader = Counting(MemoryReader::new("memory", vec![7; 4000]), Default::default());
+        let pair = ViewPair {
+            near: View::whole(&[40, 50]),
+            far: View::whole(&[40, 50]),
+        };
+        let reader = Counting(
+            MemoryReader::new("memory", vec![7; 4000]),
+            Default::default(),
+        );
         let mut found = vec![0; 4000];
-        gather(&Paired::new(&pair), 2, &reader, 0, &mut found, &mut Vec::new(), 64).unwrap();
+        gather(
+            &Paired::new(&pair),
+            2,
+            &reader,
+            0,
+            &mut found,
+            &mut Vec::new(),
+            64,
+        )
+        .unwrap();
         assert_eq!((reader.1.into_inner(), found), (1, vec![7; 4000]));
     }
 
     #[test]
     fn contiguous_pairs_are_runs() {
         let whole = View::whole(&[4, 1, 6]);
-        let run = |near: &View, far: &View| Paired::new(&ViewPair { near: near.clone(), far: far.clone() }).is_run();
-        assert!(run(&whole, &View::whole(&[8, 1, 6]).slice(0, 2..6).unwrap()));
-        assert!(run(&View::whole(&[1]), &View::whole(&[9]).slice(0, 4..5).unwrap()));
-        assert!(!run(&whole, &View::whole(&[4, 1, 7]).slice(2, 0..6).unwrap()));
-        assert!(!run(&View::whole(&[4, 6]), &View::whole(&[6, 4]).transpose(0, 1).unwrap()));
+        let run = |near: &View, far: &View| {
+            Paired::new(&ViewPair {
+                near: near.clone(),
+                far: far.clone(),
+            })
+            .is_run()
+        };
+        assert!(run(
+            &whole,
+            &View::whole(&[8, 1, 6]).slice(0, 2..6).unwrap()
+        ));
+        assert!(run(
+            &View::whole(&[1]),
+            &View::whole(&[9]).slice(0, 4..5).unwrap()
+        ));
+        assert!(!run(
+            &whole,
+            &View::whole(&[4, 1, 7]).slice(2, 0..6).unwrap()
+        ));
+        assert!(!run(
+            &View::whole(&[4, 6]),
+            &View::whole(&[6, 4]).transpose(0, 1).unwrap()
+        ));
     }
 }

@@ -41,7 +41,14 @@ pub(super) trait Sink: Sync {
     fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()>;
 
     /// Copies a byte range, in the kernel where that is possible.
-    fn copy(&self, tensor: usize, offset: u64, reader: &dyn RangeReader, start: u64, len: u64) -> Result<()>;
+    fn copy(
+        &self,
+        tensor: usize,
+        offset: u64,
+        reader: &dyn RangeReader,
+        start: u64,
+        len: u64,
+    ) -> Result<()>;
 }
 
 /// How much a conversion may use.
@@ -80,33 +87,63 @@ impl<'a> Transfer<'a> {
     /// Makes the tensor in memory.
     pub(super) fn read(&self, resources: Resources) -> Result<Vec<u8>> {
         let mut out = vec![0; self.numel * self.element()];
-        self.gather(0..self.numel, &mut out, &mut Buffers::default(), resources.chunk_bytes())?;
+        self.gather(
+            0..self.numel,
+            &mut out,
+            &mut Buffers::default(),
+            resources.chunk_bytes(),
+        )?;
         Ok(out)
     }
 
     /// The segments as byte ranges (segment, target byte, source byte, length), if all of them are that simple.
     fn byte_ranges(&self) -> Option<Vec<(usize, u64, u64, u64)>> {
         let ranges = self.segments.iter().enumerate().map(|(index, segment)| {
-            let pair = ViewPair { near: segment.target.clone(), far: segment.source.clone() };
+            let pair = ViewPair {
+                near: segment.target.clone(),
+                far: segment.source.clone(),
+            };
             let paired = Paired::new(&pair);
             (paired.is_run() && segment.dtype == self.dtype).then(|| {
                 let size = self.element() as u64;
                 let start = segment.base + paired.far_offset as u64 * size;
-                (index, paired.near_offset as u64 * size, start, paired.numel() as u64 * size)
+                (
+                    index,
+                    paired.near_offset as u64 * size,
+                    start,
+                    paired.numel() as u64 * size,
+                )
             })
         });
         ranges.collect()
     }
 
     /// Fills `out` with elements `range` of the target tensor.
-    fn gather(&self, range: Range<usize>, out: &mut [u8], buffers: &mut Buffers, limit: usize) -> Result<()> {
+    fn gather(
+        &self,
+        range: Range<usize>,
+        out: &mut [u8],
+        buffers: &mut Buffers,
+        limit: usize,
+    ) -> Result<()> {
         for segment in &self.segments {
-            let pair = ViewPair { near: segment.target.clone(), far: segment.source.clone() };
+            let pair = ViewPair {
+                near: segment.target.clone(),
+                far: segment.source.clone(),
+            };
             for part in pair.within(&[self.numel], std::slice::from_ref(&range)) {
                 let paired = Paired::new(&part);
                 let size = element_bytes(segment.dtype);
                 if segment.dtype == self.dtype {
-                    strided::gather(&paired, size, segment.reader, segment.base, out, &mut buffers.scratch, limit)?;
+                    strided::gather(
+                        &paired,
+                        size,
+                        segment.reader,
+                        segment.base,
+                        out,
+                        &mut buffers.scratch,
+                        limit,
+                    )?;
                     continue;
                 }
                 let numel = paired.numel();
@@ -114,9 +151,24 @@ impl<'a> Transfer<'a> {
                 buffers.cast.resize(numel * self.element(), 0);
                 let compact = paired.compact();
                 let stored = &mut buffers.stored;
-                strided::gather(&compact, size, segment.reader, segment.base, stored, &mut buffers.scratch, limit)?;
-                cast_bytes(&buffers.stored, segment.dtype, self.dtype, &mut buffers.cast)
-                    .map_err(|error| Error::InvalidArgument(format!("tensor `{}`: {error}", self.name)))?;
+                strided::gather(
+                    &compact,
+                    size,
+                    segment.reader,
+                    segment.base,
+                    stored,
+                    &mut buffers.scratch,
+                    limit,
+                )?;
+                cast_bytes(
+                    &buffers.stored,
+                    segment.dtype,
+                    self.dtype,
+                    &mut buffers.cast,
+                )
+                .map_err(|error| {
+                    Error::InvalidArgument(format!("tensor `{}`: {error}", self.name))
+                })?;
                 strided::copy(&paired.scatter(), self.element(), &buffers.cast, out);
             }
         }
@@ -140,8 +192,17 @@ struct Buffers {
 
 /// What a thread does at a time.
 enum Item {
-    Copy { transfer: usize, segment: usize, target: u64, source: u64, len: u64 },
-    Gather { transfer: usize, elements: Range<usize> },
+    Copy {
+        transfer: usize,
+        segment: usize,
+        target: u64,
+        source: u64,
+        len: u64,
+    },
+    Gather {
+        transfer: usize,
+        elements: Range<usize>,
+    },
 }
 
 /// Carries out `transfers`. Stops at the first failure, or when `progress` says so.
@@ -155,9 +216,21 @@ pub(super) fn run(
     let items = items(transfers, chunk);
     each(&items, resources.threads, |item, buffers| {
         let (transfer, bytes) = match item {
-            Item::Copy { transfer, segment, target, source, len } => {
+            Item::Copy {
+                transfer,
+                segment,
+                target,
+                source,
+                len,
+            } => {
                 let transfer = &transfers[*transfer];
-                sink.copy(transfer.tensor, *target, transfer.segments[*segment].reader, *source, *len)?;
+                sink.copy(
+                    transfer.tensor,
+                    *target,
+                    transfer.segments[*segment].reader,
+                    *source,
+                    *len,
+                )?;
                 (transfer, *len)
             }
             Item::Gather { transfer, elements } => {
@@ -171,7 +244,11 @@ pub(super) fn run(
                 (transfer, (elements.len() * size) as u64)
             }
         };
-        if progress.advance(&transfer.name, bytes) { Ok(()) } else { Err(Error::Cancelled) }
+        if progress.advance(&transfer.name, bytes) {
+            Ok(())
+        } else {
+            Err(Error::Cancelled)
+        }
     })
 }
 
@@ -187,10 +264,15 @@ pub(super) fn compare(
     let chunk = resources.chunk_bytes() / 2;
     let mut items = Vec::new();
     for (index, (one, _)) in pairs.iter().enumerate() {
-        items.extend(element_ranges(one, chunk).map(|elements| Item::Gather { transfer: index, elements }));
+        items.extend(element_ranges(one, chunk).map(|elements| Item::Gather {
+            transfer: index,
+            elements,
+        }));
     }
     each(&items, resources.threads, |item, buffers| {
-        let Item::Gather { transfer, elements } = item else { return Ok(()) };
+        let Item::Gather { transfer, elements } = item else {
+            return Ok(());
+        };
         let (one, other) = &pairs[*transfer];
         let bytes = elements.len() * one.element();
         let mut out = std::mem::take(&mut buffers.out);
@@ -202,7 +284,11 @@ pub(super) fn compare(
             differ(&one.name);
         }
         buffers.out = out;
-        if progress.advance(&one.name, bytes as u64) { Ok(()) } else { Err(Error::Cancelled) }
+        if progress.advance(&one.name, bytes as u64) {
+            Ok(())
+        } else {
+            Err(Error::Cancelled)
+        }
     })
 }
 
@@ -210,7 +296,12 @@ fn items(transfers: &[Transfer<'_>], chunk: usize) -> Vec<Item> {
     let mut items = Vec::new();
     for (index, transfer) in transfers.iter().enumerate() {
         let Some(ranges) = transfer.byte_ranges() else {
-            items.extend(element_ranges(transfer, chunk).map(|elements| Item::Gather { transfer: index, elements }));
+            items.extend(
+                element_ranges(transfer, chunk).map(|elements| Item::Gather {
+                    transfer: index,
+                    elements,
+                }),
+            );
             continue;
         };
         for (segment, target, source, len) in ranges {
@@ -218,7 +309,13 @@ fn items(transfers: &[Transfer<'_>], chunk: usize) -> Vec<Item> {
             while at < len {
                 let step = COPY_BYTES.min(len - at);
                 let (target, source) = (target + at, source + at);
-                items.push(Item::Copy { transfer: index, segment, target, source, len: step });
+                items.push(Item::Copy {
+                    transfer: index,
+                    segment,
+                    target,
+                    source,
+                    len: step,
+                });
                 at += step;
             }
         }
@@ -227,11 +324,21 @@ fn items(transfers: &[Transfer<'_>], chunk: usize) -> Vec<Item> {
 }
 
 /// The tensor's elements in ranges of at most `chunk` bytes.
-fn element_ranges(transfer: &Transfer<'_>, chunk: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+fn element_ranges(
+    transfer: &Transfer<'_>,
+    chunk: usize,
+) -> impl Iterator<Item = Range<usize>> + use<> {
     let numel = transfer.numel;
-    let widest = transfer.segments.iter().map(|segment| element_bytes(segment.dtype)).max().unwrap_or(1);
+    let widest = transfer
+        .segments
+        .iter()
+        .map(|segment| element_bytes(segment.dtype))
+        .max()
+        .unwrap_or(1);
     let step = (chunk / widest.max(transfer.element())).max(1);
-    (0..numel).step_by(step).map(move |start| start..(start + step).min(numel))
+    (0..numel)
+        .step_by(step)
+        .map(move |start| start..(start + step).min(numel))
 }
 
 /// Hands `items` to threads in order; returns the first error, after which no further item is begun.
@@ -247,7 +354,10 @@ fn each(
         while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
             if let Err(error) = work(item, &mut buffers) {
                 next.store(items.len(), Ordering::Relaxed);
-                failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
+                failed
+                    .lock()
+                    .unwrap_or_else(|poisoned| poisoned.into_inner())
+                    .get_or_insert(error);
             }
         }
     };
@@ -258,7 +368,10 @@ fn each(
         }
         worker();
     });
-    match failed.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+    match failed
+        .into_inner()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+    {
         Some(error) => Err(error),
         None => Ok(()),
     }

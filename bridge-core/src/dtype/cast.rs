@@ -26,7 +26,9 @@ pub enum CastError {
         to: DType,
     },
     /// A buffer does not hold the number of elements that the other one does.
-    #[error("cannot cast {from} to {to}: {from_bytes} source bytes need {expected} bytes of output, found {to_bytes}")]
+    #[error(
+        "cannot cast {from} to {to}: {from_bytes} source bytes need {expected} bytes of output, found {to_bytes}"
+    )]
     Length {
         /// Type of the source elements.
         from: DType,
@@ -60,7 +62,13 @@ pub fn cast_bytes(src: &[u8], from: DType, to: DType, out: &mut [u8]) -> Result<
     if from == to {
         if src.len() != out.len() {
             let expected = src.len();
-            return Err(CastError::Length { from, to, from_bytes: src.len(), to_bytes: out.len(), expected });
+            return Err(CastError::Length {
+                from,
+                to,
+                from_bytes: src.len(),
+                to_bytes: out.len(),
+                expected,
+            });
         }
         out.copy_from_slice(src);
         return Ok(());
@@ -68,18 +76,33 @@ pub fn cast_bytes(src: &[u8], from: DType, to: DType, out: &mut [u8]) -> Result<
     let unsupported = CastError::Unsupported { from, to };
     let decode = Decode::new(from, to).ok_or(unsupported)?;
     let encode = encoder(to).ok_or(unsupported)?;
-    let (from_size, to_size) = (from.bytes().ok_or(unsupported)?, to.bytes().ok_or(unsupported)?);
+    let (from_size, to_size) = (
+        from.bytes().ok_or(unsupported)?,
+        to.bytes().ok_or(unsupported)?,
+    );
     if !src.len().is_multiple_of(from_size) {
-        return Err(CastError::Ragged { dtype: from, bytes: src.len() });
+        return Err(CastError::Ragged {
+            dtype: from,
+            bytes: src.len(),
+        });
     }
     let elements = src.len() / from_size;
     if out.len() != elements * to_size {
         let expected = elements * to_size;
-        return Err(CastError::Length { from, to, from_bytes: src.len(), to_bytes: out.len(), expected });
+        return Err(CastError::Length {
+            from,
+            to,
+            from_bytes: src.len(),
+            to_bytes: out.len(),
+            expected,
+        });
     }
     let convert = |src: &[u8], out: &mut [u8]| {
         let mut block = [0f32; BLOCK];
-        for (src, out) in src.chunks(BLOCK * from_size).zip(out.chunks_mut(BLOCK * to_size)) {
+        for (src, out) in src
+            .chunks(BLOCK * from_size)
+            .zip(out.chunks_mut(BLOCK * to_size))
+        {
             let block = &mut block[..src.len() / from_size];
             decode.run(src, block);
             encode(block, out);
@@ -88,7 +111,9 @@ pub fn cast_bytes(src: &[u8], from: DType, to: DType, out: &mut [u8]) -> Result<
     if elements < PARALLEL_THRESHOLD {
         convert(src, out);
     } else {
-        let tasks = src.par_chunks(TASK * from_size).zip(out.par_chunks_mut(TASK * to_size));
+        let tasks = src
+            .par_chunks(TASK * from_size)
+            .zip(out.par_chunks_mut(TASK * to_size));
         tasks.for_each(|(src, out)| convert(src, out));
     }
     Ok(())
@@ -104,16 +129,27 @@ pub fn decode_f32(src: &[u8], from: DType, out: &mut [f32]) -> Result<(), CastEr
     let decode = Decode::new(from, to).ok_or(unsupported)?;
     let size = from.bytes().ok_or(unsupported)?;
     if !src.len().is_multiple_of(size) {
-        return Err(CastError::Ragged { dtype: from, bytes: src.len() });
+        return Err(CastError::Ragged {
+            dtype: from,
+            bytes: src.len(),
+        });
     }
     if src.len() / size != out.len() {
         let expected = src.len() / size * 4;
-        return Err(CastError::Length { from, to, from_bytes: src.len(), to_bytes: out.len() * 4, expected });
+        return Err(CastError::Length {
+            from,
+            to,
+            from_bytes: src.len(),
+            to_bytes: out.len() * 4,
+            expected,
+        });
     }
     if out.len() < PARALLEL_THRESHOLD {
         decode.run(src, out);
     } else {
-        src.par_chunks(TASK * size).zip(out.par_chunks_mut(TASK)).for_each(|(src, out)| decode.run(src, out));
+        src.par_chunks(TASK * size)
+            .zip(out.par_chunks_mut(TASK))
+            .for_each(|(src, out)| decode.run(src, out));
     }
     Ok(())
 }
@@ -129,12 +165,20 @@ pub fn encode_f32(src: &[f32], to: DType, out: &mut [u8]) -> Result<(), CastErro
     let size = to.bytes().ok_or(unsupported)?;
     if src.len() * size != out.len() {
         let expected = src.len() * size;
-        return Err(CastError::Length { from, to, from_bytes: src.len() * 4, to_bytes: out.len(), expected });
+        return Err(CastError::Length {
+            from,
+            to,
+            from_bytes: src.len() * 4,
+            to_bytes: out.len(),
+            expected,
+        });
     }
     if src.len() < PARALLEL_THRESHOLD {
         encode(src, out);
     } else {
-        src.par_chunks(TASK).zip(out.par_chunks_mut(TASK * size)).for_each(|(src, out)| encode(src, out));
+        src.par_chunks(TASK)
+            .zip(out.par_chunks_mut(TASK * size))
+            .for_each(|(src, out)| encode(src, out));
     }
     Ok(())
 }

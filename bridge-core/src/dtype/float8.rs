@@ -67,7 +67,11 @@ mod tests {
     fn landmark_codes_have_their_published_values() {
         #[track_caller]
         fn check(dtype: DType, code: u8, expected: f32) {
-            assert_eq!(table(dtype).unwrap()[code as usize], expected, "{dtype} {code:#04x}");
+            assert_eq!(
+                table(dtype).unwrap()[code as usize],
+                expected,
+                "{dtype} {code:#04x}"
+            );
         }
         check(DType::F8E4M3, 0x00, 0.0);
         check(DType::F8E4M3, 0x01, 2f32.powi(-9));
@@ -95,7 +99,9 @@ mod tests {
         #[track_caller]
         fn check(dtype: DType, nans: &[u8]) {
             let table = table(dtype).unwrap();
-            let found: Vec<u8> = (0..=255).filter(|&code: &u8| table[code as usize].is_nan()).collect();
+            let found: Vec<u8> = (0..=255)
+                .filter(|&code: &u8| table[code as usize].is_nan())
+                .collect();
             assert_eq!(found, nans, "{dtype}");
         }
         check(DType::F8E4M3, &[0x7f, 0xff]);

@@ -106,7 +106,11 @@ impl DType {
             DType::F4 => 4,
             DType::F6E2M3 | DType::F6E3M2 => 6,
             DType::Bool | DType::U8 | DType::I8 => 8,
-            DType::F8E5M2 | DType::F8E4M3 | DType::F8E8M0 | DType::F8E4M3Fnuz | DType::F8E5M2Fnuz => 8,
+            DType::F8E5M2
+            | DType::F8E4M3
+            | DType::F8E8M0
+            | DType::F8E4M3Fnuz
+            | DType::F8E5M2Fnuz => 8,
             DType::I16 | DType::U16 | DType::F16 | DType::BF16 => 16,
             DType::I32 | DType::U32 | DType::F32 => 32,
             DType::C64 | DType::F64 | DType::I64 | DType::U64 => 64,
@@ -128,7 +132,9 @@ impl DType {
         if shape.contains(&0) {
             return Some(0);
         }
-        let bits = shape.iter().try_fold(self.bits() as u64, |product, &dim| product.checked_mul(dim as u64))?;
+        let bits = shape.iter().try_fold(self.bits() as u64, |product, &dim| {
+            product.checked_mul(dim as u64)
+        })?;
         bits.is_multiple_of(8).then_some(bits / 8)
     }
 
@@ -136,10 +142,21 @@ impl DType {
     pub const fn is_float(self) -> bool {
         match self {
             DType::F4 | DType::F6E2M3 | DType::F6E3M2 => true,
-            DType::F8E5M2 | DType::F8E4M3 | DType::F8E8M0 | DType::F8E4M3Fnuz | DType::F8E5M2Fnuz => true,
+            DType::F8E5M2
+            | DType::F8E4M3
+            | DType::F8E8M0
+            | DType::F8E4M3Fnuz
+            | DType::F8E5M2Fnuz => true,
             DType::F16 | DType::BF16 | DType::F32 | DType::F64 => true,
             DType::Bool | DType::C64 => false,
-            DType::U8 | DType::I8 | DType::I16 | DType::U16 | DType::I32 | DType::U32 | DType::I64 | DType::U64 => false,
+            DType::U8
+            | DType::I8
+            | DType::I16
+            | DType::U16
+            | DType::I32
+            | DType::U32
+            | DType::I64
+            | DType::U64 => false,
         }
     }
 }
@@ -152,7 +169,9 @@ impl fmt::Display for DType {
 
 /// A spelling that names no element type.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown dtype {found:?}, expected one of BOOL, U8..U64, I8..I64, F16, BF16, F32, F64, C64, F8_*, F6_*, F4")]
+#[error(
+    "unknown dtype {found:?}, expected one of BOOL, U8..U64, I8..I64, F16, BF16, F32, F64, C64, F8_*, F6_*, F4"
+)]
 pub struct UnknownDType {
     /// The spelling found, cut short when it is long.
     pub found: String,
@@ -163,7 +182,9 @@ impl FromStr for DType {
 
     fn from_str(text: &str) -> Result<Self, UnknownDType> {
         let known = SPELLINGS.iter().find(|(_, spelling)| *spelling == text);
-        known.map(|&(dtype, _)| dtype).ok_or_else(|| UnknownDType { found: text.chars().take(40).collect() })
+        known.map(|&(dtype, _)| dtype).ok_or_else(|| UnknownDType {
+            found: text.chars().take(40).collect(),
+        })
     }
 }
 
@@ -191,7 +212,10 @@ mod tests {
             assert_eq!(dtype.as_str().parse(), Ok(dtype));
         }
         assert!("bf16".parse::<DType>().is_err());
-        assert_eq!("x".repeat(500).parse::<DType>().unwrap_err().found.len(), 40);
+        assert_eq!(
+            "x".repeat(500).parse::<DType>().unwrap_err().found.len(),
+            40
+        );
     }
 
     #[test]
@@ -211,8 +235,14 @@ mod tests {
 
     #[test]
     fn serde_uses_the_safetensors_spelling() {
-        assert_eq!(serde_json::to_string(&DType::F8E4M3).unwrap(), "\"F8_E4M3\"");
-        assert_eq!(serde_json::from_str::<DType>("\"F8\\u005fE4M3\"").unwrap(), DType::F8E4M3);
+        assert_eq!(
+            serde_json::to_string(&DType::F8E4M3).unwrap(),
+            "\"F8_E4M3\""
+        );
+        assert_eq!(
+            serde_json::from_str::<DType>("\"F8\\u005fE4M3\"").unwrap(),
+            DType::F8E4M3
+        );
         assert!(serde_json::from_str::<DType>("\"float\"").is_err());
     }
 }

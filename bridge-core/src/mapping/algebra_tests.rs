@@ -25,11 +25,16 @@ fn wander(mut view: View, steps: &[(u8, usize, usize, usize)]) -> View {
         let extent = view.shape()[dim];
         let next = match kind % 7 {
             0 => view.clone().transpose(dim, b % rank),
-            1 if extent > 0 => view.clone().slice(dim, b % extent..(b % extent + 1 + c % extent).min(extent)),
+            1 if extent > 0 => view
+                .clone()
+                .slice(dim, b % extent..(b % extent + 1 + c % extent).min(extent)),
             2 if extent > 0 => view.clone().step(dim, b % extent, 1 + c % 3),
             3 if extent > 0 => view.clone().select(dim, b % extent),
             4 => {
-                let inner = (1..=extent).filter(|size| extent.is_multiple_of(*size)).nth(b % 2).unwrap_or(1);
+                let inner = (1..=extent)
+                    .filter(|size| extent.is_multiple_of(*size))
+                    .nth(b % 2)
+                    .unwrap_or(1);
                 view.clone().split(dim, &[extent / inner.max(1), inner])
             }
             5 => view.clone().merge(dim..(dim + 2).min(rank)),
@@ -174,9 +179,20 @@ fn large_interleaved_and_stacked_tensors_are_checked_without_visiting_elements()
     let whole = View::whole(&shape);
     let parts: Vec<View> = (0..256)
         .flat_map(|expert| (0..2).map(move |part| (expert, part)))
-        .map(|(expert, part)| whole.clone().select(0, expert).unwrap().step(1, part, 2).unwrap())
+        .map(|(expert, part)| {
+            whole
+                .clone()
+                .select(0, expert)
+                .unwrap()
+                .step(1, part, 2)
+                .unwrap()
+        })
         .collect();
     let views: Vec<&View> = parts.iter().collect();
     assert_eq!(coverage::check(&shape, &views), Ok(()));
-    assert!(coverage::check(&shape, &views[1..]).unwrap_err().contains("elements are mapped"));
+    assert!(
+        coverage::check(&shape, &views[1..])
+            .unwrap_err()
+            .contains("elements are mapped")
+    );
 }

@@ -52,7 +52,11 @@ pub(super) enum Form {
     /// One canonical tensor is one foreign tensor.
     One { op: &'static str, arrange: Arrange },
     /// Several canonical tensors lie in one foreign tensor.
-    Fused { dim: usize, groups: usize, arrange: Arrange },
+    Fused {
+        dim: usize,
+        groups: usize,
+        arrange: Arrange,
+    },
     /// One canonical tensor lists foreign tensors along its first dimension; the string names the counting capture.
     Unstacked { counter: String, arrange: Arrange },
 }
@@ -97,7 +101,10 @@ impl Fused {
     }
 
     /// What is done to each part first, such as a transpose.
-    pub fn arrange(mut self, arrange: impl Fn(View) -> Result<View, ViewError> + Send + Sync + 'static) -> Self {
+    pub fn arrange(
+        mut self,
+        arrange: impl Fn(View) -> Result<View, ViewError> + Send + Sync + 'static,
+    ) -> Self {
         self.arrange = Arc::new(move |view| arrange(view).map(Arranged::from));
         self
     }
@@ -123,7 +130,9 @@ impl WeightMap {
         foreign: &str,
         arrange: impl Fn(View) -> Result<A, ViewError> + Send + Sync + 'static,
     ) -> Self {
-        self.one(canonical, foreign, "map", move |view| arrange(view).map(Into::into))
+        self.one(canonical, foreign, "map", move |view| {
+            arrange(view).map(Into::into)
+        })
     }
 
     /// Several canonical tensors concatenated along `dim` of one foreign tensor.
@@ -133,12 +142,26 @@ impl WeightMap {
 
     /// Several canonical tensors in one foreign tensor, in any of the ways of [`Fused`].
     pub fn fuse(mut self, fused: Fused) -> Self {
-        let Fused { foreign, parts, dim, groups, arrange } = fused;
+        let Fused {
+            foreign,
+            parts,
+            dim,
+            groups,
+            arrange,
+        } = fused;
         let canonical: Vec<Pattern> = parts.iter().filter_map(|part| self.pattern(part)).collect();
         if let Some(foreign) = self.pattern(&foreign)
             && canonical.len() == parts.len()
         {
-            self.entries.push(Entry { canonical, foreign, form: Form::Fused { dim, groups, arrange } });
+            self.entries.push(Entry {
+                canonical,
+                foreign,
+                form: Form::Fused {
+                    dim,
+                    groups,
+                    arrange,
+                },
+            });
         }
         self
     }
@@ -153,12 +176,25 @@ impl WeightMap {
     pub fn unstacked_experts(mut self, canonical: &str, foreign: &str) -> Self {
         if let (Some(canonical), Some(foreign)) = (self.pattern(canonical), self.pattern(foreign)) {
             let names = canonical.capture_names();
-            let counters: Vec<&str> = foreign.capture_names().into_iter().filter(|n| !names.contains(n)).collect();
+            let counters: Vec<&str> = foreign
+                .capture_names()
+                .into_iter()
+                .filter(|n| !names.contains(n))
+                .collect();
             if let [counter] = counters.as_slice() {
-                let form = Form::Unstacked { counter: (*counter).to_owned(), arrange: Arc::new(|v| Ok(v.into())) };
-                self.entries.push(Entry { canonical: vec![canonical], foreign, form });
+                let form = Form::Unstacked {
+                    counter: (*counter).to_owned(),
+                    arrange: Arc::new(|v| Ok(v.into())),
+                };
+                self.entries.push(Entry {
+                    canonical: vec![canonical],
+                    foreign,
+                    form,
+                });
             } else {
-                self.errors.push(format!("`{foreign}` must have exactly one capture that `{canonical}` lacks"));
+                self.errors.push(format!(
+                    "`{foreign}` must have exactly one capture that `{canonical}` lacks"
+                ));
             }
         }
         self
@@ -189,13 +225,22 @@ impl WeightMap {
         arrange: impl Fn(View) -> Result<Arranged, ViewError> + Send + Sync + 'static,
     ) -> Self {
         if let (Some(canonical), Some(foreign)) = (self.pattern(canonical), self.pattern(foreign)) {
-            let form = Form::One { op, arrange: Arc::new(arrange) };
-            self.entries.push(Entry { canonical: vec![canonical], foreign, form });
+            let form = Form::One {
+                op,
+                arrange: Arc::new(arrange),
+            };
+            self.entries.push(Entry {
+                canonical: vec![canonical],
+                foreign,
+                form,
+            });
         }
         self
     }
 
     fn pattern(&mut self, text: &str) -> Option<Pattern> {
-        Pattern::parse(text).map_err(|error| self.errors.push(error)).ok()
+        Pattern::parse(text)
+            .map_err(|error| self.errors.push(error))
+            .ok()
     }
 }

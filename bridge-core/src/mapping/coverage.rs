@@ -19,11 +19,17 @@ pub(super) fn check(shape: &[usize], views: &[&View]) -> Result<(), String> {
     let Some(numel) = checked_product(shape) else {
         return Err("its size overflows".to_owned());
     };
-    let met = views.iter().try_fold(0usize, |sum, view| sum.checked_add(checked_product(view.shape())?));
+    let met = views.iter().try_fold(0usize, |sum, view| {
+        sum.checked_add(checked_product(view.shape())?)
+    });
     for view in views.iter().filter(|view| view.numel() > 0) {
-        let last = view.shape().iter().zip(view.strides()).try_fold(view.offset(), |at, (extent, stride)| {
-            at.checked_add((extent - 1).checked_mul(*stride)?)
-        });
+        let last = view
+            .shape()
+            .iter()
+            .zip(view.strides())
+            .try_fold(view.offset(), |at, (extent, stride)| {
+                at.checked_add((extent - 1).checked_mul(*stride)?)
+            });
         if last.is_none_or(|last| last >= numel) {
             return Err(format!("a view with extents {:?} leaves it", view.shape()));
         }
@@ -35,7 +41,11 @@ pub(super) fn check(shape: &[usize], views: &[&View]) -> Result<(), String> {
     if numel == 0 || views.len() == 1 && is_whole(shape, views[0]) {
         return Ok(());
     }
-    let views: Vec<&View> = views.iter().copied().filter(|view| view.numel() > 0).collect();
+    let views: Vec<&View> = views
+        .iter()
+        .copied()
+        .filter(|view| view.numel() > 0)
+        .collect();
     let views = views.as_slice();
     match boxes_of(views) {
         Some(boxes) => disjoint(boxes),
@@ -47,15 +57,22 @@ pub(super) fn check(shape: &[usize], views: &[&View]) -> Result<(), String> {
 }
 
 fn checked_product(shape: &[usize]) -> Option<usize> {
-    shape.iter().try_fold(1usize, |product, extent| product.checked_mul(*extent))
+    shape
+        .iter()
+        .try_fold(1usize, |product, extent| product.checked_mul(*extent))
 }
 
 /// The commonest case: one view that is the tensor itself, perhaps with its dimensions in another order.
 fn is_whole(shape: &[usize], view: &View) -> bool {
     let whole = View::whole(shape);
     let axes = |view: &View| {
-        let mut axes: Vec<(usize, usize)> =
-            view.shape().iter().copied().zip(view.strides().iter().copied()).filter(|(extent, _)| *extent > 1).collect();
+        let mut axes: Vec<(usize, usize)> = view
+            .shape()
+            .iter()
+            .copied()
+            .zip(view.strides().iter().copied())
+            .filter(|(extent, _)| *extent > 1)
+            .collect();
         axes.sort_unstable();
         axes
     };
@@ -66,7 +83,11 @@ fn is_whole(shape: &[usize], view: &View) -> bool {
 fn boxes_of(views: &[&View]) -> Option<Vec<Ranges>> {
     let mut radix: Vec<usize> = vec![1];
     for view in views {
-        let long = view.shape().iter().zip(view.strides()).filter(|(extent, _)| **extent > 1);
+        let long = view
+            .shape()
+            .iter()
+            .zip(view.strides())
+            .filter(|(extent, _)| **extent > 1);
         radix.extend(long.map(|(_, stride)| *stride));
     }
     radix.sort_unstable();
@@ -163,7 +184,14 @@ fn run(
         above += 1;
     }
     if left / base > 0 {
-        run(radix, taken, set(0..base, above)?, digit + 1, left / base, out)?;
+        run(
+            radix,
+            taken,
+            set(0..base, above)?,
+            digit + 1,
+            left / base,
+            out,
+        )?;
         above += left / base;
     }
     if !left.is_multiple_of(base) {
@@ -177,8 +205,14 @@ fn disjoint(mut boxes: Vec<Ranges>) -> Result<(), String> {
     let top = boxes.first().map_or(0, |ranges| ranges.len() - 1);
     boxes.sort_by_key(|ranges| ranges[top].start);
     for (index, a) in boxes.iter().enumerate() {
-        for b in boxes[index + 1..].iter().take_while(|b| b[top].start < a[top].end) {
-            if a.iter().zip(b).all(|(a, b)| a.start < b.end && b.start < a.end) {
+        for b in boxes[index + 1..]
+            .iter()
+            .take_while(|b| b[top].start < a[top].end)
+        {
+            if a.iter()
+                .zip(b)
+                .all(|(a, b)| a.start < b.end && b.start < a.end)
+            {
                 return Err("some of its elements are mapped twice, others not at all".to_owned());
             }
         }

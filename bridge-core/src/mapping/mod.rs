@@ -7,6 +7,7 @@
 
 mod builder;
 mod coverage;
+mod fuse;
 mod pattern;
 mod region;
 mod resolve;

@@ -9,7 +9,10 @@ pub struct Captures(Vec<(String, String)>);
 impl Captures {
     /// The text of capture `name`.
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(known, _)| known == name).map(|(_, text)| text.as_str())
+        self.0
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, text)| text.as_str())
     }
 
     /// The number of capture `name`.
@@ -19,7 +22,13 @@ impl Captures {
 
     /// The same captures without those that `keep` rejects.
     pub(super) fn filtered(&self, keep: impl Fn(&str) -> bool) -> Captures {
-        Captures(self.0.iter().filter(|(name, _)| keep(name)).cloned().collect())
+        Captures(
+            self.0
+                .iter()
+                .filter(|(name, _)| keep(name))
+                .cloned()
+                .collect(),
+        )
     }
 
     /// The same captures and one more.
@@ -77,16 +86,24 @@ impl Pattern {
             if !literal.is_empty() {
                 segments.push(Segment::Literal(literal.to_owned()));
             }
-            let close = tail.find('}').ok_or_else(|| format!("pattern `{text}` has an unclosed brace"))?;
+            let close = tail
+                .find('}')
+                .ok_or_else(|| format!("pattern `{text}` has an unclosed brace"))?;
             segments.push(parse_capture(&tail[1..close]).ok_or_else(|| {
-                format!("pattern `{text}` has a capture `{}` without a name or words", &tail[..=close])
+                format!(
+                    "pattern `{text}` has a capture `{}` without a name or words",
+                    &tail[..=close]
+                )
             })?);
             rest = &tail[close + 1..];
         }
         if !rest.is_empty() {
             segments.push(Segment::Literal(rest.to_owned()));
         }
-        Ok(Self { text: text.to_owned(), segments })
+        Ok(Self {
+            text: text.to_owned(),
+            segments,
+        })
     }
 
     /// The names of the captures, each once.
@@ -135,7 +152,10 @@ fn parse_capture(inner: &str) -> Option<Segment> {
     } else {
         (inner, Kind::Word)
     };
-    (!name.is_empty()).then(|| Segment::Capture { name: name.to_owned(), kind })
+    (!name.is_empty()).then(|| Segment::Capture {
+        name: name.to_owned(),
+        kind,
+    })
 }
 
 /// Matches `segments` against all of `text`, longest capture first, adding to `captures` on success only.
@@ -148,7 +168,9 @@ fn match_from(segments: &[Segment], text: &str, captures: &mut Captures) -> bool
     };
     let (name, kind) = match first {
         Segment::Literal(literal) => {
-            return text.strip_prefix(literal.as_str()).is_some_and(|rest| match_from(others, rest, captures));
+            return text
+                .strip_prefix(literal.as_str())
+                .is_some_and(|rest| match_from(others, rest, captures));
         }
         Segment::Capture { name, kind } => (name, kind),
     };
@@ -173,10 +195,19 @@ fn match_from(segments: &[Segment], text: &str, captures: &mut Captures) -> bool
             let plain = digits == 1 || (digits > 1 && digits < 10 && !text.starts_with('0'));
             plain && try_length(digits)
         }
-        Kind::OneOf(words) => words.iter().any(|word| text.starts_with(word.as_str()) && try_length(word.len())),
+        Kind::OneOf(words) => words
+            .iter()
+            .any(|word| text.starts_with(word.as_str()) && try_length(word.len())),
         Kind::Word | Kind::Rest => {
-            let limit = if *kind == Kind::Word { text.find('.').unwrap_or(text.len()) } else { text.len() };
-            let mut lengths: Vec<usize> = text[..limit].char_indices().map(|(at, c)| at + c.len_utf8()).collect();
+            let limit = if *kind == Kind::Word {
+                text.find('.').unwrap_or(text.len())
+            } else {
+                text.len()
+            };
+            let mut lengths: Vec<usize> = text[..limit]
+                .char_indices()
+                .map(|(at, c)| at + c.len_utf8())
+                .collect();
             lengths.reverse();
             lengths.into_iter().any(try_length)
         }
@@ -190,11 +221,20 @@ mod tests {
     #[track_caller]
     fn check(pattern: &str, name: &str, expected: Option<&[(&str, &str)]>) {
         let found = Pattern::parse(pattern).unwrap().matches(name);
-        let expected = expected
-            .map(|pairs| Captures(pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()));
+        let expected = expected.map(|pairs| {
+            Captures(
+                pairs
+                    .iter()
+                    .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                    .collect(),
+            )
+        });
         assert_eq!(found, expected, "{pattern} against {name}");
         if let Some(captures) = found {
-            assert_eq!(Pattern::parse(pattern).unwrap().fill(&captures).as_deref(), Some(name));
+            assert_eq!(
+                Pattern::parse(pattern).unwrap().fill(&captures).as_deref(),
+                Some(name)
+            );
         }
     }
 
@@ -209,7 +249,11 @@ mod tests {
         check("layers.{l}.x", "layers.-1.x", None);
         check("layers.{l}.x", "layers.99999999999999999999999.x", None);
         check("a.{p}_proj.weight", "a.q_proj.weight", Some(&[("p", "q")]));
-        check("a.{p}_proj.weight", "a.q_proj_proj.weight", Some(&[("p", "q_proj")]));
+        check(
+            "a.{p}_proj.weight",
+            "a.q_proj_proj.weight",
+            Some(&[("p", "q_proj")]),
+        );
         check("a.{p}_proj.weight", "a.q.r_proj.weight", None);
         check("a.{p:q|k}_proj", "a.k_proj", Some(&[("p", "k")]));
         check("a.{p:q|k}_proj", "a.v_proj", None);

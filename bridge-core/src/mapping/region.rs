@@ -21,7 +21,11 @@ impl ViewPair {
         if self.near.numel() == 0 || region.iter().any(Range::is_empty) {
             return Vec::new();
         }
-        if region.iter().zip(shape).all(|(range, extent)| *range == (0..*extent)) {
+        if region
+            .iter()
+            .zip(shape)
+            .all(|(range, extent)| *range == (0..*extent))
+        {
             return vec![self.clone()];
         }
         // Dimensions of extent 1 have no say: they are whole in every region that is not empty.
@@ -29,7 +33,11 @@ impl ViewPair {
         let local = row_major(&region.iter().map(Range::len).collect::<Vec<_>>());
         let dims: Vec<Dim> = (0..shape.len())
             .filter(|dim| shape[*dim] > 1)
-            .map(|dim| Dim { stride: strides[dim], local: local[dim], range: region[dim].clone() })
+            .map(|dim| Dim {
+                stride: strides[dim],
+                local: local[dim],
+                range: region[dim].clone(),
+            })
             .collect();
         let mut out = Vec::new();
         let mut todo = vec![self.clone()];
@@ -44,20 +52,30 @@ impl ViewPair {
 
     /// Indices `ranges` of each dimension, on both sides.
     fn narrow(&self, ranges: &[Range<usize>]) -> ViewPair {
-        ViewPair { near: self.near.narrow(ranges), far: self.far.narrow(ranges) }
+        ViewPair {
+            near: self.near.narrow(ranges),
+            far: self.far.narrow(ranges),
+        }
     }
 
     /// If an axis of the near view runs over the end of a dimension into the one above it, cuts the pair so that it no
     /// longer does; otherwise `None`.
     fn across_border(&self, dims: &[Dim]) -> Option<Vec<ViewPair>> {
         for above in dims.windows(2).map(|pair| pair[0].stride).rev() {
-            let mut axes: Vec<usize> = self.near.long_axes().filter(|axis| self.near.strides()[*axis] < above).collect();
+            let mut axes: Vec<usize> = self
+                .near
+                .long_axes()
+                .filter(|axis| self.near.strides()[*axis] < above)
+                .collect();
             axes.sort_unstable_by_key(|axis| std::cmp::Reverse(self.near.strides()[*axis]));
             let span = |axes: &[usize]| -> usize {
-                axes.iter().map(|axis| (self.near.shape()[*axis] - 1) * self.near.strides()[*axis]).sum()
+                axes.iter()
+                    .map(|axis| (self.near.shape()[*axis] - 1) * self.near.strides()[*axis])
+                    .sum()
             };
             let cut_at = |axis: usize, index: usize| {
-                let mut ranges: Vec<Range<usize>> = self.near.shape().iter().map(|extent| 0..*extent).collect();
+                let mut ranges: Vec<Range<usize>> =
+                    self.near.shape().iter().map(|extent| 0..*extent).collect();
                 ranges[axis] = 0..index;
                 let head = self.narrow(&ranges);
                 ranges[axis] = index..self.near.shape()[axis];
@@ -65,7 +83,8 @@ impl ViewPair {
             };
             // A step that moves along two dimensions at once, as after a merge: index by index.
             if let Some(axis) = self.near.long_axes().find(|axis| {
-                self.near.strides()[*axis] > above && !self.near.strides()[*axis].is_multiple_of(above)
+                self.near.strides()[*axis] > above
+                    && !self.near.strides()[*axis].is_multiple_of(above)
             }) {
                 return cut_at(axis, 1);
             }
@@ -78,14 +97,22 @@ impl ViewPair {
             let (extent, stride) = (self.near.shape()[axis], self.near.strides()[axis]);
             let inner = span(&axes[1..]);
             let steps = above / stride;
-            if above % stride == 0 && start + inner < stride && extent % steps == 0 && extent > steps {
+            if above % stride == 0
+                && start + inner < stride
+                && extent % steps == 0
+                && extent > steps
+            {
                 let split = |view: &View| view.clone().split(axis, &[extent / steps, steps]);
                 if let (Ok(near), Ok(far)) = (split(&self.near), split(&self.far)) {
                     return Some(vec![ViewPair { near, far }]);
                 }
             }
             // Indices below `fitting` end before the border; at least one index is split off.
-            let fitting = if start + inner < above { (above - start - inner - 1) / stride + 1 } else { 1 };
+            let fitting = if start + inner < above {
+                (above - start - inner - 1) / stride + 1
+            } else {
+                1
+            };
             return cut_at(axis, fitting);
         }
         None
@@ -97,11 +124,21 @@ impl ViewPair {
         let mut kept = vec![whole];
         let mut limit = usize::MAX;
         for dim in dims {
-            let mut axes: Vec<usize> =
-                self.near.long_axes().filter(|axis| (dim.stride..limit).contains(&self.near.strides()[*axis])).collect();
+            let mut axes: Vec<usize> = self
+                .near
+                .long_axes()
+                .filter(|axis| (dim.stride..limit).contains(&self.near.strides()[*axis]))
+                .collect();
             axes.sort_unstable_by_key(|axis| std::cmp::Reverse(self.near.strides()[*axis]));
-            let steps: Vec<(usize, usize)> =
-                axes.iter().map(|axis| (self.near.shape()[*axis], self.near.strides()[*axis] / dim.stride)).collect();
+            let steps: Vec<(usize, usize)> = axes
+                .iter()
+                .map(|axis| {
+                    (
+                        self.near.shape()[*axis],
+                        self.near.strides()[*axis] / dim.stride,
+                    )
+                })
+                .collect();
             let start = self.near.offset() % limit / dim.stride;
             let mut clipped = Vec::new();
             clip_axes(&steps, start, &dim.range, &mut Vec::new(), &mut clipped);
@@ -161,7 +198,10 @@ fn clip_axes(
     chosen: &mut Vec<Range<usize>>,
     out: &mut Vec<Vec<Range<usize>>>,
 ) {
-    let span: usize = axes.iter().map(|(extent, stride)| (extent - 1) * stride).sum();
+    let span: usize = axes
+        .iter()
+        .map(|(extent, stride)| (extent - 1) * stride)
+        .sum();
     if start >= range.end || start + span < range.start {
         return;
     }
@@ -171,15 +211,28 @@ fn clip_axes(
         out.push(ranges);
         return;
     }
-    let Some(((extent, stride), inner)) = axes.split_first() else { return };
-    let inner_span: usize = inner.iter().map(|(extent, stride)| (extent - 1) * stride).sum();
+    let Some(((extent, stride), inner)) = axes.split_first() else {
+        return;
+    };
+    let inner_span: usize = inner
+        .iter()
+        .map(|(extent, stride)| (extent - 1) * stride)
+        .sum();
     // Indices whose inner positions are all inside, then the few at either side that are partly inside.
-    let first_whole = range.start.saturating_sub(start).div_ceil(*stride).min(*extent);
+    let first_whole = range
+        .start
+        .saturating_sub(start)
+        .div_ceil(*stride)
+        .min(*extent);
     let end_whole = match range.end.checked_sub(start + inner_span) {
         Some(room) if room > 0 => ((room - 1) / stride + 1).min(*extent),
         _ => 0,
     };
-    let (before, after) = if first_whole < end_whole { (0..first_whole, end_whole..*extent) } else { (0..*extent, 0..0) };
+    let (before, after) = if first_whole < end_whole {
+        (0..first_whole, end_whole..*extent)
+    } else {
+        (0..*extent, 0..0)
+    };
     let partial = |index: &usize| {
         let at = start + index * stride;
         at < range.end && at + inner_span >= range.start
@@ -192,7 +245,9 @@ fn clip_axes(
     // Only indices near the ends can be partly inside; the rest are skipped without a look at each.
     let reach = inner_span / stride + 1;
     let low = first_whole.min(before.end);
-    for index in (low.saturating_sub(reach)..before.end).take_while(|index| start + index * stride < range.end) {
+    for index in (low.saturating_sub(reach)..before.end)
+        .take_while(|index| start + index * stride < range.end)
+    {
         if partial(&index) {
             one(index, chosen, out);
         }
@@ -204,7 +259,10 @@ fn clip_axes(
         out.push(ranges);
         chosen.pop();
     }
-    for index in after.take_while(|index| start + index * stride < range.end).filter(|index| partial(index)) {
+    for index in after
+        .take_while(|index| start + index * stride < range.end)
+        .filter(|index| partial(index))
+    {
         one(index, chosen, out);
     }
 }

@@ -1,6 +1,5 @@
 //! From the declared form to pieces: every pattern filled in, every view made, coverage checked.
 
-use std::collections::BTreeMap;
 use std::collections::HashMap;
 
 use super::builder::{Arrange, Entry, Form, WeightMap};
@@ -72,17 +71,24 @@ impl Mapping {
 
     /// The pieces of foreign tensor number `foreign`.
     pub fn pieces_of_foreign(&self, foreign: usize) -> impl Iterator<Item = &Piece> {
-        self.of_foreign[foreign].iter().map(|piece| &self.pieces[*piece])
+        self.of_foreign[foreign]
+            .iter()
+            .map(|piece| &self.pieces[*piece])
     }
 
     /// The pieces of canonical tensor number `canonical`, tied copies included.
     pub fn pieces_of_canonical(&self, canonical: usize) -> impl Iterator<Item = &Piece> {
-        self.of_canonical[canonical].iter().map(|piece| &self.pieces[*piece])
+        self.of_canonical[canonical]
+            .iter()
+            .map(|piece| &self.pieces[*piece])
     }
 
     /// Why foreign tensor `name` is not needed, if the map says so.
     pub fn ignored(&self, name: &str) -> Option<&str> {
-        self.ignored.iter().find(|(pattern, _)| pattern.matches(name).is_some()).map(|(_, reason)| reason.as_str())
+        self.ignored
+            .iter()
+            .find(|(pattern, _)| pattern.matches(name).is_some())
+            .map(|(_, reason)| reason.as_str())
     }
 }
 
@@ -93,7 +99,13 @@ impl WeightMap {
     /// # Errors
     /// Every gap, overlap and misfit.
     pub fn resolve(&self, tensors: &[CanonicalTensor]) -> Result<Mapping, Problems> {
-        let mut build = Build { map: self, tensors, problems: Problems::new(), foreign: Vec::new(), by_name: HashMap::new() };
+        let mut build = Build {
+            map: self,
+            tensors,
+            problems: Problems::new(),
+            foreign: Vec::new(),
+            by_name: HashMap::new(),
+        };
         for error in &self.errors {
             build.problems.push(error.clone());
         }
@@ -106,20 +118,20 @@ impl WeightMap {
 }
 
 /// A canonical tensor that an entry takes, under its own name or, where tied, under a second one.
-struct Member {
+pub(super) struct Member {
     /// Index of the tensor that holds the elements.
-    tensor: usize,
-    tied: bool,
-    name: String,
+    pub(super) tensor: usize,
+    pub(super) tied: bool,
+    pub(super) name: String,
     /// Which of the entry's canonical patterns matched.
-    part: usize,
-    captures: Captures,
+    pub(super) part: usize,
+    pub(super) captures: Captures,
 }
 
-struct Build<'a> {
+pub(super) struct Build<'a> {
     map: &'a WeightMap,
-    tensors: &'a [CanonicalTensor],
-    problems: Problems,
+    pub(super) tensors: &'a [CanonicalTensor],
+    pub(super) problems: Problems,
     foreign: Vec<(ForeignTensor, &'static str, Vec<(usize, View, View)>)>,
     by_name: HashMap<String, usize>,
 }
@@ -131,32 +143,62 @@ impl Build<'_> {
         let mut by_name: HashMap<&str, usize> = HashMap::new();
         for (index, tensor) in self.tensors.iter().enumerate() {
             if by_name.insert(&tensor.name, index).is_some() {
-                self.problems.push(format!("canonical tensor `{}` is declared twice", tensor.name));
+                self.problems.push(format!(
+                    "canonical tensor `{}` is declared twice",
+                    tensor.name
+                ));
             }
         }
-        let own = self.tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.as_str(), index, false));
+        let own = self
+            .tensors
+            .iter()
+            .enumerate()
+            .map(|(index, tensor)| (tensor.name.as_str(), index, false));
         let mut tied = Vec::new();
         for (name, source) in &self.map.tied {
             match by_name.get(source.as_str()) {
                 Some(_) if by_name.contains_key(name.as_str()) => {
-                    self.problems.push(format!("canonical tensor `{name}` is tied, and a tensor of its own as well"));
+                    self.problems.push(format!(
+                        "canonical tensor `{name}` is tied, and a tensor of its own as well"
+                    ));
                 }
                 Some(source) => tied.push((name.as_str(), *source, true)),
-                None => self.problems.push(format!("`{name}` is tied to `{source}`, which is no canonical tensor")),
+                None => self.problems.push(format!(
+                    "`{name}` is tied to `{source}`, which is no canonical tensor"
+                )),
             }
         }
         for (name, tensor, tied) in own.chain(tied) {
-            let found = self.map.entries.iter().enumerate().find_map(|(entry, declared)| {
-                let matched = |(part, pattern): (usize, &Pattern)| Some((part, pattern.matches(name)?));
-                declared.canonical.iter().enumerate().find_map(matched).map(|(part, captures)| (entry, part, captures))
-            });
+            let found = self
+                .map
+                .entries
+                .iter()
+                .enumerate()
+                .find_map(|(entry, declared)| {
+                    let matched =
+                        |(part, pattern): (usize, &Pattern)| Some((part, pattern.matches(name)?));
+                    declared
+                        .canonical
+                        .iter()
+                        .enumerate()
+                        .find_map(matched)
+                        .map(|(part, captures)| (entry, part, captures))
+                });
             match found {
                 Some((entry, part, captures)) => {
-                    members[entry].push(Member { tensor, tied, name: name.to_owned(), part, captures });
+                    members[entry].push(Member {
+                        tensor,
+                        tied,
+                        name: name.to_owned(),
+                        part,
+                        captures,
+                    });
                 }
                 // A second name that no entry maps is simply never written.
                 None if tied => {}
-                None => self.problems.push(format!("canonical tensor `{name}` has no entry in the weight map")),
+                None => self.problems.push(format!(
+                    "canonical tensor `{name}` has no entry in the weight map"
+                )),
             }
         }
         members
@@ -167,7 +209,10 @@ impl Build<'_> {
             Form::One { op, arrange } => {
                 for member in members {
                     let shape = &self.tensors[member.tensor].shape;
-                    match (arrange(View::whole(shape)), entry.foreign.fill(&member.captures)) {
+                    match (
+                        arrange(View::whole(shape)),
+                        entry.foreign.fill(&member.captures),
+                    ) {
                         (Ok(arranged), Some(name)) => {
                             let foreign = self.spread(&arranged.shape, arranged.view.shape());
                             match foreign {
@@ -178,13 +223,21 @@ impl Build<'_> {
                                 Err(error) => self.misfit(&member.name, &name, &error),
                             }
                         }
-                        (Err(error), name) => self.misfit(&member.name, name.as_deref().unwrap_or("?"), &error),
+                        (Err(error), name) => {
+                            self.misfit(&member.name, name.as_deref().unwrap_or("?"), &error)
+                        }
                         (Ok(_), None) => self.unfilled(entry, &member),
                     }
                 }
             }
-            Form::Unstacked { counter, arrange } => self.unstacked(entry, counter, arrange, members),
-            Form::Fused { dim, groups, arrange } => self.fused(entry, *dim, *groups, arrange, members),
+            Form::Unstacked { counter, arrange } => {
+                self.unstacked(entry, counter, arrange, members)
+            }
+            Form::Fused {
+                dim,
+                groups,
+                arrange,
+            } => self.fused(entry, *dim, *groups, arrange, members),
         }
     }
 
@@ -205,7 +258,10 @@ impl Build<'_> {
         for member in members {
             let shape = &self.tensors[member.tensor].shape;
             let Some(count) = shape.first().copied() else {
-                self.problems.push(format!("canonical tensor `{}` has no dimension that counts tensors", member.name));
+                self.problems.push(format!(
+                    "canonical tensor `{}` has no dimension that counts tensors",
+                    member.name
+                ));
                 continue;
             };
             for index in 0..count {
@@ -214,8 +270,11 @@ impl Build<'_> {
                     self.unfilled(entry, &member);
                     break;
                 };
-                let made = View::whole(shape).select(0, index).and_then(|view| arrange(view));
-                match made.and_then(|made| Ok((self.spread(&made.shape, made.view.shape())?, made))) {
+                let made = View::whole(shape)
+                    .select(0, index)
+                    .and_then(|view| arrange(view));
+                match made.and_then(|made| Ok((self.spread(&made.shape, made.view.shape())?, made)))
+                {
                     Ok((foreign_view, made)) => {
                         let pieces = vec![(member.tensor, made.view, foreign_view)];
                         self.add(name, made.shape, "unstacked", &member, pieces);
@@ -226,120 +285,7 @@ impl Build<'_> {
         }
     }
 
-    fn fused(&mut self, entry: &Entry, dim: usize, groups: usize, arrange: &Arrange, members: Vec<Member>) {
-        let shared = entry.foreign.capture_names();
-        // Foreign name -> stack index -> part -> member. The stack index is 0 where nothing is stacked.
-        let mut found: BTreeMap<String, BTreeMap<usize, BTreeMap<usize, Member>>> = BTreeMap::new();
-        let mut stacked = false;
-        for member in members {
-            let Some(name) = entry.foreign.fill(&member.captures) else {
-                self.unfilled(entry, &member);
-                continue;
-            };
-            let own = member.captures.filtered(|name| !shared.contains(&name));
-            let counters: Vec<&str> = entry.canonical[member.part].capture_names();
-            let counters: Vec<&str> = counters.into_iter().filter(|name| !shared.contains(name)).collect();
-            let index = match counters.as_slice() {
-                [] => 0,
-                [counter] => match own.number(counter) {
-                    Some(index) => index,
-                    None => {
-                        self.problems.push(format!("capture {{{counter}}} of `{}` must count", member.name));
-                        continue;
-                    }
-                },
-                _ => {
-                    self.problems.push(format!("`{}` is stacked by more than one capture: {counters:?}", member.name));
-                    continue;
-                }
-            };
-            stacked |= !counters.is_empty();
-            found.entry(name).or_default().entry(index).or_default().insert(member.part, member);
-        }
-        for (name, stack) in found {
-            if let Err(problem) = self.fused_tensor(&name, entry, dim, groups, arrange, stacked, stack) {
-                self.problems.push(format!("fused tensor `{name}`: {problem}"));
-            }
-        }
-    }
-
-    fn fused_tensor(
-        &mut self,
-        name: &str,
-        entry: &Entry,
-        dim: usize,
-        groups: usize,
-        arrange: &Arrange,
-        stacked: bool,
-        stack: BTreeMap<usize, BTreeMap<usize, Member>>,
-    ) -> Result<(), String> {
-        let depth = stack.len();
-        if !stack.keys().copied().eq(0..depth) {
-            return Err(format!("its {depth} members are not numbered 0 to {}", depth - 1));
-        }
-        if groups == 0 {
-            return Err("it has 0 groups, expected at least 1".to_owned());
-        }
-        let mut pieces = Vec::new();
-        let mut shape: Option<Vec<usize>> = None;
-        let mut first: Option<Member> = None;
-        for (index, parts) in stack {
-            // Views of this member's parts, each with the dimension cut into groups: [.., groups, unit, ..].
-            let mut views = Vec::new();
-            let mut total = 0;
-            for (part, pattern) in entry.canonical.iter().enumerate() {
-                let member = parts.get(&part).ok_or_else(|| format!("no canonical tensor matches part `{pattern}`"))?;
-                let tensor = &self.tensors[member.tensor];
-                let view = arrange(View::whole(&tensor.shape)).map_err(|error| format!("`{}`: {error}", tensor.name))?;
-                let view = view.view;
-                let extent = *view
-                    .shape()
-                    .get(dim)
-                    .ok_or_else(|| format!("`{}` has shape {:?} without dimension {dim}", tensor.name, view.shape()))?;
-                if extent % groups != 0 {
-                    return Err(format!(
-                        "dimension {dim} of `{}` is {extent}, expected a multiple of the {groups} groups",
-                        tensor.name
-                    ));
-                }
-                let unit = extent / groups;
-                let cut = view.split(dim, &[groups, unit]).map_err(|error| error.to_string())?;
-                views.push((member.tensor, cut, total..total + unit));
-                total += unit;
-            }
-            let member_shape = |view: &View| {
-                let mut shape = view.shape().to_vec();
-                shape.splice(dim..dim + 2, [groups * total]);
-                if stacked {
-                    shape.insert(0, depth);
-                }
-                shape
-            };
-            for (tensor, canonical, range) in views {
-                let own = member_shape(&canonical);
-                let expected = shape.get_or_insert_with(|| own.clone());
-                if *expected != own {
-                    let name = &self.tensors[tensor].name;
-                    return Err(format!("`{name}` would make its shape {own:?}, the parts before it {expected:?}"));
-                }
-                let whole = View::whole(&own);
-                let member_view = if stacked { whole.select(0, index) } else { Ok(whole) };
-                let foreign = member_view
-                    .and_then(|view| view.split(dim, &[groups, total]))
-                    .and_then(|view| view.slice(dim + 1, range))
-                    .map_err(|error| error.to_string())?;
-                pieces.push((tensor, canonical, foreign));
-            }
-            first = first.or_else(|| parts.into_values().next());
-        }
-        if let (Some(shape), Some(member)) = (shape, first) {
-            let op = if !stacked { "fused" } else { "stacked" };
-            self.add(name.to_owned(), shape, op, &member, pieces);
-        }
-        Ok(())
-    }
-
-    fn add(
+    pub(super) fn add(
         &mut self,
         name: String,
         shape: Vec<usize>,
@@ -347,26 +293,45 @@ impl Build<'_> {
         member: &Member,
         pieces: Vec<(usize, View, View)>,
     ) {
-        let role = if member.tied { ForeignRole::TiedCopy { of: member.tensor } } else { ForeignRole::Weight };
-        if self.by_name.insert(name.clone(), self.foreign.len()).is_some() {
-            self.problems.push(format!("foreign tensor `{name}` is made by two entries of the weight map"));
+        let role = if member.tied {
+            ForeignRole::TiedCopy { of: member.tensor }
+        } else {
+            ForeignRole::Weight
+        };
+        if self
+            .by_name
+            .insert(name.clone(), self.foreign.len())
+            .is_some()
+        {
+            self.problems.push(format!(
+                "foreign tensor `{name}` is made by two entries of the weight map"
+            ));
             return;
         }
-        self.foreign.push((ForeignTensor { name, shape, role }, op, pieces));
+        self.foreign
+            .push((ForeignTensor { name, shape, role }, op, pieces));
     }
 
     fn misfit(&mut self, canonical: &str, foreign: &str, error: &ViewError) {
-        self.problems.push(format!("canonical tensor `{canonical}` does not map to `{foreign}`: {error}"));
+        self.problems.push(format!(
+            "canonical tensor `{canonical}` does not map to `{foreign}`: {error}"
+        ));
     }
 
-    fn unfilled(&mut self, entry: &Entry, member: &Member) {
-        self.problems.push(format!("`{}` has a capture that canonical tensor `{}` lacks", entry.foreign, member.name));
+    pub(super) fn unfilled(&mut self, entry: &Entry, member: &Member) {
+        self.problems.push(format!(
+            "`{}` has a capture that canonical tensor `{}` lacks",
+            entry.foreign, member.name
+        ));
     }
 
     fn finish(mut self) -> Result<Mapping, Problems> {
         // In the order of the canonical tensors, so that plans and files list layers one after the other.
         self.foreign.sort_by_key(|(tensor, _, pieces)| {
-            (matches!(tensor.role, ForeignRole::TiedCopy { .. }), pieces.iter().map(|(canonical, ..)| *canonical).min())
+            (
+                matches!(tensor.role, ForeignRole::TiedCopy { .. }),
+                pieces.iter().map(|(canonical, ..)| *canonical).min(),
+            )
         });
         let mut mapping = Mapping {
             canonical: self.tensors.to_vec(),
@@ -383,14 +348,25 @@ impl Build<'_> {
             let start = mapping.pieces.len();
             for (canonical, canonical_view, foreign_view) in pieces {
                 mapping.of_canonical[canonical].push(mapping.pieces.len());
-                mapping.pieces.push(Piece { canonical, foreign: index, canonical_view, foreign_view });
+                mapping.pieces.push(Piece {
+                    canonical,
+                    foreign: index,
+                    canonical_view,
+                    foreign_view,
+                });
             }
-            mapping.of_foreign.push((start..mapping.pieces.len()).collect());
+            mapping
+                .of_foreign
+                .push((start..mapping.pieces.len()).collect());
             mapping.foreign.push(tensor);
             mapping.ops.push(op);
         }
         check_coverage(&mapping, &mut self.problems);
-        if self.problems.is_empty() { Ok(mapping) } else { Err(self.problems) }
+        if self.problems.is_empty() {
+            Ok(mapping)
+        } else {
+            Err(self.problems)
+        }
     }
 }
 
@@ -398,18 +374,31 @@ impl Build<'_> {
 fn check_coverage(mapping: &Mapping, problems: &mut Problems) {
     for (index, tensor) in mapping.canonical.iter().enumerate() {
         let own = |piece: &&Piece| mapping.foreign[piece.foreign].role == ForeignRole::Weight;
-        let views: Vec<&View> = mapping.pieces_of_canonical(index).filter(own).map(|p| &p.canonical_view).collect();
+        let views: Vec<&View> = mapping
+            .pieces_of_canonical(index)
+            .filter(own)
+            .map(|p| &p.canonical_view)
+            .collect();
         // A tensor without an entry has been reported.
         if !views.is_empty()
             && let Err(problem) = coverage::check(&tensor.shape, &views)
         {
-            problems.push(format!("canonical tensor `{}` of shape {:?}: {problem}", tensor.name, tensor.shape));
+            problems.push(format!(
+                "canonical tensor `{}` of shape {:?}: {problem}",
+                tensor.name, tensor.shape
+            ));
         }
     }
     for (index, tensor) in mapping.foreign.iter().enumerate() {
-        let views: Vec<&View> = mapping.pieces_of_foreign(index).map(|piece| &piece.foreign_view).collect();
+        let views: Vec<&View> = mapping
+            .pieces_of_foreign(index)
+            .map(|piece| &piece.foreign_view)
+            .collect();
         if let Err(problem) = coverage::check(&tensor.shape, &views) {
-            problems.push(format!("foreign tensor `{}` of shape {:?}: {problem}", tensor.name, tensor.shape));
+            problems.push(format!(
+                "foreign tensor `{}` of shape {:?}: {problem}",
+                tensor.name, tensor.shape
+            ));
         }
     }
 }

@@ -18,7 +18,9 @@ fn replicated(name: &str, shape: &[usize]) -> CanonicalTensor {
 /// the owners' cuts together again, and moves the numbers back.
 #[track_caller]
 fn check_round_trip(map: &WeightMap, tensors: &[CanonicalTensor], layout: &LayoutSpec) {
-    let mapping = map.resolve(tensors).unwrap_or_else(|problems| panic!("{problems}"));
+    let mapping = map
+        .resolve(tensors)
+        .unwrap_or_else(|problems| panic!("{problems}"));
     let mut next = 0u32;
     let foreign: Vec<Vec<u32>> = mapping
         .foreign
@@ -31,41 +33,78 @@ fn check_round_trip(map: &WeightMap, tensors: &[CanonicalTensor], layout: &Layou
         .collect();
 
     // Each rank reads only what it owns, straight from the foreign tensors.
-    let mut canonical: Vec<Vec<Option<u32>>> = tensors.iter().map(|tensor| vec![None; tensor.numel()]).collect();
+    let mut canonical: Vec<Vec<Option<u32>>> = tensors
+        .iter()
+        .map(|tensor| vec![None; tensor.numel()])
+        .collect();
     for rank in 0..layout.world_size() {
         for (index, tensor) in tensors.iter().enumerate() {
-            let slice = local_slice(&tensor.shard, &tensor.shape, layout, &layout.coords(rank)).unwrap();
-            let Some(slice) = slice.filter(|slice| slice.owner) else { continue };
+            let slice =
+                local_slice(&tensor.shard, &tensor.shape, layout, &layout.coords(rank)).unwrap();
+            let Some(slice) = slice.filter(|slice| slice.owner) else {
+                continue;
+            };
             let mut local = vec![None; slice.numel()];
             for piece in mapping.pieces_of_canonical(index) {
-                let pair = ViewPair { near: piece.canonical_view.clone(), far: piece.foreign_view.clone() };
+                let pair = ViewPair {
+                    near: piece.canonical_view.clone(),
+                    far: piece.foreign_view.clone(),
+                };
                 for part in pair.within(&tensor.shape, &slice.ranges) {
                     for (near, far) in part.near.offsets().zip(part.far.offsets()) {
-                        assert_eq!(local[near].replace(foreign[piece.foreign][far]), None, "{}", tensor.name);
+                        assert_eq!(
+                            local[near].replace(foreign[piece.foreign][far]),
+                            None,
+                            "{}",
+                            tensor.name
+                        );
                     }
                 }
             }
             let place = View::whole(&tensor.shape).narrow(&slice.ranges);
             for (at, value) in place.offsets().zip(local) {
-                assert!(value.is_some() && canonical[index][at].is_none(), "{} at {at}", tensor.name);
+                assert!(
+                    value.is_some() && canonical[index][at].is_none(),
+                    "{} at {at}",
+                    tensor.name
+                );
                 canonical[index][at] = value;
             }
         }
     }
 
-    let mut back: Vec<Vec<Option<u32>>> = foreign.iter().map(|values| vec![None; values.len()]).collect();
+    let mut back: Vec<Vec<Option<u32>>> = foreign
+        .iter()
+        .map(|values| vec![None; values.len()])
+        .collect();
     for piece in &mapping.pieces {
-        for (near, far) in piece.canonical_view.offsets().zip(piece.foreign_view.offsets()) {
-            assert_eq!(back[piece.foreign][far].replace(canonical[piece.canonical][near].unwrap()), None);
+        for (near, far) in piece
+            .canonical_view
+            .offsets()
+            .zip(piece.foreign_view.offsets())
+        {
+            assert_eq!(
+                back[piece.foreign][far].replace(canonical[piece.canonical][near].unwrap()),
+                None
+            );
         }
     }
-    let back: Vec<Vec<u32>> = back.into_iter().map(|values| values.into_iter().map(Option::unwrap).collect()).collect();
+    let back: Vec<Vec<u32>> = back
+        .into_iter()
+        .map(|values| values.into_iter().map(Option::unwrap).collect())
+        .collect();
     assert_eq!(back, foreign);
 }
 
 fn experts(count: usize, name: &str, shape: &[usize], inner: usize) -> Vec<CanonicalTensor> {
-    let rule = |index| ShardRule::Expert { index, count, inner: Some(inner) };
-    (0..count).map(|e| tensor(&format!("layers.0.experts.{e}.{name}"), shape, rule(e))).collect()
+    let rule = |index| ShardRule::Expert {
+        index,
+        count,
+        inner: Some(inner),
+    };
+    (0..count)
+        .map(|e| tensor(&format!("layers.0.experts.{e}.{name}"), shape, rule(e)))
+        .collect()
 }
 
 #[test]
@@ -74,31 +113,71 @@ fn interleaved_stacked_experts_have_the_order_of_their_files() {
     // columns gate and odd columns up.
     let tensors = [experts(2, "gate", &[2, 3], 0), experts(2, "up", &[2, 3], 0)].concat();
     let parts = ["layers.{l}.experts.{e}.gate", "layers.{l}.experts.{e}.up"];
-    let map = WeightMap::new()
-        .fuse(Fused::new("layers.{l}.gate_up", &parts).dim(1).groups(2).arrange(|view| view.transpose(0, 1)));
+    let map = WeightMap::new().fuse(
+        Fused::new("layers.{l}.gate_up", &parts)
+            .dim(1)
+            .groups(2)
+            .arrange(|view| view.transpose(0, 1)),
+    );
     let mapping = map.resolve(&tensors).unwrap();
     assert_eq!(mapping.foreign.len(), 1);
-    assert_eq!((mapping.foreign[0].shape.as_slice(), mapping.ops[0]), (&[2, 3, 4][..], "stacked"));
+    assert_eq!(
+        (mapping.foreign[0].shape.as_slice(), mapping.ops[0]),
+        (&[2, 3, 4][..], "stacked")
+    );
     // Expert 1's up projection, element [inner 1, hidden 2], is element [1, 2, 3] of the file.
     let up = 3;
     let piece = mapping.pieces_of_canonical(up).next().unwrap();
-    let place = piece.canonical_view.offsets().position(|at| at == 3 + 2).unwrap();
-    assert_eq!(piece.foreign_view.offsets().nth(place), Some((3 + 2) * 4 + 3));
+    let place = piece
+        .canonical_view
+        .offsets()
+        .position(|at| at == 3 + 2)
+        .unwrap();
+    assert_eq!(
+        piece.foreign_view.offsets().nth(place),
+        Some((3 + 2) * 4 + 3)
+    );
     for (ep, etp) in [(1, 1), (2, 1), (1, 2), (2, 2)] {
-        let layout = LayoutSpec { ep, etp, ..LayoutSpec::default() }.with_room_for_experts();
+        let layout = LayoutSpec {
+            ep,
+            etp,
+            ..LayoutSpec::default()
+        }
+        .with_room_for_experts();
         check_round_trip(&map, &tensors, &layout);
     }
 }
 
 #[test]
 fn a_stacked_tensor_may_list_foreign_ones() {
-    let tensors = [tensor("layers.1.experts.down", &[4, 5, 6], ShardRule::StackedExperts { inner: Some(2) })];
-    let map = WeightMap::new().unstacked_experts("layers.{l}.experts.down", "model.layers.{l}.experts.{e}.down");
+    let tensors = [tensor(
+        "layers.1.experts.down",
+        &[4, 5, 6],
+        ShardRule::StackedExperts { inner: Some(2) },
+    )];
+    let map = WeightMap::new().unstacked_experts(
+        "layers.{l}.experts.down",
+        "model.layers.{l}.experts.{e}.down",
+    );
     let mapping = map.resolve(&tensors).unwrap();
-    let names: Vec<&str> = mapping.foreign.iter().map(|tensor| tensor.name.as_str()).collect();
-    assert_eq!(names, (0..4).map(|e| format!("model.layers.1.experts.{e}.down")).collect::<Vec<_>>());
+    let names: Vec<&str> = mapping
+        .foreign
+        .iter()
+        .map(|tensor| tensor.name.as_str())
+        .collect();
+    assert_eq!(
+        names,
+        (0..4)
+            .map(|e| format!("model.layers.1.experts.{e}.down"))
+            .collect::<Vec<_>>()
+    );
     for (ep, etp) in [(1, 1), (4, 1), (2, 3)] {
-        let layout = LayoutSpec { ep, etp, ..LayoutSpec::default() }.with_room_for_experts();
+        let layout = LayoutSpec {
+            ep,
+            etp,
+            ..LayoutSpec::default()
+        }
+        .with_room_for_experts();
         check_round_trip(&map, &tensors, &layout);
     }
 }
@@ -110,16 +189,25 @@ fn stacking_without_fusing_counts_from_zero_without_gaps() {
     assert_eq!(map.resolve(&tensors).unwrap().foreign[0].shape, [3, 2, 5]);
     tensors.remove(1);
     let problems = map.resolve(&tensors).unwrap_err();
-    assert_eq!(problems.to_string(), "fused tensor `layers.0.down`: its 2 members are not numbered 0 to 1");
+    assert_eq!(
+        problems.to_string(),
+        "fused tensor `layers.0.down`: its 2 members are not numbered 0 to 1"
+    );
 }
 
 #[test]
 fn a_view_may_be_read_under_another_shape() {
     // Heads of two halves whose rows alternate in the file, as in the first Llama release.
     let (heads, half, hidden) = (3, 2, 5);
-    let tensors = [tensor("q", &[heads * 2 * half, hidden], ShardRule::Heads { dim: 0, heads })];
+    let tensors = [tensor(
+        "q",
+        &[heads * 2 * half, hidden],
+        ShardRule::Heads { dim: 0, heads },
+    )];
     let map = WeightMap::new().map("q", "wq", move |view| {
-        view.split(0, &[heads, 2, half])?.transpose(1, 2)?.reads_as(&[heads * half * 2, hidden])
+        view.split(0, &[heads, 2, half])?
+            .transpose(1, 2)?
+            .reads_as(&[heads * half * 2, hidden])
     });
     let mapping = map.resolve(&tensors).unwrap();
     assert_eq!(mapping.foreign[0].shape, [12, 5]);
@@ -152,12 +240,16 @@ fn gaps_and_overlaps_are_found() {
         &["foreign tensor `x` is made by two entries of the weight map"],
     );
     check_refused(
-        WeightMap::new().copy("b", "y").map("a", "x", |view| view.slice(0, 1..3)),
+        WeightMap::new()
+            .copy("b", "y")
+            .map("a", "x", |view| view.slice(0, 1..3)),
         &two,
         &["canonical tensor `a` of shape [4, 6]: 12 of its 24 elements are mapped"],
     );
     check_refused(
-        WeightMap::new().copy("b", "y").map("a", "x", |view| view.slice(0, 1..9)),
+        WeightMap::new()
+            .copy("b", "y")
+            .map("a", "x", |view| view.slice(0, 1..9)),
         &two,
         &["canonical tensor `a` does not map to `x`: slice 1..9 leaves dimension 0 of [4, 6]"],
     );
@@ -194,10 +286,17 @@ fn gaps_and_overlaps_are_found() {
     check_refused(
         WeightMap::new().copy("a", "x{").copy("b", "y"),
         &two,
-        &["pattern `x{` has an unclosed brace", "canonical tensor `a` has no entry in the weight map"],
+        &[
+            "pattern `x{` has an unclosed brace",
+            "canonical tensor `a` has no entry in the weight map",
+        ],
     );
     check_refused(
-        WeightMap::new().copy("a", "x").copy("b", "y").tied("c", "d", true).tied("b", "a", true),
+        WeightMap::new()
+            .copy("a", "x")
+            .copy("b", "y")
+            .tied("c", "d", true)
+            .tied("b", "a", true),
         &two,
         &[
             "`c` is tied to `d`, which is no canonical tensor",
@@ -207,7 +306,10 @@ fn gaps_and_overlaps_are_found() {
     check_refused(
         WeightMap::new().copy("a", "x"),
         &[replicated("a", &[1]), replicated("a", &[1])],
-        &["canonical tensor `a` is declared twice", "foreign tensor `x` is made by two entries of the weight map"],
+        &[
+            "canonical tensor `a` is declared twice",
+            "foreign tensor `x` is made by two entries of the weight map",
+        ],
     );
 }
 

@@ -52,20 +52,31 @@ pub struct Arranged {
 
 impl From<View> for Arranged {
     fn from(view: View) -> Self {
-        Self { shape: view.extents.clone(), view }
+        Self {
+            shape: view.extents.clone(),
+            view,
+        }
     }
 }
 
 impl View {
     /// Every element of a tensor of `shape`, in its own order.
     pub fn whole(shape: &[usize]) -> Self {
-        Self { extents: shape.to_vec(), strides: row_major(shape), offset: 0 }
+        Self {
+            extents: shape.to_vec(),
+            strides: row_major(shape),
+            offset: 0,
+        }
     }
 
     /// A view from its numbers, for code that cuts views up.
     pub(crate) fn from_parts(extents: Vec<usize>, strides: Vec<usize>, offset: usize) -> Self {
         debug_assert_eq!(extents.len(), strides.len());
-        Self { extents, strides, offset }
+        Self {
+            extents,
+            strides,
+            offset,
+        }
     }
 
     /// Extent of each dimension.
@@ -114,7 +125,10 @@ impl View {
         let mut sorted = order.to_vec();
         sorted.sort_unstable();
         if !sorted.iter().copied().eq(0..self.extents.len()) {
-            return Err(ViewError(format!("{order:?} is no order of the dimensions of {:?}", self.extents)));
+            return Err(ViewError(format!(
+                "{order:?} is no order of the dimensions of {:?}",
+                self.extents
+            )));
         }
         Ok(Self {
             extents: order.iter().map(|dim| self.extents[*dim]).collect(),
@@ -127,7 +141,10 @@ impl View {
     pub fn slice(mut self, dim: usize, range: Range<usize>) -> Result<Self, ViewError> {
         self.check_dim(dim)?;
         if range.start > range.end || range.end > self.extents[dim] {
-            return Err(ViewError(format!("slice {range:?} leaves dimension {dim} of {:?}", self.extents)));
+            return Err(ViewError(format!(
+                "slice {range:?} leaves dimension {dim} of {:?}",
+                self.extents
+            )));
         }
         self.offset += range.start * self.strides[dim];
         self.extents[dim] = range.len();
@@ -139,7 +156,10 @@ impl View {
         self.check_dim(dim)?;
         let extent = self.extents[dim];
         if step == 0 || start >= extent {
-            return Err(ViewError(format!("steps of {step} from {start} leave dimension {dim} of {:?}", self.extents)));
+            return Err(ViewError(format!(
+                "steps of {step} from {start} leave dimension {dim} of {:?}",
+                self.extents
+            )));
         }
         self.offset += start * self.strides[dim];
         self.extents[dim] = (extent - start).div_ceil(step);
@@ -151,7 +171,10 @@ impl View {
     pub fn select(self, dim: usize, index: usize) -> Result<Self, ViewError> {
         self.check_dim(dim)?;
         if index >= self.extents[dim] {
-            return Err(ViewError(format!("index {index} leaves dimension {dim} of {:?}", self.extents)));
+            return Err(ViewError(format!(
+                "index {index} leaves dimension {dim} of {:?}",
+                self.extents
+            )));
         }
         let mut view = self.slice(dim, index..index + 1)?;
         view.extents.remove(dim);
@@ -162,7 +185,9 @@ impl View {
     /// Replaces dimension `dim` by dimensions of `sizes`, slowest first, whose product is its extent.
     pub fn split(mut self, dim: usize, sizes: &[usize]) -> Result<Self, ViewError> {
         self.check_dim(dim)?;
-        let product = sizes.iter().try_fold(1usize, |product, size| product.checked_mul(*size));
+        let product = sizes
+            .iter()
+            .try_fold(1usize, |product, size| product.checked_mul(*size));
         if product != Some(self.extents[dim]) || sizes.is_empty() {
             return Err(ViewError(format!(
                 "dimension {dim} of {:?} cannot be split into {sizes:?}: the product differs",
@@ -171,7 +196,10 @@ impl View {
         }
         let stride = self.strides[dim];
         self.extents.splice(dim..=dim, sizes.iter().copied());
-        self.strides.splice(dim..=dim, row_major(sizes).into_iter().map(|inner| inner * stride));
+        self.strides.splice(
+            dim..=dim,
+            row_major(sizes).into_iter().map(|inner| inner * stride),
+        );
         Ok(self)
     }
 
@@ -179,7 +207,10 @@ impl View {
     /// [`View::split`]; to list a permuted view under another shape use [`View::reads_as`].
     pub fn merge(mut self, dims: Range<usize>) -> Result<Self, ViewError> {
         if dims.is_empty() || dims.end > self.extents.len() {
-            return Err(ViewError(format!("dimensions {dims:?} are not in {:?}", self.extents)));
+            return Err(ViewError(format!(
+                "dimensions {dims:?} are not in {:?}",
+                self.extents
+            )));
         }
         for dim in dims.start..dims.end - 1 {
             if self.strides[dim] != self.strides[dim + 1] * self.extents[dim + 1] {
@@ -200,16 +231,27 @@ impl View {
 
     /// The elements in the order of this view, as a tensor of `shape`.
     pub fn reads_as(self, shape: &[usize]) -> Result<Arranged, ViewError> {
-        let numel = shape.iter().try_fold(1usize, |product, extent| product.checked_mul(*extent));
+        let numel = shape
+            .iter()
+            .try_fold(1usize, |product, extent| product.checked_mul(*extent));
         if numel != Some(self.numel()) {
-            return Err(ViewError(format!("{:?} cannot be read as {shape:?}: the sizes differ", self.extents)));
+            return Err(ViewError(format!(
+                "{:?} cannot be read as {shape:?}: the sizes differ",
+                self.extents
+            )));
         }
-        Ok(Arranged { view: self, shape: shape.to_vec() })
+        Ok(Arranged {
+            view: self,
+            shape: shape.to_vec(),
+        })
     }
 
     /// Indices `ranges` of each dimension, which must be within the extents.
     pub(crate) fn narrow(&self, ranges: &[Range<usize>]) -> View {
-        let starts = ranges.iter().zip(&self.strides).map(|(range, stride)| range.start * stride);
+        let starts = ranges
+            .iter()
+            .zip(&self.strides)
+            .map(|(range, stride)| range.start * stride);
         View {
             extents: ranges.iter().map(Range::len).collect(),
             offset: self.offset + starts.sum::<usize>(),
@@ -226,7 +268,10 @@ impl View {
         if dim < self.extents.len() {
             return Ok(());
         }
-        Err(ViewError(format!("{:?} has no dimension {dim}", self.extents)))
+        Err(ViewError(format!(
+            "{:?} has no dimension {dim}",
+            self.extents
+        )))
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::build::resolve;
 use super::TensorHeader;
+use super::build::resolve;
 use crate::bridge::ModelBridge;
 use crate::config::DecoderConfig;
 use crate::dtype::DType;
@@ -51,19 +51,32 @@ pub fn plan_export(
     let what = format!("cannot export as {}", bridge.name());
     let (canonical, mapping) = resolve(bridge, config, "the model's config")?;
     let mut problems = Problems::new();
-    let mut by_name: HashMap<&str, &TensorHeader> = stored.iter().map(|h| (h.name.as_str(), h)).collect();
+    let mut by_name: HashMap<&str, &TensorHeader> =
+        stored.iter().map(|h| (h.name.as_str(), h)).collect();
     let mut dtypes = Vec::with_capacity(canonical.len());
     for tensor in &canonical {
         let Some(header) = by_name.remove(tensor.name.as_str()) else {
-            problems.push(format!("tensor `{}` of shape {:?} is missing from the checkpoint", tensor.name, tensor.shape));
+            problems.push(format!(
+                "tensor `{}` of shape {:?} is missing from the checkpoint",
+                tensor.name, tensor.shape
+            ));
             dtypes.push(DType::F32);
             continue;
         };
         if header.shape != tensor.shape {
-            problems.push(format!("{} has shape {:?}, expected {:?}", header.shown(), header.shape, tensor.shape));
+            problems.push(format!(
+                "{} has shape {:?}, expected {:?}",
+                header.shown(),
+                header.shape,
+                tensor.shape
+            ));
         }
         if !(header.dtype.is_float() && header.dtype.bytes().is_some()) {
-            problems.push(format!("{} has dtype {}, expected a floating-point type", header.shown(), header.dtype));
+            problems.push(format!(
+                "{} has dtype {}, expected a floating-point type",
+                header.shown(),
+                header.dtype
+            ));
         }
         dtypes.push(header.dtype);
     }
@@ -71,9 +84,15 @@ pub fn plan_export(
     let mut unexpected: Vec<&TensorHeader> = by_name.into_values().collect();
     unexpected.sort_by(|a, b| a.name.cmp(&b.name));
     for header in unexpected {
-        problems.push(format!("{} of shape {:?} is not part of the model", header.shown(), header.shape));
+        problems.push(format!(
+            "{} of shape {:?} is not part of the model",
+            header.shown(),
+            header.shape
+        ));
     }
-    if dtype.is_some_and(|dtype| !matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)) {
+    if dtype
+        .is_some_and(|dtype| !matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16))
+    {
         problems.push(format!(
             "dtype {} cannot be written; choose BF16, F16, F32 or F64",
             dtype.map_or("", DType::as_str)
@@ -84,7 +103,9 @@ pub fn plan_export(
         if !is_written(&mapping, index, had) {
             continue;
         }
-        let mut parts = mapping.pieces_of_foreign(index).map(|piece| dtypes[piece.canonical]);
+        let mut parts = mapping
+            .pieces_of_foreign(index)
+            .map(|piece| dtypes[piece.canonical]);
         let first = parts.next().unwrap_or(DType::F32);
         let agree = parts.all(|other| other == first);
         if dtype.is_none() && !agree {
@@ -96,7 +117,12 @@ pub fn plan_export(
         written.push((index, dtype.unwrap_or(first)));
     }
     if problems.is_empty() {
-        return Ok(ExportPlan { family: bridge.name().to_owned(), mapping, stored: dtypes, written });
+        return Ok(ExportPlan {
+            family: bridge.name().to_owned(),
+            mapping,
+            stored: dtypes,
+            written,
+        });
     }
     Err(Error::Plan { what, problems })
 }
@@ -105,7 +131,9 @@ pub fn plan_export(
 /// copies if the source had them.
 fn is_written(mapping: &Mapping, index: usize, had: Option<&dyn Fn(&str) -> bool>) -> bool {
     let tensor = &mapping.foreign[index];
-    let Some(had) = had else { return tensor.role == ForeignRole::Weight };
+    let Some(had) = had else {
+        return tensor.role == ForeignRole::Weight;
+    };
     match tensor.role {
         ForeignRole::TiedCopy { .. } => had(&tensor.name),
         ForeignRole::Weight => {
@@ -113,8 +141,12 @@ fn is_written(mapping: &Mapping, index: usize, had: Option<&dyn Fn(&str) -> bool
                 let other = &mapping.foreign[piece.foreign];
                 other.role != ForeignRole::Weight && had(&other.name)
             };
-            let covered = |canonical: usize| mapping.pieces_of_canonical(canonical).any(second_name);
-            had(&tensor.name) || !mapping.pieces_of_foreign(index).all(|piece| covered(piece.canonical))
+            let covered =
+                |canonical: usize| mapping.pieces_of_canonical(canonical).any(second_name);
+            had(&tensor.name)
+                || !mapping
+                    .pieces_of_foreign(index)
+                    .all(|piece| covered(piece.canonical))
         }
     }
 }

@@ -15,7 +15,7 @@ pub use build::{plan_from_shapes, plan_import};
 pub use export::{ExportPlan, plan_export};
 pub use ranks::RankPlan;
 
-use crate::checkpoint::TensorInfo;
+use crate::checkpoint::{TensorInfo, quote};
 use crate::config::DecoderConfig;
 use crate::dtype::DType;
 use crate::layout::{LayoutSpec, Place, ShardRule};
@@ -37,7 +37,12 @@ pub struct TensorHeader {
 impl TensorHeader {
     /// A header that belongs to no file.
     pub fn new(name: impl Into<String>, dtype: DType, shape: impl Into<Vec<usize>>) -> Self {
-        Self { name: name.into(), dtype, shape: shape.into(), file: None }
+        Self {
+            name: name.into(),
+            dtype,
+            shape: shape.into(),
+            file: None,
+        }
     }
 
     /// Size of the tensor's data. Validated headers never overflow; others saturate.
@@ -48,17 +53,10 @@ impl TensorHeader {
     /// The tensor in words, for messages: its name, and its file where known.
     pub(crate) fn shown(&self) -> String {
         match &self.file {
-            Some(file) => format!("tensor `{}` in {file}", shown_name(&self.name)),
-            None => format!("tensor `{}`", shown_name(&self.name)),
+            Some(file) => format!("tensor {} in {file}", quote(&self.name)),
+            None => format!("tensor {}", quote(&self.name)),
         }
     }
-}
-
-/// A name from a file made fit for a terminal: control characters escaped, length bounded.
-pub(crate) fn shown_name(name: &str) -> String {
-    const SHOWN: usize = 160;
-    let short: String = name.chars().take(SHOWN).flat_map(char::escape_debug).collect();
-    if name.chars().count() > SHOWN { format!("{short}... ({} bytes)", name.len()) } else { short }
 }
 
 /// One canonical tensor of a plan.
@@ -146,24 +144,42 @@ impl Plan {
 
 /// The pieces that fill a canonical tensor: those of its own foreign tensors if they are there, else those of a tied
 /// copy, which holds the same elements.
-pub(crate) fn sources<'a>(mapping: &'a Mapping, present: &[bool], canonical: usize) -> Vec<&'a Piece> {
+pub(crate) fn sources<'a>(
+    mapping: &'a Mapping,
+    present: &[bool],
+    canonical: usize,
+) -> Vec<&'a Piece> {
     let role = |piece: &Piece| mapping.foreign[piece.foreign].role;
-    let own: Vec<&Piece> =
-        mapping.pieces_of_canonical(canonical).filter(|piece| role(piece) == ForeignRole::Weight).collect();
+    let own: Vec<&Piece> = mapping
+        .pieces_of_canonical(canonical)
+        .filter(|piece| role(piece) == ForeignRole::Weight)
+        .collect();
     if own.iter().any(|piece| present[piece.foreign]) {
         return own;
     }
     // All tied copies of one tensor hold all of it; the first that is there serves.
     let copies = |piece: &&Piece| role(piece) != ForeignRole::Weight && present[piece.foreign];
-    let Some(first) = mapping.pieces_of_canonical(canonical).find(copies).map(|piece| piece.foreign) else {
+    let Some(first) = mapping
+        .pieces_of_canonical(canonical)
+        .find(copies)
+        .map(|piece| piece.foreign)
+    else {
         return own;
     };
-    mapping.pieces_of_canonical(canonical).filter(|piece| piece.foreign == first).collect()
+    mapping
+        .pieces_of_canonical(canonical)
+        .filter(|piece| piece.foreign == first)
+        .collect()
 }
 
 impl From<&TensorInfo> for TensorHeader {
     fn from(info: &TensorInfo) -> Self {
-        Self { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone(), file: None }
+        Self {
+            name: info.name.clone(),
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            file: None,
+        }
     }
 }
 

@@ -27,12 +27,25 @@ impl fmt::Display for Plan {
             self.tensors.len(),
             size(self.total_bytes)
         )?;
-        let header = ["canonical", "in the checkpoint", "shape", "dtype", "op", "sharding", "tensors", "size"];
+        let header = [
+            "canonical",
+            "in the checkpoint",
+            "shape",
+            "dtype",
+            "op",
+            "sharding",
+            "tensors",
+            "size",
+        ];
         let mut rows = vec![header.map(str::to_owned)];
         for group in groups(&self.tensors) {
             let mut canonical = group.canonical;
             for (low, high) in group.numbers {
-                let range = if low == high { low.to_string() } else { format!("{low}-{high}") };
+                let range = if low == high {
+                    low.to_string()
+                } else {
+                    format!("{low}-{high}")
+                };
                 canonical = canonical.replacen("{}", &range, 1);
             }
             rows.push([
@@ -48,7 +61,11 @@ impl fmt::Display for Plan {
         }
         write_table(f, &rows)?;
         for tied in &self.tied {
-            let state = if tied.present { "present, must be equal" } else { "absent" };
+            let state = if tied.present {
+                "present, must be equal"
+            } else {
+                "absent"
+            };
             writeln!(f, "tied: {} is {} ({state})", tied.name, tied.canonical)?;
         }
         for (reason, count, bytes) in ignored(self) {
@@ -58,14 +75,25 @@ impl fmt::Display for Plan {
         // Ranks that hold as much stand together; data parallel replicas are the commonest case.
         let mut shown: Vec<(u64, usize, usize, usize)> = Vec::new();
         for rank in &self.ranks {
-            match shown.iter_mut().find(|(bytes, tensors, ..)| (*bytes, *tensors) == (rank.bytes, rank.tensors)) {
+            match shown
+                .iter_mut()
+                .find(|(bytes, tensors, ..)| (*bytes, *tensors) == (rank.bytes, rank.tensors))
+            {
                 Some((.., count)) => *count += 1,
                 None => shown.push((rank.bytes, rank.tensors, rank.rank, 1)),
             }
         }
         for (bytes, tensors, first, count) in shown {
-            let more = if count > 1 { format!(" and {} more like it", count - 1) } else { String::new() };
-            writeln!(f, "  rank {first}{more}: {tensors} tensors, {}", size(bytes))?;
+            let more = if count > 1 {
+                format!(" and {} more like it", count - 1)
+            } else {
+                String::new()
+            };
+            writeln!(
+                f,
+                "  rank {first}{more}: {tensors} tensors, {}",
+                size(bytes)
+            )?;
         }
         Ok(())
     }
@@ -96,11 +124,26 @@ fn groups(tensors: &[PlannedTensor]) -> Vec<Group<'_>> {
         foreign.dedup();
         let foreign = foreign.join(" + ");
         let in_layer = matches!(tensor.place, Place::Layer(_));
-        let kind = format!("{:?} {} {} {} {in_layer}", tensor.shape, tensor.dtype, tensor.op, sharding(&tensor.shard));
-        let at = *index.entry((canonical.clone(), foreign.clone(), kind)).or_insert(groups.len());
+        let kind = format!(
+            "{:?} {} {} {} {in_layer}",
+            tensor.shape,
+            tensor.dtype,
+            tensor.op,
+            sharding(&tensor.shard)
+        );
+        let at = *index
+            .entry((canonical.clone(), foreign.clone(), kind))
+            .or_insert(groups.len());
         if at == groups.len() {
             let numbers = numbers.iter().map(|number| (*number, *number)).collect();
-            groups.push(Group { canonical, foreign, first: tensor, numbers, count: 0, bytes: 0 });
+            groups.push(Group {
+                canonical,
+                foreign,
+                first: tensor,
+                numbers,
+                count: 0,
+                bytes: 0,
+            });
         } else {
             for (range, number) in groups[at].numbers.iter_mut().zip(&numbers) {
                 *range = (range.0.min(*number), range.1.max(*number));
@@ -115,7 +158,10 @@ fn groups(tensors: &[PlannedTensor]) -> Vec<Group<'_>> {
 fn ignored(plan: &Plan) -> Vec<(&str, usize, u64)> {
     let mut reasons: Vec<(&str, usize, u64)> = Vec::new();
     for tensor in &plan.ignored {
-        match reasons.iter_mut().find(|(reason, ..)| *reason == tensor.reason) {
+        match reasons
+            .iter_mut()
+            .find(|(reason, ..)| *reason == tensor.reason)
+        {
             Some((_, count, bytes)) => {
                 *count += 1;
                 *bytes += tensor.bytes;
@@ -134,7 +180,9 @@ fn sharding(rule: &ShardRule) -> String {
         ShardRule::Vocab { dim, .. } => format!("tp dim {dim} (vocabulary)"),
         ShardRule::Heads { dim, heads } => format!("tp dim {dim} ({heads} heads)"),
         ShardRule::StackedExperts { inner: dim } => format!("ep dim 0{}", inner(dim)),
-        ShardRule::Expert { count, inner: dim, .. } => format!("ep ({count} experts){}", inner(dim)),
+        ShardRule::Expert {
+            count, inner: dim, ..
+        } => format!("ep ({count} experts){}", inner(dim)),
     }
 }
 
@@ -150,7 +198,11 @@ fn write_table<const N: usize>(f: &mut fmt::Formatter<'_>, rows: &[[String; N]])
         for (column, (width, cell)) in widths.iter().zip(row).enumerate() {
             let gap = if column == 0 { "" } else { "  " };
             // The last two columns are numbers.
-            let aligned = if column + 2 >= N { format!("{cell:>width$}") } else { format!("{cell:<width$}") };
+            let aligned = if column + 2 >= N {
+                format!("{cell:>width$}")
+            } else {
+                format!("{cell:<width$}")
+            };
             line.push_str(gap);
             line.push_str(&aligned);
         }
@@ -168,7 +220,11 @@ pub(crate) fn size(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.2} {}", UNITS[unit]) }
+    if unit == 0 {
+        format!("{bytes} B")
+    } else {
+        format!("{value:.2} {}", UNITS[unit])
+    }
 }
 
 /// A number with commas between groups of three digits.

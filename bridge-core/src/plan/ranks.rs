@@ -45,7 +45,12 @@ pub(super) fn plan_ranks(
     let mut ranks = Vec::with_capacity(layout.world_size());
     for rank in 0..layout.world_size() {
         let coords = layout.coords(rank);
-        let mut plan = RankPlan { rank, coords, tensors: 0, bytes: 0 };
+        let mut plan = RankPlan {
+            rank,
+            coords,
+            tensors: 0,
+            bytes: 0,
+        };
         for experts in [false, true] {
             let class = if experts {
                 Class::Experts(coords.pp, coords.etp, coords.ep)
@@ -74,9 +79,17 @@ fn measure(
     layout: &LayoutSpec,
     coords: &RankCoords,
 ) -> Result<(usize, u64)> {
-    let is_expert = |rule: &ShardRule| matches!(rule, ShardRule::Expert { .. } | ShardRule::StackedExperts { .. });
+    let is_expert = |rule: &ShardRule| {
+        matches!(
+            rule,
+            ShardRule::Expert { .. } | ShardRule::StackedExperts { .. }
+        )
+    };
     let mut sum = (0, 0);
-    for tensor in tensors.iter().filter(|tensor| is_expert(&tensor.shard) == experts) {
+    for tensor in tensors
+        .iter()
+        .filter(|tensor| is_expert(&tensor.shard) == experts)
+    {
         if let Some(slice) = local_slice(&tensor.shard, &tensor.shape, layout, coords)? {
             sum.0 += usize::from(slice.numel() > 0);
             sum.1 += slice.numel() as u64 * tensor.dtype.bits() as u64 / 8;

@@ -8,7 +8,14 @@ fn mock(seed: u64) -> Arc<dyn Dataset> {
 }
 
 fn blend(weights: &[f64]) -> BlendedDataset {
-    BlendedDataset::new(weights.iter().zip(0..).map(|(weight, seed)| (Some(*weight), mock(seed))).collect()).unwrap()
+    BlendedDataset::new(
+        weights
+            .iter()
+            .zip(0..)
+            .map(|(weight, seed)| (Some(*weight), mock(seed)))
+            .collect(),
+    )
+    .unwrap()
 }
 
 proptest! {
@@ -44,7 +51,9 @@ proptest! {
 fn the_order_is_that_of_megatron_core() {
     let order = |weights: &[f64]| {
         let mix = blend(weights);
-        (0..24).map(|index| char::from(b'a' + mix.locate(index).0 as u8)).collect::<String>()
+        (0..24)
+            .map(|index| char::from(b'a' + mix.locate(index).0 as u8))
+            .collect::<String>()
     };
     assert_eq!(order(&[0.5, 0.3, 0.2]), "abcabacabaabcabacabaabca");
     assert_eq!(order(&[1.0, 1.0, 1.0, 1.0]), "abcdabcdabcdabcdabcdabcd");
@@ -56,7 +65,10 @@ fn samples_come_from_the_dataset_located() {
     let mix = blend(&[1.0, 3.0]);
     for index in 0..20 {
         let (part, place) = mix.locate(index);
-        assert_eq!(mix.sample(index).unwrap(), mock(part as u64).sample(place).unwrap());
+        assert_eq!(
+            mix.sample(index).unwrap(),
+            mock(part as u64).sample(place).unwrap()
+        );
     }
 }
 
@@ -64,12 +76,18 @@ fn samples_come_from_the_dataset_located() {
 fn specs_are_paths_or_weights_and_paths() {
     #[track_caller]
     fn check(words: &[&str], expected: &[(Option<f64>, &str)]) {
-        let entries: Vec<_> = expected.iter().map(|(weight, path)| (*weight, path.to_string())).collect();
+        let entries: Vec<_> = expected
+            .iter()
+            .map(|(weight, path)| (*weight, path.to_string()))
+            .collect();
         assert_eq!(BlendSpec::parse(words).unwrap().entries, entries);
     }
     check(&["a"], &[(None, "a")]);
     check(&["a", "b"], &[(None, "a"), (None, "b")]);
-    check(&["0.3", "a", "0.7", "b"], &[(Some(0.3), "a"), (Some(0.7), "b")]);
+    check(
+        &["0.3", "a", "0.7", "b"],
+        &[(Some(0.3), "a"), (Some(0.7), "b")],
+    );
     check(&["30 a 70 b"], &[(Some(30.0), "a"), (Some(70.0), "b")]);
     check(&["1"], &[(None, "1")]);
     for words in [&[][..], &["0 a"], &["-1", "a"], &["nan", "a"]] {

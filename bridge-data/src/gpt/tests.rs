@@ -10,7 +10,10 @@ use crate::token_source::MemoryTokens;
 /// Documents whose tokens are all different: the k-th token of the data is k.
 fn numbered(lens: &[usize]) -> MemoryTokens {
     let mut next = 0..;
-    MemoryTokens::new("numbered", lens.iter().map(|&len| next.by_ref().take(len).collect()))
+    MemoryTokens::new(
+        "numbered",
+        lens.iter().map(|&len| next.by_ref().take(len).collect()),
+    )
 }
 
 fn dataset(lens: &[usize], options: GptOptions) -> Result<GptDataset> {
@@ -21,8 +24,15 @@ fn dataset(lens: &[usize], options: GptOptions) -> Result<GptDataset> {
 fn predictions(data: &GptDataset, epoch: u64) -> HashMap<i64, (usize, i64)> {
     let mut seen = HashMap::new();
     for index in 0..data.samples_per_epoch() {
-        let sample = data.sample(epoch * data.samples_per_epoch() + index).unwrap();
-        for (&token, &label) in sample.tokens.iter().zip(&sample.labels).filter(|(_, label)| **label != IGNORE_INDEX) {
+        let sample = data
+            .sample(epoch * data.samples_per_epoch() + index)
+            .unwrap();
+        for (&token, &label) in sample
+            .tokens
+            .iter()
+            .zip(&sample.labels)
+            .filter(|(_, label)| **label != IGNORE_INDEX)
+        {
             seen.entry(label).or_insert((0, token)).0 += 1;
         }
     }
@@ -93,7 +103,9 @@ fn epochs_differ_and_seeds_differ_and_nothing_else_does() {
     let order = |seed, epoch: u64| {
         let data = dataset(&lens, GptOptions::new(6, seed)).unwrap();
         let first = epoch * data.samples_per_epoch();
-        (first..first + data.samples_per_epoch()).map(|index| data.sample(index).unwrap().tokens).collect::<Vec<_>>()
+        (first..first + data.samples_per_epoch())
+            .map(|index| data.sample(index).unwrap().tokens)
+            .collect::<Vec<_>>()
     };
     assert_eq!(order(1, 0), order(1, 0));
     assert_eq!(order(1, 3), order(1, 3));
@@ -103,8 +115,17 @@ fn epochs_differ_and_seeds_differ_and_nothing_else_does() {
 
 #[test]
 fn without_shuffle_samples_follow_the_file_in_every_epoch() {
-    let data = dataset(&[3, 4, 5], GptOptions { shuffle: false, ..GptOptions::new(4, 1) }).unwrap();
-    let tokens: Vec<_> = (0..6).map(|index| data.sample(index).unwrap().tokens).collect();
+    let data = dataset(
+        &[3, 4, 5],
+        GptOptions {
+            shuffle: false,
+            ..GptOptions::new(4, 1)
+        },
+    )
+    .unwrap();
+    let tokens: Vec<_> = (0..6)
+        .map(|index| data.sample(index).unwrap().tokens)
+        .collect();
     assert_eq!(tokens[..3], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 0]]);
     assert_eq!(tokens[3..], tokens[..3]);
     assert_eq!(data.sample(2).unwrap().labels, [9, 10, 11, IGNORE_INDEX]);
@@ -124,30 +145,80 @@ fn check_borders(options: GptOptions, labels: [i64; 6], positions: [i64; 6], bou
 
 #[test]
 fn borders_of_documents_act_as_the_options_say() {
-    let plain = GptOptions { shuffle: false, eod: Some(0), ..GptOptions::new(6, 1) };
+    let plain = GptOptions {
+        shuffle: false,
+        eod: Some(0),
+        ..GptOptions::new(6, 1)
+    };
     let labels = [6, 0, 7, 0, 8, 9];
     let onward = [0, 1, 2, 3, 4, 5];
     check_borders(plain.clone(), labels, onward, &[0, 6]);
-    check_borders(GptOptions { reset_position_ids: true, ..plain.clone() }, labels, [0, 1, 2, 0, 1, 0], &[0, 6]);
-    check_borders(GptOptions { reset_attention_mask: true, ..plain.clone() }, labels, onward, &[0, 3, 5, 6]);
-    check_borders(GptOptions { eod_mask_loss: true, ..plain.clone() }, [6, 0, IGNORE_INDEX, 0, IGNORE_INDEX, 9], onward, &[0, 6]);
+    check_borders(
+        GptOptions {
+            reset_position_ids: true,
+            ..plain.clone()
+        },
+        labels,
+        [0, 1, 2, 0, 1, 0],
+        &[0, 6],
+    );
+    check_borders(
+        GptOptions {
+            reset_attention_mask: true,
+            ..plain.clone()
+        },
+        labels,
+        onward,
+        &[0, 3, 5, 6],
+    );
+    check_borders(
+        GptOptions {
+            eod_mask_loss: true,
+            ..plain.clone()
+        },
+        [6, 0, IGNORE_INDEX, 0, IGNORE_INDEX, 9],
+        onward,
+        &[0, 6],
+    );
     // The borders are known from the source too.
-    check_borders(GptOptions { eod: None, reset_attention_mask: true, ..plain }, labels, onward, &[0, 3, 5, 6]);
+    check_borders(
+        GptOptions {
+            eod: None,
+            reset_attention_mask: true,
+            ..plain
+        },
+        labels,
+        onward,
+        &[0, 3, 5, 6],
+    );
 }
 
 #[test]
 fn what_fills_up_the_last_window_has_no_loss_and_attends_apart() {
-    let options = GptOptions { shuffle: false, eod: Some(99), reset_attention_mask: true, reset_position_ids: true, ..GptOptions::new(8, 1) };
+    let options = GptOptions {
+        shuffle: false,
+        eod: Some(99),
+        reset_attention_mask: true,
+        reset_position_ids: true,
+        ..GptOptions::new(8, 1)
+    };
     let sample = dataset(&[3, 3], options).unwrap().sample(0).unwrap();
     assert_eq!(sample.tokens, [0, 1, 2, 3, 4, 99, 99, 99]);
-    assert_eq!(sample.labels, [1, 2, 3, 4, 5, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]);
+    assert_eq!(
+        sample.labels,
+        [1, 2, 3, 4, 5, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]
+    );
     assert_eq!(sample.boundaries, [0, 3, 5, 8]);
     assert_eq!(sample.position_ids, [0, 1, 2, 0, 1, 0, 1, 2]);
 }
 
 #[test]
 fn batches_join_boundaries_row_by_row() {
-    let options = GptOptions { shuffle: false, reset_attention_mask: true, ..GptOptions::new(4, 1) };
+    let options = GptOptions {
+        shuffle: false,
+        reset_attention_mask: true,
+        ..GptOptions::new(4, 1)
+    };
     let batch = Batch::load(&dataset(&[3, 4, 5], options).unwrap(), &[0, 1]).unwrap();
     assert_eq!(batch.cu_seqlens.as_deref(), Some(&[0, 3, 4, 7, 8][..]));
     assert_eq!(batch.loss_tokens(), 8);
@@ -158,25 +229,60 @@ fn batches_join_boundaries_row_by_row() {
 
 #[test]
 fn too_little_data_and_wrong_tokens_are_errors() {
-    assert!(matches!(dataset(&[1, 0], GptOptions::new(4, 1)), Err(DataError::TooFewTokens { documents: 2, tokens: 1, .. })));
+    assert!(matches!(
+        dataset(&[1, 0], GptOptions::new(4, 1)),
+        Err(DataError::TooFewTokens {
+            documents: 2,
+            tokens: 1,
+            ..
+        })
+    ));
     assert!(dataset(&[4], GptOptions::new(0, 1)).is_err());
-    let data = dataset(&[4, 5], GptOptions { vocab_size: Some(7), shuffle: false, ..GptOptions::new(4, 1) }).unwrap();
+    let data = dataset(
+        &[4, 5],
+        GptOptions {
+            vocab_size: Some(7),
+            shuffle: false,
+            ..GptOptions::new(4, 1)
+        },
+    )
+    .unwrap();
     assert!(data.sample(0).is_ok());
     let error = data.sample(1).err().unwrap().to_string();
-    assert!(error.contains("sequence 1 of numbered holds 7 at token 3") && error.contains("below 7"), "{error}");
+    assert!(
+        error.contains("sequence 1 of numbered holds 7 at token 3") && error.contains("below 7"),
+        "{error}"
+    );
 }
 
 #[test]
 fn the_fingerprint_follows_what_samples_depend_on() {
     let base = GptOptions::new(4, 1);
-    let print = |lens: &[usize], options: &GptOptions| dataset(lens, options.clone()).unwrap().fingerprint();
+    let print = |lens: &[usize], options: &GptOptions| {
+        dataset(lens, options.clone()).unwrap().fingerprint()
+    };
     assert_eq!(print(&[4, 5], &base), print(&[5, 4], &base));
     for other in [
-        GptOptions { seq_length: 5, ..base.clone() },
-        GptOptions { seed: 2, ..base.clone() },
-        GptOptions { shuffle: false, ..base.clone() },
-        GptOptions { eod: Some(0), ..base.clone() },
-        GptOptions { reset_attention_mask: true, ..base.clone() },
+        GptOptions {
+            seq_length: 5,
+            ..base.clone()
+        },
+        GptOptions {
+            seed: 2,
+            ..base.clone()
+        },
+        GptOptions {
+            shuffle: false,
+            ..base.clone()
+        },
+        GptOptions {
+            eod: Some(0),
+            ..base.clone()
+        },
+        GptOptions {
+            reset_attention_mask: true,
+            ..base.clone()
+        },
     ] {
         assert_ne!(print(&[4, 5], &base), print(&[4, 5], &other));
     }

@@ -28,16 +28,22 @@ impl<B: AsRef<[u8]>> Index<B> {
         let file = bytes.as_ref();
         let file_len = file.len() as u64;
         let Some((header, _)) = file.split_first_chunk::<HEADER_LEN>() else {
-            return Err(format!("it has {file_len} bytes, and the header alone takes {HEADER_LEN}"));
+            return Err(format!(
+                "it has {file_len} bytes, and the header alone takes {HEADER_LEN}"
+            ));
         };
         if !header.starts_with(MAGIC) {
-            return Err(format!("it begins with {:02x?}, expected {MAGIC:02x?} (`MMIDIDX`); older formats have to be made anew", &header[..9]));
+            return Err(format!(
+                "it begins with {:02x?}, expected {MAGIC:02x?} (`MMIDIDX`); older formats have to be made anew",
+                &header[..9]
+            ));
         }
         let version = u64_at(header, 9);
         if version != VERSION {
             return Err(format!("it has version {version}, expected {VERSION}"));
         }
-        let dtype = TokenDtype::from_code(header[17]).ok_or_else(|| format!("dtype code {} is not one of 1 to 8", header[17]))?;
+        let dtype = TokenDtype::from_code(header[17])
+            .ok_or_else(|| format!("dtype code {} is not one of 1 to 8", header[17]))?;
         let (sequences, borders) = (u64_at(header, 18), u64_at(header, 26));
         if borders == 0 {
             return Err("it has no document borders, expected at least one (0)".into());
@@ -48,7 +54,9 @@ impl<B: AsRef<[u8]>> Index<B> {
             .and_then(|sum| sum.checked_add(HEADER_LEN as u64));
         let with_modes = expected.and_then(|sum| sum.checked_add(sequences));
         let (Some(expected), Some(with_modes)) = (expected, with_modes) else {
-            return Err(format!("{sequences} sequences and {borders} document borders cannot fit into any file"));
+            return Err(format!(
+                "{sequences} sequences and {borders} document borders cannot fit into any file"
+            ));
         };
         if file_len != expected && file_len != with_modes {
             return Err(format!(
@@ -57,7 +65,14 @@ impl<B: AsRef<[u8]>> Index<B> {
             ));
         }
         let has_modes = sequences > 0 && file_len == with_modes;
-        let index = Self { bytes, dtype, sequences, borders, has_modes, tokens_len };
+        let index = Self {
+            bytes,
+            dtype,
+            sequences,
+            borders,
+            has_modes,
+            tokens_len,
+        };
         index.check()?;
         Ok(index)
     }
@@ -70,12 +85,17 @@ impl<B: AsRef<[u8]>> Index<B> {
         for border in 0..self.borders {
             let at = self.border(border)?;
             if at < last || (border == 0 && at != 0) {
-                return Err(format!("document {border} begins at sequence {at}, before the end of its predecessor ({last}), or not at 0"));
+                return Err(format!(
+                    "document {border} begins at sequence {at}, before the end of its predecessor ({last}), or not at 0"
+                ));
             }
             last = at;
         }
         if last != self.sequences {
-            return Err(format!("its documents end at sequence {last} of {}", self.sequences));
+            return Err(format!(
+                "its documents end at sequence {last} of {}",
+                self.sequences
+            ));
         }
         Ok(())
     }
@@ -103,10 +123,14 @@ impl<B: AsRef<[u8]>> Index<B> {
         let missing = || format!("there is no sequence {sequence}; it has {}", self.sequences);
         let place = self.place(sequence, self.sequences).ok_or_else(missing)?;
         let len = self.i32(HEADER_LEN + place * 4).ok_or_else(missing)?;
-        let offset = self.i64(HEADER_LEN + self.sequences as usize * 4 + place * 8).ok_or_else(missing)?;
+        let offset = self
+            .i64(HEADER_LEN + self.sequences as usize * 4 + place * 8)
+            .ok_or_else(missing)?;
         let size = self.dtype.size() as u64;
         let (Ok(tokens), Ok(start)) = (u64::try_from(len), u64::try_from(offset)) else {
-            return Err(format!("sequence {sequence} has length {len} and offset {offset}, expected numbers from 0"));
+            return Err(format!(
+                "sequence {sequence} has length {len} and offset {offset}, expected numbers from 0"
+            ));
         };
         match start.checked_add(tokens * size) {
             Some(end) if end <= self.tokens_len => Ok((tokens, start)),
@@ -123,36 +147,65 @@ impl<B: AsRef<[u8]>> Index<B> {
     /// # Errors
     /// If there is no such document.
     pub fn document(&self, document: u64) -> Result<Range<u64>, String> {
-        let end = document.checked_add(1).ok_or_else(|| format!("there is no document {document}"))?;
+        let end = document
+            .checked_add(1)
+            .ok_or_else(|| format!("there is no document {document}"))?;
         Ok(self.border(document)?..self.border(end)?)
     }
 
     /// The mode of a sequence, in multimodal data.
     pub fn mode(&self, sequence: u64) -> Option<i8> {
-        let place = self.has_modes.then(|| self.place(sequence, self.sequences)).flatten()?;
+        let place = self
+            .has_modes
+            .then(|| self.place(sequence, self.sequences))
+            .flatten()?;
         let start = HEADER_LEN + self.sequences as usize * 12 + self.borders as usize * 8;
-        self.bytes.as_ref().get(start + place).map(|byte| *byte as i8)
+        self.bytes
+            .as_ref()
+            .get(start + place)
+            .map(|byte| *byte as i8)
     }
 
     fn border(&self, border: u64) -> Result<u64, String> {
-        let missing = || format!("there is no document border {border}; it has {}", self.borders);
+        let missing = || {
+            format!(
+                "there is no document border {border}; it has {}",
+                self.borders
+            )
+        };
         let place = self.place(border, self.borders).ok_or_else(missing)?;
-        let value = self.i64(HEADER_LEN + self.sequences as usize * 12 + place * 8).ok_or_else(missing)?;
-        u64::try_from(value).map_err(|_| format!("document {border} begins at sequence {value}, expected a number from 0"))
+        let value = self
+            .i64(HEADER_LEN + self.sequences as usize * 12 + place * 8)
+            .ok_or_else(missing)?;
+        u64::try_from(value).map_err(|_| {
+            format!("document {border} begins at sequence {value}, expected a number from 0")
+        })
     }
 
     /// `index` as a place in a list of `count`, all of which lie in the file, so that offsets computed from it do not
     /// overflow.
     fn place(&self, index: u64, count: u64) -> Option<usize> {
-        if index < count { usize::try_from(index).ok() } else { None }
+        if index < count {
+            usize::try_from(index).ok()
+        } else {
+            None
+        }
     }
 
     fn i32(&self, at: usize) -> Option<i32> {
-        self.bytes.as_ref().get(at..)?.first_chunk().map(|bytes| i32::from_le_bytes(*bytes))
+        self.bytes
+            .as_ref()
+            .get(at..)?
+            .first_chunk()
+            .map(|bytes| i32::from_le_bytes(*bytes))
     }
 
     fn i64(&self, at: usize) -> Option<i64> {
-        self.bytes.as_ref().get(at..)?.first_chunk().map(|bytes| i64::from_le_bytes(*bytes))
+        self.bytes
+            .as_ref()
+            .get(at..)?
+            .first_chunk()
+            .map(|bytes| i64::from_le_bytes(*bytes))
     }
 }
 

@@ -63,12 +63,18 @@ impl TokenDtype {
 
     /// The dtype of a code in the file.
     pub fn from_code(code: u8) -> Option<Self> {
-        Self::CODES.iter().find(|(known, _)| *known == code).map(|(_, dtype)| *dtype)
+        Self::CODES
+            .iter()
+            .find(|(known, _)| *known == code)
+            .map(|(_, dtype)| *dtype)
     }
 
     /// The code in the file.
     pub fn code(self) -> u8 {
-        Self::CODES.iter().find(|(_, dtype)| *dtype == self).map_or(0, |(code, _)| *code)
+        Self::CODES
+            .iter()
+            .find(|(_, dtype)| *dtype == self)
+            .map_or(0, |(code, _)| *code)
     }
 
     /// Bytes a token takes.
@@ -83,7 +89,11 @@ impl TokenDtype {
 
     /// The dtype that Megatron-Core would choose for a vocabulary: two bytes if all ids fit with some to spare.
     pub fn for_vocab(vocab_size: usize) -> Self {
-        if vocab_size < 65_500 { Self::U16 } else { Self::I32 }
+        if vocab_size < 65_500 {
+            Self::U16
+        } else {
+            Self::I32
+        }
     }
 
     /// The largest id it can hold; `None` for dtypes that hold no ids.

@@ -32,29 +32,52 @@ impl IndexedDataset {
     /// If a file is missing or unreadable, or the index is not valid.
     pub fn open(prefix: impl AsRef<Path>) -> Result<Self> {
         let given = prefix.as_ref();
-        let is_file_name = given.extension().is_some_and(|extension| extension == "bin" || extension == "idx");
-        let prefix = if is_file_name { given.with_extension("") } else { given.to_owned() };
+        let is_file_name = given
+            .extension()
+            .is_some_and(|extension| extension == "bin" || extension == "idx");
+        let prefix = if is_file_name {
+            given.with_extension("")
+        } else {
+            given.to_owned()
+        };
         let open = |path: &Path| match File::open(path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let missing = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-                Err(DataError::MissingFile { prefix: prefix.clone(), missing })
+                let missing = path
+                    .file_name()
+                    .map(|name| name.to_string_lossy().into_owned())
+                    .unwrap_or_default();
+                Err(DataError::MissingFile {
+                    prefix: prefix.clone(),
+                    missing,
+                })
             }
             result => result.map_err(DataError::io("read", path)),
         };
         let path = index_path(&prefix);
         let index_file = open(&path)?;
         let tokens = open(&tokens_path(&prefix))?;
-        let tokens_len = tokens.metadata().map_err(DataError::io("read", tokens_path(&prefix)))?.len();
+        let tokens_len = tokens
+            .metadata()
+            .map_err(DataError::io("read", tokens_path(&prefix)))?
+            .len();
         // SAFETY: the mapping is only read, as bytes, so any content is a valid value, and every access is bounds-checked
         // against the mapping's length. A file that another process shortens while it is mapped raises SIGBUS, which no
         // reader can prevent; datasets are replaced by rename, never rewritten in place, so the mapped file stays whole.
         let bytes = unsafe { Mmap::map(&index_file) }.map_err(DataError::io("map", &path))?;
-        let index = Index::parse(bytes, tokens_len).and_then(|index| match index.dtype().max_id() {
-            Some(_) => Ok(index),
-            None => Err(format!("it stores {} values, and token ids are integers", index.dtype().name())),
-        });
+        let index =
+            Index::parse(bytes, tokens_len).and_then(|index| match index.dtype().max_id() {
+                Some(_) => Ok(index),
+                None => Err(format!(
+                    "it stores {} values, and token ids are integers",
+                    index.dtype().name()
+                )),
+            });
         let index = index.map_err(|reason| DataError::BadIndex { path, reason })?;
-        Ok(Self { prefix, tokens, index })
+        Ok(Self {
+            prefix,
+            tokens,
+            index,
+        })
     }
 
     /// The index.
@@ -82,9 +105,16 @@ impl IndexedDataset {
         self.index.sequence(sequence).map_err(|reason| {
             let (place, count) = (self.describe(), self.index.sequences());
             if sequence >= count {
-                DataError::NoSequence { place, index: sequence, count }
+                DataError::NoSequence {
+                    place,
+                    index: sequence,
+                    count,
+                }
             } else {
-                DataError::BadIndex { path: index_path(&self.prefix), reason }
+                DataError::BadIndex {
+                    path: index_path(&self.prefix),
+                    reason,
+                }
             }
         })
     }
@@ -104,7 +134,13 @@ impl TokenSource for IndexedDataset {
         let (len, offset) = self.locate(document)?;
         if range.start > range.end || range.end > len {
             let (start, end) = (range.start, range.end);
-            return Err(DataError::NoTokens { place: self.describe(), index: document, len, start, end });
+            return Err(DataError::NoTokens {
+                place: self.describe(),
+                index: document,
+                len,
+                start,
+                end,
+            });
         }
         let dtype = self.index.dtype();
         let mut bytes = Vec::new();
@@ -132,7 +168,11 @@ impl TokenSource for IndexedDataset {
 }
 
 /// Appends the ids in `bytes`; the place and value of the first that is none.
-fn decode(dtype: TokenDtype, bytes: &[u8], out: &mut Vec<u32>) -> std::result::Result<(), (usize, i64)> {
+fn decode(
+    dtype: TokenDtype,
+    bytes: &[u8],
+    out: &mut Vec<u32>,
+) -> std::result::Result<(), (usize, i64)> {
     fn each<const N: usize>(
         bytes: &[u8],
         out: &mut Vec<u32>,

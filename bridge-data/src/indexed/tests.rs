@@ -164,7 +164,10 @@ fn check_bad(change: impl FnOnce(&mut Vec<u8>), expected: &str) {
 
 #[test]
 fn errors_say_what_is_wrong() {
-    check_bad(|b| b.truncate(20), "20 bytes, and the header alone takes 34");
+    check_bad(
+        |b| b.truncate(20),
+        "20 bytes, and the header alone takes 34",
+    );
     check_bad(|b| b[0] = b'X', "MMIDIDX");
     check_bad(|b| b[9] = 2, "version 2, expected 1");
     check_bad(|b| b[17] = 9, "dtype code 9");
@@ -173,10 +176,16 @@ fn errors_say_what_is_wrong() {
     check_bad(|b| b.truncate(b.len() - 1), "truncated or damaged");
     check_bad(|b| b[26..34].fill(0), "no document borders");
     check_bad(|b| b[37] = 0x80, "length -2147483645");
-    check_bad(|b| b[34] = 9, "takes 18 bytes from 0 on, but the .bin file has 8 bytes");
+    check_bad(
+        |b| b[34] = 9,
+        "takes 18 bytes from 0 on, but the .bin file has 8 bytes",
+    );
     check_bad(|b| b[49] = 0x80, "offset -9223372036854775808");
     check_bad(|b| b[58] = 1, "document 0 begins at sequence 1");
-    check_bad(|b| b[66] = 3, "document 2 begins at sequence 2, before the end of its predecessor (3)");
+    check_bad(
+        |b| b[66] = 3,
+        "document 2 begins at sequence 2, before the end of its predecessor (3)",
+    );
     check_bad(|b| b[74] = 3, "documents end at sequence 3 of 2");
 }
 
@@ -189,13 +198,23 @@ fn missing_and_unusable_datasets_are_named() {
     write(&prefix, TokenDtype::U16, &vec![vec![vec![1]]]);
     assert!(IndexedDataset::open(index_path(&prefix)).is_ok());
     std::fs::remove_file(tokens_path(&prefix)).unwrap();
-    assert!(IndexedDataset::open(&prefix).unwrap_err().to_string().contains("has no books.bin"));
+    assert!(
+        IndexedDataset::open(&prefix)
+            .unwrap_err()
+            .to_string()
+            .contains("has no books.bin")
+    );
 
     let mut bytes = std::fs::read(index_path(&prefix)).unwrap();
     bytes[17] = 6;
     std::fs::write(index_path(&prefix), bytes).unwrap();
     std::fs::write(tokens_path(&prefix), [0; 8]).unwrap();
-    assert!(IndexedDataset::open(&prefix).unwrap_err().to_string().contains("float64"));
+    assert!(
+        IndexedDataset::open(&prefix)
+            .unwrap_err()
+            .to_string()
+            .contains("float64")
+    );
 }
 
 #[test]
@@ -204,7 +223,11 @@ fn negative_tokens_are_errors() {
     let prefix = folder.path().join("d");
     write(&prefix, TokenDtype::I32, &vec![vec![vec![1, 2]]]);
     std::fs::write(tokens_path(&prefix), [1, 0, 0, 0, 255, 255, 255, 255]).unwrap();
-    let error = IndexedDataset::open(&prefix).unwrap().sequence(0).unwrap_err().to_string();
+    let error = IndexedDataset::open(&prefix)
+        .unwrap()
+        .sequence(0)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("holds -1 at token 1"), "{error}");
 }
 
@@ -214,7 +237,10 @@ fn what_cannot_be_stored_is_refused_and_nothing_is_left() {
     let prefix = folder.path().join("d");
     let mut writer = IndexedWriter::create(&prefix, TokenDtype::U16).unwrap();
     let error = writer.write_tokens(&[1, 65_536]).unwrap_err().to_string();
-    assert!(error.contains("token id 65536") && error.contains("uint16"), "{error}");
+    assert!(
+        error.contains("token id 65536") && error.contains("uint16"),
+        "{error}"
+    );
     assert!(IndexedWriter::create(&prefix, TokenDtype::F32).is_err());
     drop(writer);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
@@ -226,10 +252,20 @@ fn existing_datasets_are_replaced_only_when_asked() {
     let folder = tempfile::tempdir().unwrap();
     let prefix = folder.path().join("d");
     write(&prefix, TokenDtype::U16, &vec![vec![vec![1, 2]]]);
-    assert!(matches!(IndexedWriter::create(&prefix, TokenDtype::U16), Err(DataError::Exists { .. })));
+    assert!(matches!(
+        IndexedWriter::create(&prefix, TokenDtype::U16),
+        Err(DataError::Exists { .. })
+    ));
     let mut writer = IndexedWriter::replace(&prefix, TokenDtype::I32).unwrap();
     writer.write_document(&[70_000]).unwrap();
-    assert_eq!(IndexedDataset::open(&prefix).unwrap().sequence(0).unwrap(), [1, 2], "until the new one is finished");
+    assert_eq!(
+        IndexedDataset::open(&prefix).unwrap().sequence(0).unwrap(),
+        [1, 2],
+        "until the new one is finished"
+    );
     writer.finish().unwrap();
-    assert_eq!(IndexedDataset::open(&prefix).unwrap().sequence(0).unwrap(), [70_000]);
+    assert_eq!(
+        IndexedDataset::open(&prefix).unwrap().sequence(0).unwrap(),
+        [70_000]
+    );
 }

@@ -74,9 +74,14 @@ struct Spool {
 
 impl Spool {
     fn new(folder: &Path) -> Result<Self> {
-        let file = tempfile::Builder::new().prefix(".dataset-").suffix(".tmp").tempfile_in(folder);
+        let file = tempfile::Builder::new()
+            .prefix(".dataset-")
+            .suffix(".tmp")
+            .tempfile_in(folder);
         let file = file.map_err(DataError::io("create a file in", folder))?;
-        Ok(Self { file: BufWriter::with_capacity(1 << 18, file) })
+        Ok(Self {
+            file: BufWriter::with_capacity(1 << 18, file),
+        })
     }
 
     fn into_file(self) -> io::Result<NamedTempFile> {
@@ -112,7 +117,11 @@ impl IndexedWriter {
         let path = tokens_path(&prefix);
         if dtype.max_id().is_none() {
             let what = format!("tokens as {}", dtype.name());
-            return Err(DataError::Unwritable { path, what, reason: "token ids are integers".into() });
+            return Err(DataError::Unwritable {
+                path,
+                what,
+                reason: "token ids are integers".into(),
+            });
         }
         for path in [path, index_path(&prefix)] {
             if existing == Existing::Refuse && path.exists() {
@@ -147,17 +156,33 @@ impl IndexedWriter {
     pub fn write_tokens(&mut self, ids: &[u32]) -> Result<()> {
         let max = self.dtype.max_id().unwrap_or(0);
         if let Some(id) = ids.iter().find(|&&id| id > max) {
-            let reason = format!("{} holds ids up to {max}; use a wider dtype", self.dtype.name());
-            return Err(DataError::Unwritable { path: self.path(), what: format!("token id {id}"), reason });
+            let reason = format!(
+                "{} holds ids up to {max}; use a wider dtype",
+                self.dtype.name()
+            );
+            return Err(DataError::Unwritable {
+                path: self.path(),
+                what: format!("token id {id}"),
+                reason,
+            });
         }
         self.buffer.clear();
         match self.dtype.size() {
             1 => self.buffer.extend(ids.iter().map(|&id| id as u8)),
-            2 => self.buffer.extend(ids.iter().flat_map(|&id| (id as u16).to_le_bytes())),
-            4 => self.buffer.extend(ids.iter().flat_map(|&id| id.to_le_bytes())),
-            _ => self.buffer.extend(ids.iter().flat_map(|&id| u64::from(id).to_le_bytes())),
+            2 => self
+                .buffer
+                .extend(ids.iter().flat_map(|&id| (id as u16).to_le_bytes())),
+            4 => self
+                .buffer
+                .extend(ids.iter().flat_map(|&id| id.to_le_bytes())),
+            _ => self
+                .buffer
+                .extend(ids.iter().flat_map(|&id| u64::from(id).to_le_bytes())),
         }
-        self.tokens.file.write_all(&self.buffer).map_err(DataError::io("write", self.path()))?;
+        self.tokens
+            .file
+            .write_all(&self.buffer)
+            .map_err(DataError::io("write", self.path()))?;
         self.open_sequence += ids.len() as u64;
         Ok(())
     }
@@ -172,7 +197,10 @@ impl IndexedWriter {
             what: format!("a sequence of {} tokens", self.open_sequence),
             reason: "the format allows 2147483647; cut the document into smaller ones".into(),
         })?;
-        self.lengths.file.write_all(&len.to_le_bytes()).map_err(DataError::io("write", self.path()))?;
+        self.lengths
+            .file
+            .write_all(&len.to_le_bytes())
+            .map_err(DataError::io("write", self.path()))?;
         self.token_count += self.open_sequence;
         self.open_sequence = 0;
         self.sequences += 1;
@@ -188,7 +216,10 @@ impl IndexedWriter {
             self.end_sequence()?;
         }
         let border = (self.sequences as i64).to_le_bytes();
-        self.borders.file.write_all(&border).map_err(DataError::io("write", self.path()))?;
+        self.borders
+            .file
+            .write_all(&border)
+            .map_err(DataError::io("write", self.path()))?;
         self.documents += 1;
         Ok(())
     }
@@ -212,15 +243,27 @@ impl IndexedWriter {
         let path = self.path();
         if self.sequences == 0 {
             let reason = "no sequence has been ended yet".into();
-            return Err(DataError::Unwritable { path, what: format!("mode {mode}"), reason });
+            return Err(DataError::Unwritable {
+                path,
+                what: format!("mode {mode}"),
+                reason,
+            });
         }
         let modes = match &mut self.modes {
             Some(modes) => modes,
-            none => none.insert(Spool::new(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?),
+            none => none.insert(Spool::new(
+                path.parent()
+                    .filter(|p| !p.as_os_str().is_empty())
+                    .unwrap_or(Path::new(".")),
+            )?),
         };
         // One byte a sequence, so the place in the file is the number of the sequence; gaps read as 0.
         let place = io::SeekFrom::Start(self.sequences - 1);
-        modes.file.seek(place).and_then(|_| modes.file.write_all(&mode.to_le_bytes())).map_err(DataError::io("write", path))
+        modes
+            .file
+            .seek(place)
+            .and_then(|_| modes.file.write_all(&mode.to_le_bytes()))
+            .map_err(DataError::io("write", path))
     }
 
     /// Writes the index and puts both files in place.
@@ -252,7 +295,11 @@ impl IndexedWriter {
         }
         let put = |file: NamedTempFile, path: &Path| {
             readable_by_all(file.as_file()).map_err(DataError::io("write", path))?;
-            file.persist(path).map_err(|error| DataError::Io { action: "write", path: path.to_owned(), source: error.error })
+            file.persist(path).map_err(|error| DataError::Io {
+                action: "write",
+                path: path.to_owned(),
+                source: error.error,
+            })
         };
         put(tokens, &bin)?;
         put(index, &idx)?;
@@ -261,8 +308,18 @@ impl IndexedWriter {
 
     /// The finished files under temporary names, flushed to the disk.
     fn into_files(self) -> io::Result<(NamedTempFile, NamedTempFile)> {
-        let folder = self.tokens.file.get_ref().path().parent().unwrap_or(Path::new(".")).to_owned();
-        let index = tempfile::Builder::new().prefix(".dataset-").suffix(".tmp").tempfile_in(folder)?;
+        let folder = self
+            .tokens
+            .file
+            .get_ref()
+            .path()
+            .parent()
+            .unwrap_or(Path::new("."))
+            .to_owned();
+        let index = tempfile::Builder::new()
+            .prefix(".dataset-")
+            .suffix(".tmp")
+            .tempfile_in(folder)?;
         let mut index = BufWriter::with_capacity(1 << 18, index);
         index.write_all(MAGIC)?;
         index.write_all(&VERSION.to_le_bytes())?;

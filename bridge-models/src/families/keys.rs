@@ -63,6 +63,50 @@ pub(super) const ROPE_SCALING: ConfigKey = ConfigKey {
     write: |config| config.rope.as_ref().map(|rope| rope.to_hf().1),
 };
 
+/// `query_pre_attn_scalar`: scores are divided by its square root. 256 where absent.
+pub(super) const QUERY_SCALAR: ConfigKey = ConfigKey {
+    key: "query_pre_attn_scalar",
+    read: |keys, config| {
+        config.attention_scale = Some(keys.number_or("query_pre_attn_scalar", 256.0).powf(-0.5))
+    },
+    // Published values are whole numbers; the rounding undoes that of the square root.
+    write: |config| {
+        config
+            .attention_scale
+            .map(|scale| json!((scale.powi(-2) * 1e6).round() / 1e6))
+    },
+};
+
+/// `hidden_size` of models that multiply embeddings by its square root.
+pub(super) const SCALED_HIDDEN_SIZE: ConfigKey = ConfigKey {
+    key: "hidden_size",
+    read: |keys, config| {
+        config.hidden_size = keys.size("hidden_size");
+        config.embedding_scale = Some((config.hidden_size as f64).sqrt());
+    },
+    write: |config| Some(config.hidden_size.into()),
+};
+
+/// Refuses files that ask for attention in both directions, as encoders made from Gemma do.
+pub(super) const CAUSAL_ONLY: ConfigKey = ConfigKey {
+    key: "use_bidirectional_attention",
+    read: |keys, _| {
+        if keys.flag_or("use_bidirectional_attention", false) {
+            keys.problem("use_bidirectional_attention is true; only causal attention is supported");
+        }
+    },
+    write: |_| None,
+};
+
+/// A soft cap under `key`: `absent` where the key is not there, none where it is null.
+pub(super) fn read_softcap(keys: &ConfigReader<'_>, key: &str, absent: Option<f64>) -> Option<f64> {
+    if keys.is_null(key) {
+        None
+    } else {
+        keys.number_opt(key).or(absent)
+    }
+}
+
 /// Reads the one rotary embedding of a model and the share of each head that it rotates.
 pub(super) fn read_rope(
     keys: &ConfigReader<'_>,

@@ -15,16 +15,36 @@ use bridge_core::{DecoderConfig, Registry};
 
 use crate::error::{Error, Result};
 
+pub mod gemma;
+pub mod gemma2;
+pub mod gemma3;
 mod keys;
 pub mod llama;
+mod maps;
+pub mod mistral;
+pub mod nemotron;
+pub mod qwen2;
+pub mod qwen3;
+mod qwen_windows;
+mod sizes;
 mod spec;
 #[cfg(test)]
 mod testing;
+mod windows;
 
 pub use spec::{ConfigKey, FamilySpec, Preset};
 
 /// Every family.
-pub static FAMILIES: &[&FamilySpec] = &[&llama::SPEC];
+pub static FAMILIES: &[&FamilySpec] = &[
+    &llama::SPEC,
+    &mistral::SPEC,
+    &qwen2::SPEC,
+    &qwen3::SPEC,
+    &gemma::SPEC,
+    &gemma2::SPEC,
+    &gemma3::SPEC,
+    &nemotron::SPEC,
+];
 
 /// The registry of every family, for conversion and for finding out what a folder holds.
 pub fn registry() -> Registry {

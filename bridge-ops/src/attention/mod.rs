@@ -51,7 +51,7 @@ pub struct AttentionGrads<B: Ops> {
     pub dk: Float<B>,
     /// Like v.
     pub dv: Float<B>,
-    /// [heads] fp32, when there are sinks.
+    /// `[heads]` fp32, when there are sinks.
     pub dsinks: Option<Float<B>>,
 }
 

@@ -144,7 +144,7 @@ impl<B: Ops> Operands<B> {
         Tensor::<B, 4, Bool>::from_data(TensorData::new(hidden, [batch, 1, s, t]), &device)
     }
 
-    /// [heads] -> fp32 [batch, heads, s, 1].
+    /// `[heads]` -> fp32 [batch, heads, s, 1].
     fn broadcast_sinks(&self, sinks: Float<B>) -> Tensor<B, 4> {
         let AttentionDims {
             batch, s, heads, ..

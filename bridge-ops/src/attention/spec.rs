@@ -64,7 +64,7 @@ impl AttentionRule {
 pub struct AttentionSpec<B: Ops> {
     /// Everything but the sinks.
     pub rule: AttentionRule,
-    /// A logit per query head, [heads], that takes part in the softmax.
+    /// A logit per query head, `[heads]`, that takes part in the softmax.
     pub sinks: Option<Param<B>>,
 }
 

@@ -11,6 +11,10 @@ use super::threads::SharedMut;
 use crate::adamw::AdamWStep;
 
 /// In place where buffers are not shared. `Err` gives param, m and v back when the dtypes are not covered.
+#[expect(
+    clippy::result_large_err,
+    reason = "the error is the arguments, which the caller goes on with"
+)]
 pub(super) fn step(
     param: FlexTensor,
     grad: &FlexTensor,

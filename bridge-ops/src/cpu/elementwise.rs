@@ -55,6 +55,10 @@ impl Binary for Mul {
 }
 
 /// `Err` gives the operands back when they are not fp32 tensors of one shape.
+#[expect(
+    clippy::result_large_err,
+    reason = "the error is the arguments, which the caller goes on with"
+)]
 pub(super) fn binary<Op: Binary>(
     a: FlexTensor,
     b: FlexTensor,

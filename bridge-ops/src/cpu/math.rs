@@ -3,6 +3,11 @@
 //! Each is good to a few units in the last place of fp32. The polynomials are those of the Cephes library (Moshier
 //! 1989).
 
+#![expect(
+    clippy::excessive_precision,
+    reason = "polynomials keep the digits they were published with"
+)]
+
 use super::simd::fma;
 
 /// The polynomial with the given coefficients, highest power first.
@@ -91,7 +96,7 @@ pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
             -2.685_381_2e-2,
             1.128_358_5e-1,
             -3.761_262_6e-1,
-            1.128_379_2,
+            std::f32::consts::FRAC_2_SQRT_PI,
         ],
     );
     // erfc(x) = exp(-x^2) / x * polynomial in 1 / x^2

@@ -1,7 +1,7 @@
 //! The CPU: [`Ops`] for Burn's `Flex` backend.
 //!
 //! Kernels work on contiguous fp32 activations and on fp32, bf16 or f16 weights; everything else takes the portable
-//! body. They use the rayon pool they are called in. Results do not depend on its number of threads.
+//! body. They use as many threads as the rayon pool they are called in has. Results do not depend on that number.
 
 mod activation;
 mod adamw;
@@ -21,6 +21,7 @@ mod reduce;
 mod rotary;
 mod simd;
 mod storage;
+mod team;
 mod threads;
 
 use burn_backend::DType;

@@ -50,10 +50,7 @@ pub(super) fn rotary(
                 let range = token * token_len..(token + 1) * token_len;
                 // SAFETY: each token is handled once.
                 let out = unsafe { out.slice(range.clone()) };
-                if let Some(source) = source {
-                    out.copy_from_slice(&source[range]);
-                }
-                rotation.apply(token % table_rows, out);
+                rotation.apply(token % table_rows, source.map(|x| &x[range]), out);
             }
         });
     };
@@ -75,19 +72,29 @@ struct Rotation<'a> {
 }
 
 impl Rotation<'_> {
-    /// Rotates the heads of one token by the angles of a row of the table.
-    fn apply(&self, row: usize, heads: &mut [f32]) {
+    /// Rotates the heads of one token, in place if there is no source, by the angles of a row of the table.
+    fn apply(&self, row: usize, source: Option<&[f32]>, out: &mut [f32]) {
         let angles = row * self.half..(row + 1) * self.half;
         let (cos, sin) = (&self.cos[angles.clone()], &self.sin[angles]);
-        match self.style {
-            RotaryStyle::Halves => rotate_halves(heads, self.head_dim, cos, sin, self.sign),
-            RotaryStyle::Pairs => rotate_pairs(heads, self.head_dim, cos, sin, self.sign),
+        match (self.style, source) {
+            (RotaryStyle::Halves, None) => {
+                halves_in_place(out, self.head_dim, cos, sin, self.sign);
+            }
+            (RotaryStyle::Halves, Some(source)) => {
+                halves_of(source, out, self.head_dim, cos, sin, self.sign);
+            }
+            (RotaryStyle::Pairs, source) => {
+                if let Some(source) = source {
+                    out.copy_from_slice(source);
+                }
+                rotate_pairs(out, self.head_dim, cos, sin, self.sign);
+            }
         }
     }
 }
 
 vectorized! {
-    fn rotate_halves(heads: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], sign: f32) {
+    fn halves_in_place(heads: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], sign: f32) {
         let half = cos.len();
         for head in heads.chunks_exact_mut(head_dim) {
             let (a, b) = head[..2 * half].split_at_mut(half);
@@ -97,6 +104,27 @@ vectorized! {
                 *a = fma::<FMA>(x, *cos, -y * sin);
                 *b = fma::<FMA>(y, *cos, x * sin);
             }
+        }
+    }
+}
+
+vectorized! {
+    // Copying a token first and rotating it in place would be shorter, but the copy of a few kilobytes takes several
+    // times as long as the arithmetic on processors whose string moves suffer from page aliasing (AMD Zen 3 and 4).
+    fn halves_of(source: &[f32], out: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], sign: f32) {
+        let half = cos.len();
+        for (source, out) in source.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
+            let (x, rest) = source.split_at(half);
+            let (y, rest) = rest.split_at(half);
+            let (a, unrotated) = out.split_at_mut(half);
+            let (b, unrotated) = unrotated.split_at_mut(half);
+            let outputs = a.iter_mut().zip(b);
+            for ((a, b), ((x, y), (cos, sin))) in outputs.zip(x.iter().zip(y).zip(cos.iter().zip(sin))) {
+                let sin = sign * sin;
+                *a = fma::<FMA>(*x, *cos, -y * sin);
+                *b = fma::<FMA>(*y, *cos, x * sin);
+            }
+            unrotated.iter_mut().zip(rest).for_each(|(out, x)| *out = *x);
         }
     }
 }

@@ -1,23 +1,27 @@
-//! Sharing work among the threads of the current rayon pool.
+//! Cutting work into jobs for several threads.
 //!
 //! Kernels cut their output into disjoint parts and compute each part the same way whoever does it, so results do not
 //! depend on the number of threads.
 
 use std::marker::PhantomData;
 
-use rayon::prelude::*;
-
-/// The number of threads that work can be shared among.
+/// The number of threads that work can be shared among: that of the rayon pool the caller is in, so that these kernels
+/// and those of Burn are configured alike.
 pub(crate) fn num_threads() -> usize {
     rayon::current_num_threads()
 }
 
-/// Runs `job(0) .. job(count - 1)`, in parallel when there is more than one.
-pub(crate) fn run_jobs(count: usize, job: impl Fn(usize) + Send + Sync) {
-    if count <= 1 || num_threads() == 1 {
+/// Runs `job(0) .. job(count - 1)`, on several threads when there is more than one.
+pub(crate) fn run_jobs(count: usize, job: impl Fn(usize) + Sync) {
+    run_jobs_on(num_threads(), count, job);
+}
+
+/// [`run_jobs`] on at most `threads` threads.
+pub(crate) fn run_jobs_on(threads: usize, count: usize, job: impl Fn(usize) + Sync) {
+    if count <= 1 || threads <= 1 {
         (0..count).for_each(job);
     } else {
-        (0..count).into_par_iter().with_max_len(1).for_each(job);
+        super::team::share(threads, count, &job);
     }
 }
 

@@ -16,7 +16,11 @@ const FUEL: u64 = 50_000_000;
 /// Other names under which a message's reasoning is passed; templates read the first.
 const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-pub(super) fn render(source: &str, request: &ChatRequest, special_tokens: &[(&str, &str)]) -> Result<RenderedChat, String> {
+pub(super) fn render(
+    source: &str,
+    request: &ChatRequest,
+    special_tokens: &[(&str, &str)],
+) -> Result<RenderedChat, String> {
     let rewritten = generation::rewrite(source);
     let mut env = environment(request.now);
     let variables = variables(request, special_tokens);
@@ -28,10 +32,17 @@ pub(super) fn render(source: &str, request: &ChatRequest, special_tokens: &[(&st
         env.add_filter(generation::FILTER, move |text: String| found.wrap(&text));
         marker = Some(found);
     }
-    let template = env.template_from_str(rewritten.as_deref().unwrap_or(source)).map_err(|error| explain(&error))?;
-    let text = template.render(Value::from_serialize(&variables)).map_err(|error| explain(&error))?;
+    let template = env
+        .template_from_str(rewritten.as_deref().unwrap_or(source))
+        .map_err(|error| explain(&error))?;
+    let text = template
+        .render(Value::from_serialize(&variables))
+        .map_err(|error| explain(&error))?;
     Ok(match marker {
-        None => RenderedChat { text, assistant: Vec::new() },
+        None => RenderedChat {
+            text,
+            assistant: Vec::new(),
+        },
         Some(marker) => {
             let (text, assistant) = marker.extract(&text);
             RenderedChat { text, assistant }
@@ -40,26 +51,43 @@ pub(super) fn render(source: &str, request: &ChatRequest, special_tokens: &[(&st
 }
 
 /// What the template sees. Tools and documents are there even without a value, since templates compare them with `none`.
-fn variables(request: &ChatRequest, special_tokens: &[(&str, &str)]) -> serde_json::Map<String, serde_json::Value> {
+fn variables(
+    request: &ChatRequest,
+    special_tokens: &[(&str, &str)],
+) -> serde_json::Map<String, serde_json::Value> {
     let mut variables = serde_json::Map::new();
     for (name, token) in special_tokens {
         variables.insert((*name).into(), (*token).into());
     }
-    variables.insert("messages".into(), request.messages.iter().map(with_reasoning).collect());
+    variables.insert(
+        "messages".into(),
+        request.messages.iter().map(with_reasoning).collect(),
+    );
     variables.insert("tools".into(), request.tools.clone().into());
     variables.insert("documents".into(), request.documents.clone().into());
-    variables.insert("add_generation_prompt".into(), request.add_generation_prompt.into());
+    variables.insert(
+        "add_generation_prompt".into(),
+        request.add_generation_prompt.into(),
+    );
     variables.extend(request.variables.clone());
     variables
 }
 
 /// The message with its reasoning under every name that templates may read.
 fn with_reasoning(message: &serde_json::Value) -> serde_json::Value {
-    let Some(fields) = message.as_object() else { return message.clone() };
-    let reasoning = REASONING_FIELDS.iter().find_map(|name| fields.get(*name).filter(|value| !value.is_null()));
-    let Some(reasoning) = reasoning.cloned() else { return message.clone() };
+    let Some(fields) = message.as_object() else {
+        return message.clone();
+    };
+    let reasoning = REASONING_FIELDS
+        .iter()
+        .find_map(|name| fields.get(*name).filter(|value| !value.is_null()));
+    let Some(reasoning) = reasoning.cloned() else {
+        return message.clone();
+    };
     let mut fields = fields.clone();
-    fields.entry("thinking").or_insert_with(|| reasoning.clone());
+    fields
+        .entry("thinking")
+        .or_insert_with(|| reasoning.clone());
     fields.insert("reasoning_content".into(), reasoning);
     fields.into()
 }
@@ -76,11 +104,19 @@ fn environment(now: Option<SystemTime>) -> Environment<'static> {
     });
     env.add_filter("tojson", tojson);
     env.add_filter("string", |value: &Value| python::text(value));
-    env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-        Err(Error::new(ErrorKind::InvalidOperation, "refused by the template").with_source(Raised(message)))
-    });
+    env.add_function(
+        "raise_exception",
+        |message: String| -> Result<Value, Error> {
+            Err(
+                Error::new(ErrorKind::InvalidOperation, "refused by the template")
+                    .with_source(Raised(message)),
+            )
+        },
+    );
     let now = Arc::new(now);
-    env.add_function("strftime_now", move |format: String| strftime(now.unwrap_or_else(SystemTime::now), &format));
+    env.add_function("strftime_now", move |format: String| {
+        strftime(now.unwrap_or_else(SystemTime::now), &format)
+    });
     env
 }
 
@@ -105,7 +141,12 @@ fn explain(error: &Error) -> String {
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-fn tojson(_state: &State, value: Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
+fn tojson(
+    _state: &State,
+    value: Value,
+    positional: Rest<Value>,
+    kwargs: Kwargs,
+) -> Result<Value, Error> {
     let option = |index: usize, name: &str| -> Result<Value, Error> {
         match positional.get(index) {
             Some(value) => Ok(value.clone()),
@@ -119,7 +160,10 @@ fn tojson(_state: &State, value: Value, positional: Rest<Value>, kwargs: Kwargs)
         separators: if separators.is_none() || separators.is_undefined() {
             None
         } else {
-            Some((python::text(&separators.get_item_by_index(0)?), python::text(&separators.get_item_by_index(1)?)))
+            Some((
+                python::text(&separators.get_item_by_index(0)?),
+                python::text(&separators.get_item_by_index(1)?),
+            ))
         },
         sort_keys: option(3, "sort_keys")?.is_true(),
     };
@@ -133,14 +177,24 @@ fn indent(value: &Value) -> Result<Option<String>, Error> {
     }
     match (value.as_str(), value.as_i64()) {
         (Some(text), _) => Ok(Some(text.into())),
-        (None, Some(width)) if width <= 64 => Ok(Some(" ".repeat(usize::try_from(width).unwrap_or(0)))),
-        _ => Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: indent={value}, expected a width up to 64 or a text"))),
+        (None, Some(width)) if width <= 64 => {
+            Ok(Some(" ".repeat(usize::try_from(width).unwrap_or(0))))
+        }
+        _ => Err(Error::new(
+            ErrorKind::InvalidOperation,
+            format!("tojson: indent={value}, expected a width up to 64 or a text"),
+        )),
     }
 }
 
 /// The local time in the words of C's `strftime`.
 fn strftime(now: SystemTime, format: &str) -> Result<String, Error> {
-    let fail = |error: jiff::Error| Error::new(ErrorKind::InvalidOperation, format!("strftime_now(`{format}`): {error}"));
+    let fail = |error: jiff::Error| {
+        Error::new(
+            ErrorKind::InvalidOperation,
+            format!("strftime_now(`{format}`): {error}"),
+        )
+    };
     let timestamp = jiff::Timestamp::try_from(now).map_err(fail)?;
     let local = timestamp.to_zoned(jiff::tz::TimeZone::system());
     jiff::fmt::strtime::format(format, &local).map_err(fail)

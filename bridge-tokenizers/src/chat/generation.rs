@@ -57,13 +57,27 @@ pub(super) fn rewrite(source: &str) -> Option<String> {
 /// more than one.
 fn parse_tag(inside: &str) -> (&str, &str, &str, usize) {
     let other = ("", "", "", 0);
-    let Some(end) = inside.find("%}") else { return other };
+    let Some(end) = inside.find("%}") else {
+        return other;
+    };
     let body = &inside[..end];
-    let open = if body.starts_with(['-', '+']) { &body[..1] } else { "" };
+    let open = if body.starts_with(['-', '+']) {
+        &body[..1]
+    } else {
+        ""
+    };
     let body = &body[open.len()..];
-    let close = if body.ends_with(['-', '+']) { &body[body.len() - 1..] } else { "" };
+    let close = if body.ends_with(['-', '+']) {
+        &body[body.len() - 1..]
+    } else {
+        ""
+    };
     let word = body[..body.len() - close.len()].trim();
-    if word.contains(char::is_whitespace) { other } else { (open, word, close, end + 2) }
+    if word.contains(char::is_whitespace) {
+        other
+    } else {
+        (open, word, close, end + 2)
+    }
 }
 
 /// A pair of characters around generated text that occurs nowhere else.
@@ -79,7 +93,9 @@ const CLOSE: char = ')';
 impl Marker {
     /// A marker that none of the texts contains.
     pub(super) fn absent_from(texts: &[&str]) -> Option<Self> {
-        ('\u{fdd0}'..='\u{fdef}').find(|c| !texts.iter().any(|text| text.contains(*c))).map(Self)
+        ('\u{fdd0}'..='\u{fdef}')
+            .find(|c| !texts.iter().any(|text| text.contains(*c)))
+            .map(Self)
     }
 
     pub(super) fn wrap(self, text: &str) -> String {

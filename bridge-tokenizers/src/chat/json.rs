@@ -29,10 +29,16 @@ const MAX_DEPTH: usize = 200;
 
 fn write(out: &mut String, value: &Value, style: &Style, depth: usize) -> Result<(), Error> {
     if depth > MAX_DEPTH {
-        return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: nested deeper than {MAX_DEPTH} levels")));
+        return Err(Error::new(
+            ErrorKind::InvalidOperation,
+            format!("tojson: nested deeper than {MAX_DEPTH} levels"),
+        ));
     }
     match value.kind() {
-        ValueKind::Undefined => Err(Error::new(ErrorKind::UndefinedError, "tojson: the value is undefined")),
+        ValueKind::Undefined => Err(Error::new(
+            ErrorKind::UndefinedError,
+            "tojson: the value is undefined",
+        )),
         ValueKind::None => {
             out.push_str("null");
             Ok(())
@@ -54,13 +60,28 @@ fn write(out: &mut String, value: &Value, style: &Style, depth: usize) -> Result
             if style.sort_keys {
                 keys.sort();
             }
-            let entries = keys.into_iter().map(|key| value.get_item(&key).map(|item| (Some(key), item)));
-            container(out, ['{', '}'], entries.collect::<Result<_, _>>()?, style, depth)
+            let entries = keys
+                .into_iter()
+                .map(|key| value.get_item(&key).map(|item| (Some(key), item)));
+            container(
+                out,
+                ['{', '}'],
+                entries.collect::<Result<_, _>>()?,
+                style,
+                depth,
+            )
         }
-        ValueKind::Seq | ValueKind::Iterable => {
-            container(out, ['[', ']'], value.try_iter()?.map(|item| (None, item)).collect(), style, depth)
-        }
-        other => Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: {other} cannot be written as JSON"))),
+        ValueKind::Seq | ValueKind::Iterable => container(
+            out,
+            ['[', ']'],
+            value.try_iter()?.map(|item| (None, item)).collect(),
+            style,
+            depth,
+        ),
+        other => Err(Error::new(
+            ErrorKind::InvalidOperation,
+            format!("tojson: {other} cannot be written as JSON"),
+        )),
     }
 }
 
@@ -72,7 +93,10 @@ fn container(
     depth: usize,
 ) -> Result<(), Error> {
     let default_item = if style.indent.is_some() { "," } else { ", " };
-    let (between, colon) = style.separators.as_ref().map_or((default_item, ": "), |(a, b)| (a, b));
+    let (between, colon) = style
+        .separators
+        .as_ref()
+        .map_or((default_item, ": "), |(a, b)| (a, b));
     let new_line = |out: &mut String, depth: usize| {
         if let Some(indent) = &style.indent {
             out.push('\n');
@@ -105,7 +129,12 @@ fn key_text(key: &Value) -> Result<String, Error> {
         ValueKind::None => "null".into(),
         ValueKind::Bool => if key.is_true() { "true" } else { "false" }.into(),
         ValueKind::Number => number(key),
-        other => return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: {other} cannot be a key"))),
+        other => {
+            return Err(Error::new(
+                ErrorKind::InvalidOperation,
+                format!("tojson: {other} cannot be a key"),
+            ));
+        }
     })
 }
 

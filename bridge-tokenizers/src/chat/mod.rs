@@ -43,12 +43,18 @@ pub struct ChatRequest {
 impl ChatRequest {
     /// A conversation of the given turns.
     pub fn new(messages: Vec<Value>) -> Self {
-        Self { messages, ..Self::default() }
+        Self {
+            messages,
+            ..Self::default()
+        }
     }
 
     /// One turn of the user, to be answered.
     pub fn user(text: &str) -> Self {
-        Self { add_generation_prompt: true, ..Self::new(vec![json!({"role": "user", "content": text})]) }
+        Self {
+            add_generation_prompt: true,
+            ..Self::new(vec![json!({"role": "user", "content": text})])
+        }
     }
 }
 
@@ -71,7 +77,10 @@ pub struct ChatTemplate {
 impl ChatTemplate {
     /// A template; `place` says in messages where it came from. Syntax errors show when it is rendered.
     pub fn new(source: impl Into<String>, place: impl Into<String>) -> Self {
-        Self { source: source.into(), place: place.into() }
+        Self {
+            source: source.into(),
+            place: place.into(),
+        }
     }
 
     pub(crate) fn built_in(source: &str) -> Self {
@@ -98,8 +107,12 @@ impl ChatTemplate {
         special_tokens: impl IntoIterator<Item = (&'a str, &'a str)>,
     ) -> Result<RenderedChat> {
         let special_tokens = special_tokens.into_iter().collect::<Vec<_>>();
-        engine::render(&self.source, request, &special_tokens)
-            .map_err(|reason| TokenizerError::Template { place: self.place.clone(), reason })
+        engine::render(&self.source, request, &special_tokens).map_err(|reason| {
+            TokenizerError::Template {
+                place: self.place.clone(),
+                reason,
+            }
+        })
     }
 }
 

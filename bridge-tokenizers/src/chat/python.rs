@@ -25,11 +25,19 @@ fn repr(value: &Value, depth: usize) -> String {
         ValueKind::Undefined => "Undefined".into(),
         ValueKind::None => "None".into(),
         ValueKind::Bool => if value.is_true() { "True" } else { "False" }.into(),
-        ValueKind::Number if !value.is_integer() => f64::try_from(value.clone()).map_or_else(|_| value.to_string(), float),
+        ValueKind::Number if !value.is_integer() => {
+            f64::try_from(value.clone()).map_or_else(|_| value.to_string(), float)
+        }
         ValueKind::String => quoted(value.as_str().unwrap_or_default()),
         // Only plain data: what has a text of its own (a namespace, a macro) writes that.
-        ValueKind::Map if value.as_object().is_none_or(|object| object.repr() == minijinja::value::ObjectRepr::Map) => {
-            let Ok(keys) = value.try_iter() else { return value.to_string() };
+        ValueKind::Map
+            if value
+                .as_object()
+                .is_none_or(|object| object.repr() == minijinja::value::ObjectRepr::Map) =>
+        {
+            let Ok(keys) = value.try_iter() else {
+                return value.to_string();
+            };
             let entries = keys.map(|key| {
                 let item = value.get_item(&key).unwrap_or_default();
                 format!("{}: {}", repr(&key, depth + 1), repr(&item, depth + 1))
@@ -37,8 +45,16 @@ fn repr(value: &Value, depth: usize) -> String {
             format!("{{{}}}", entries.collect::<Vec<_>>().join(", "))
         }
         ValueKind::Seq => {
-            let Ok(items) = value.try_iter() else { return value.to_string() };
-            format!("[{}]", items.map(|item| repr(&item, depth + 1)).collect::<Vec<_>>().join(", "))
+            let Ok(items) = value.try_iter() else {
+                return value.to_string();
+            };
+            format!(
+                "[{}]",
+                items
+                    .map(|item| repr(&item, depth + 1))
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            )
         }
         _ => value.to_string(),
     }
@@ -46,7 +62,11 @@ fn repr(value: &Value, depth: usize) -> String {
 
 /// A string in quotes: single ones unless only double ones avoid escapes.
 fn quoted(text: &str) -> String {
-    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
     let mut out = String::from(quote);
     for c in text.chars() {
         match c {
@@ -81,5 +101,9 @@ pub(super) fn float(value: f64) -> String {
         return format!("{digits}e{sign}{:02}", exponent.abs());
     }
     let plain = format!("{value}");
-    if plain.contains('.') { plain } else { plain + ".0" }
+    if plain.contains('.') {
+        plain
+    } else {
+        plain + ".0"
+    }
 }

@@ -67,12 +67,17 @@ pub(super) fn parse(json: &[u8], origin: &str) -> Result<Saved> {
     struct Heading {
         version: u32,
     }
-    let broken = |problem: String| Error::TrainState { origin: origin.to_owned(), problem };
+    let broken = |problem: String| Error::TrainState {
+        origin: origin.to_owned(),
+        problem,
+    };
     let not_json = |e: serde_json::Error| broken(format!("it is not the JSON it should be: {e}"));
     // A later version may have other fields, so the version is read first.
     let Heading { version } = serde_json::from_slice(json).map_err(not_json)?;
     if version != VERSION {
-        return Err(broken(format!("its version is {version}, expected {VERSION}; use the program version that wrote it")));
+        return Err(broken(format!(
+            "its version is {version}, expected {VERSION}; use the program version that wrote it"
+        )));
     }
     let file: File = serde_json::from_slice(json).map_err(not_json)?;
     let state = TrainState {
@@ -81,7 +86,11 @@ pub(super) fn parse(json: &[u8], origin: &str) -> Result<Saved> {
         skipped_steps: file.skipped_steps,
         data_fingerprint: file.data_fingerprint,
     };
-    Ok(Saved { state, optimizer_steps: file.optimizer_steps, model: file.model })
+    Ok(Saved {
+        state,
+        optimizer_steps: file.optimizer_steps,
+        model: file.model,
+    })
 }
 
 /// The places where two descriptions of a model differ, as `path is A there and B here`. `there` came from a file.
@@ -92,14 +101,27 @@ pub(super) fn differences(there: &serde_json::Value, here: &serde_json::Value) -
     fn walk(path: &str, there: &Value, here: &Value, found: &mut Vec<String>) {
         match (there, here) {
             (Value::Object(a), Value::Object(b)) => {
-                let keys: Vec<&String> = a.keys().chain(b.keys().filter(|key| !a.contains_key(*key))).collect();
+                let keys: Vec<&String> = a
+                    .keys()
+                    .chain(b.keys().filter(|key| !a.contains_key(*key)))
+                    .collect();
                 for key in keys {
-                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                    let of = |map: &serde_json::Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
+                    let path = if path.is_empty() {
+                        key.clone()
+                    } else {
+                        format!("{path}.{key}")
+                    };
+                    let of = |map: &serde_json::Map<String, Value>| {
+                        map.get(key).cloned().unwrap_or(Value::Null)
+                    };
                     walk(&path, &of(a), &of(b), found);
                 }
             }
-            _ if there != here => found.push(format!("{path} is {} there and {} here", short(there), short(here))),
+            _ if there != here => found.push(format!(
+                "{path} is {} there and {} here",
+                short(there),
+                short(here)
+            )),
             _ => {}
         }
     }
@@ -128,14 +150,26 @@ mod tests {
             skipped_steps: 1,
             data_fingerprint: Some("0123456789abcdef".into()),
         };
-        let saved = Saved { state: state.clone(), optimizer_steps: 11, model: json!({"hidden_size": 48}) };
+        let saved = Saved {
+            state: state.clone(),
+            optimizer_steps: 11,
+            model: json!({"hidden_size": 48}),
+        };
         let back = parse(&to_json(&saved), "here").unwrap();
-        assert_eq!((back.state, back.optimizer_steps, back.model), (state, 11, saved.model));
+        assert_eq!(
+            (back.state, back.optimizer_steps, back.model),
+            (state, 11, saved.model)
+        );
     }
 
     #[test]
     fn a_broken_or_later_file_is_refused() {
-        let message = |json: &[u8]| parse(json, "ckpt/train_state.json").err().expect("refused").to_string();
+        let message = |json: &[u8]| {
+            parse(json, "ckpt/train_state.json")
+                .err()
+                .expect("refused")
+                .to_string()
+        };
         assert!(message(b"{").contains("ckpt/train_state.json"));
         assert!(message(br#"{"version": 2, "new": 1}"#).contains("its version is 2, expected 1"));
         assert!(message(br#"{"version": 1}"#).contains("iteration"));
@@ -143,7 +177,8 @@ mod tests {
 
     #[test]
     fn differences_name_their_path() {
-        let there = json!({"hidden_size": 48, "norm": {"eps": 0.25}, "layers": [1, 2], "gone": true});
+        let there =
+            json!({"hidden_size": 48, "norm": {"eps": 0.25}, "layers": [1, 2], "gone": true});
         let here = json!({"hidden_size": 64, "norm": {"eps": 0.5}, "layers": [1, 2, 3]});
         let expected = [
             "hidden_size is 48 there and 64 here",
@@ -159,7 +194,11 @@ mod tests {
     fn numbers_with_many_digits_do_not_differ_from_themselves() {
         for bits in (0..2000u64).map(|i| 0x3e00_0000_0000_0000 + i * 0x0000_0abc_def1_2345) {
             let model = json!({"eps": f64::from_bits(bits)});
-            let saved = Saved { state: TrainState::default(), optimizer_steps: 0, model: model.clone() };
+            let saved = Saved {
+                state: TrainState::default(),
+                optimizer_steps: 0,
+                model: model.clone(),
+            };
             let back = parse(&to_json(&saved), "here").unwrap();
             assert_eq!(differences(&back.model, &model), [String::new(); 0]);
         }

@@ -34,7 +34,14 @@ impl CheckpointStore {
     /// Checkpoints in `dir`, with optimizer state, all of them kept. `model` describes the model: a checkpoint with
     /// another description is refused. For a decoder this is its config; any JSON will do.
     pub fn new(dir: impl Into<PathBuf>, model: serde_json::Value) -> Self {
-        Self { dir: dir.into(), model, most_recent_k: 0, save_optim: true, save: true, files: Vec::new() }
+        Self {
+            dir: dir.into(),
+            model,
+            most_recent_k: 0,
+            save_optim: true,
+            save: true,
+            files: Vec::new(),
+        }
     }
 
     /// Keeps only the newest `most_recent_k` checkpoints; 0 keeps all.
@@ -96,10 +103,17 @@ impl CheckpointStore {
         if !self.save {
             return Ok(None);
         }
-        let saved = Saved { state: state.clone(), optimizer_steps: optimizer.steps(), model: self.model.clone() };
-        let path = self.write(&saved, params, optimizer).map_err(bridge_core::Error::from)?;
+        let saved = Saved {
+            state: state.clone(),
+            optimizer_steps: optimizer.steps(),
+            model: self.model.clone(),
+        };
+        let path = self
+            .write(&saved, params, optimizer)
+            .map_err(bridge_core::Error::from)?;
         if self.most_recent_k > 0 {
-            retain(&self.dir, self.most_recent_k, state.iteration).map_err(bridge_core::Error::from)?;
+            retain(&self.dir, self.most_recent_k, state.iteration)
+                .map_err(bridge_core::Error::from)?;
         }
         Ok(Some(path))
     }
@@ -112,7 +126,10 @@ impl CheckpointStore {
     ) -> Result<PathBuf, CheckpointError> {
         // A run's progress is worth the seconds that surviving a power cut costs.
         let writer = NativeWriter::begin(&self.dir, saved.state.iteration, Durability::Synced)?;
-        let pieces = params.iter().map(|p| PieceSpec::whole(p.name(), stored_dtype(p), p.shape())).collect();
+        let pieces = params
+            .iter()
+            .map(|p| PieceSpec::whole(p.name(), stored_dtype(p), p.shape()))
+            .collect();
         let file = writer.piece_file(Group::Model, 0, pieces)?;
         for (index, param) in params.iter().enumerate() {
             file.write_at(index, 0, &param_bytes(param, stored_dtype(param)))?;
@@ -144,19 +161,36 @@ impl CheckpointStore {
         let checkpoint = NativeCheckpoint::open(&self.dir).map_err(bridge_core::Error::from)?;
         let origin = checkpoint.dir().join(TRAIN_STATE_FILE);
         if !origin.exists() {
-            return Err(Error::NotARun { path: checkpoint.dir().to_owned(), missing: TRAIN_STATE_FILE });
+            return Err(Error::NotARun {
+                path: checkpoint.dir().to_owned(),
+                missing: TRAIN_STATE_FILE,
+            });
         }
-        let json = checkpoint.read_file(TRAIN_STATE_FILE).map_err(bridge_core::Error::from)?;
+        let json = checkpoint
+            .read_file(TRAIN_STATE_FILE)
+            .map_err(bridge_core::Error::from)?;
         let saved = state::parse(&json, &origin.display().to_string())?;
         let differences = state::differences(&saved.model, &self.model);
         if !differences.is_empty() {
-            return Err(Error::ModelDiffers { path: checkpoint.dir().to_owned(), differences });
+            return Err(Error::ModelDiffers {
+                path: checkpoint.dir().to_owned(),
+                differences,
+            });
         }
         if checkpoint.index().optimizer.is_empty() && !optimizer.states().is_empty() {
-            return Err(Error::NotARun { path: checkpoint.dir().to_owned(), missing: "optimizer state" });
+            return Err(Error::NotARun {
+                path: checkpoint.dir().to_owned(),
+                missing: "optimizer state",
+            });
         }
         for param in params {
-            let value = read_tensor::<B>(&checkpoint, Group::Model, param.name(), &param.shape(), &param.device())?;
+            let value = read_tensor::<B>(
+                &checkpoint,
+                Group::Model,
+                param.name(),
+                &param.shape(),
+                &param.device(),
+            )?;
             param.set_value(B::cast(value, param.dtype()));
         }
         for state in optimizer.states_mut() {
@@ -172,15 +206,25 @@ fn state_name(kind: &str, name: &str) -> String {
     format!("{kind}/{name}")
 }
 
-fn write_optimizer<B: Ops>(writer: &NativeWriter, states: &[ParamState<B>]) -> Result<(), CheckpointError> {
+fn write_optimizer<B: Ops>(
+    writer: &NativeWriter,
+    states: &[ParamState<B>],
+) -> Result<(), CheckpointError> {
     /// The kinds of state a parameter has, in the order they are written.
     fn kinds<B: Ops>(state: &ParamState<B>) -> impl Iterator<Item = (&'static str, Float<B>)> {
         let master = state.master().map(|master| ("master", master));
-        [("exp_avg", state.exp_avg()), ("exp_avg_sq", state.exp_avg_sq())].into_iter().chain(master)
+        [
+            ("exp_avg", state.exp_avg()),
+            ("exp_avg_sq", state.exp_avg_sq()),
+        ]
+        .into_iter()
+        .chain(master)
     }
     let pieces = states.iter().flat_map(|state| {
         let (name, shape) = (state.param.name().to_owned(), state.param.shape());
-        kinds(state).map(move |(kind, _)| PieceSpec::whole(state_name(kind, &name), DType::F32, shape.clone()))
+        kinds(state).map(move |(kind, _)| {
+            PieceSpec::whole(state_name(kind, &name), DType::F32, shape.clone())
+        })
     });
     let file = writer.piece_file(Group::Optimizer, 0, pieces.collect())?;
     let mut index = 0;
@@ -193,24 +237,51 @@ fn write_optimizer<B: Ops>(writer: &NativeWriter, states: &[ParamState<B>]) -> R
     file.finish()
 }
 
-fn write_f32<B: Ops>(file: &PieceWriter, piece: usize, values: Float<B>) -> Result<(), CheckpointError> {
+fn write_f32<B: Ops>(
+    file: &PieceWriter,
+    piece: usize,
+    values: Float<B>,
+) -> Result<(), CheckpointError> {
     let values = to_f32_vec::<B>(values);
     let mut bytes = vec![0; 4 * values.len()];
     encode_f32(&values, DType::F32, &mut bytes).expect("fp32 is written as it is");
     file.write_at(piece, 0, &bytes)
 }
 
-fn restore_optimizer<B: Ops>(checkpoint: &NativeCheckpoint, state: &mut ParamState<B>) -> Result<()> {
-    let (name, shape, device) = (state.param.name().to_owned(), state.param.shape(), state.param.device());
+fn restore_optimizer<B: Ops>(
+    checkpoint: &NativeCheckpoint,
+    state: &mut ParamState<B>,
+) -> Result<()> {
+    let (name, shape, device) = (
+        state.param.name().to_owned(),
+        state.param.shape(),
+        state.param.device(),
+    );
     let read = |kind: &str| {
-        read_tensor::<B>(checkpoint, Group::Optimizer, &state_name(kind, &name), &shape, &device)
+        read_tensor::<B>(
+            checkpoint,
+            Group::Optimizer,
+            &state_name(kind, &name),
+            &shape,
+            &device,
+        )
     };
     state.set_moments(read("exp_avg")?, read("exp_avg_sq")?);
     // A run that was in bf16 goes on from the fp32 weights, whatever precision it goes on in.
-    if checkpoint.index().optimizer.contains_key(&state_name("master", &name)) {
+    if checkpoint
+        .index()
+        .optimizer
+        .contains_key(&state_name("master", &name))
+    {
         state.set_weight(read("master")?);
     } else if state.master().is_some() {
-        state.set_weight(read_tensor::<B>(checkpoint, Group::Model, &name, &shape, &device)?);
+        state.set_weight(read_tensor::<B>(
+            checkpoint,
+            Group::Model,
+            &name,
+            &shape,
+            &device,
+        )?);
     }
     Ok(())
 }

@@ -4,8 +4,8 @@
 //! [`resolve`] checks it against the schema and itself, fills in every default and reports every problem at once; the
 //! [`ResolvedConfig`] that comes out is what a run uses, prints and saves beside its checkpoints.
 
-pub mod model;
 mod layers;
+pub mod model;
 mod platform;
 mod resolve;
 mod section;
@@ -29,13 +29,24 @@ pub(crate) use value::choice;
 
 /// Sections in the order they are documented and printed.
 const SECTION_ORDER: &[&str] = &[
-    "model", "train", "optimizer", "scheduler", "parallel", "precision", "data", "tokenizer", "checkpoint", "eval",
+    "model",
+    "train",
+    "optimizer",
+    "scheduler",
+    "parallel",
+    "precision",
+    "data",
+    "tokenizer",
+    "checkpoint",
+    "eval",
     "logging",
 ];
 
 /// Sections that have a meaning elsewhere in the project, and why they are refused here.
-const RESERVED_SECTIONS: &[(&str, &str)] =
-    &[("peft", "adapters belong to fine-tuning; pretraining updates every weight, so remove this section")];
+const RESERVED_SECTIONS: &[(&str, &str)] = &[(
+    "peft",
+    "adapters belong to fine-tuning; pretraining updates every weight, so remove this section",
+)];
 
 /// Every section with its keys.
 pub fn schema() -> &'static [SectionSchema] {

@@ -22,32 +22,108 @@ pub(crate) const WHOLE: &[&str] = &["hf", "preset"];
 pub const SCHEMA: SectionSchema = SectionSchema {
     name: SECTION,
     keys: &[
-        key("hf", Kind::String, "Folder or hub id whose config.json describes the model; the other keys change it."),
-        key("preset", Kind::String, "Named size, for example llama32_1b (see `models list`); the other keys change it."),
-        key("architecture", Kind::String, "Hugging Face architecture, for example LlamaForCausalLM."),
-        key("model_type", Kind::String, "Hugging Face model type, where the architecture does not tell."),
-        key("hidden_size", Kind::Integer, "Width of the residual stream."),
-        key("intermediate_size", Kind::Integer, "Inner width of the MLP."),
+        key(
+            "hf",
+            Kind::String,
+            "Folder or hub id whose config.json describes the model; the other keys change it.",
+        ),
+        key(
+            "preset",
+            Kind::String,
+            "Named size, for example llama32_1b (see `models list`); the other keys change it.",
+        ),
+        key(
+            "architecture",
+            Kind::String,
+            "Hugging Face architecture, for example LlamaForCausalLM.",
+        ),
+        key(
+            "model_type",
+            Kind::String,
+            "Hugging Face model type, where the architecture does not tell.",
+        ),
+        key(
+            "hidden_size",
+            Kind::Integer,
+            "Width of the residual stream.",
+        ),
+        key(
+            "intermediate_size",
+            Kind::Integer,
+            "Inner width of the MLP.",
+        ),
         key("num_hidden_layers", Kind::Integer, "Decoder layers."),
         key("num_attention_heads", Kind::Integer, "Query heads."),
         key("num_key_value_heads", Kind::Integer, "Key and value heads."),
-        key("head_dim", Kind::Integer, "Width of a head. Default: hidden_size / num_attention_heads."),
+        key(
+            "head_dim",
+            Kind::Integer,
+            "Width of a head. Default: hidden_size / num_attention_heads.",
+        ),
         key("vocab_size", Kind::Integer, "Rows of the embedding."),
-        key("max_position_embeddings", Kind::Integer, "Longest context, in tokens."),
-        key("hidden_act", Kind::String, "Activation of the MLP, for example silu."),
-        key("rms_norm_eps", Kind::Float, "Added to the mean square in RMSNorm."),
-        key("layer_norm_eps", Kind::Float, "Added to the variance in LayerNorm."),
+        key(
+            "max_position_embeddings",
+            Kind::Integer,
+            "Longest context, in tokens.",
+        ),
+        key(
+            "hidden_act",
+            Kind::String,
+            "Activation of the MLP, for example silu.",
+        ),
+        key(
+            "rms_norm_eps",
+            Kind::Float,
+            "Added to the mean square in RMSNorm.",
+        ),
+        key(
+            "layer_norm_eps",
+            Kind::Float,
+            "Added to the variance in LayerNorm.",
+        ),
         key("rope_theta", Kind::Float, "Base of the rotary embedding."),
-        key("rope_scaling", Kind::Table, "Scaling of the rotary embedding: rope_type and its parameters."),
-        key("partial_rotary_factor", Kind::Float, "Share of each head that is rotated."),
-        key("attention_bias", Kind::Bool, "Biases on the attention projections."),
+        key(
+            "rope_scaling",
+            Kind::Table,
+            "Scaling of the rotary embedding: rope_type and its parameters.",
+        ),
+        key(
+            "partial_rotary_factor",
+            Kind::Float,
+            "Share of each head that is rotated.",
+        ),
+        key(
+            "attention_bias",
+            Kind::Bool,
+            "Biases on the attention projections.",
+        ),
         key("mlp_bias", Kind::Bool, "Biases on the MLP projections."),
-        key("tie_word_embeddings", Kind::Bool, "Whether the head is the embedding."),
-        key("sliding_window", Kind::Integer, "Tokens a windowed layer sees."),
-        key("initializer_range", Kind::Float, "Standard deviation of fresh weights."),
+        key(
+            "tie_word_embeddings",
+            Kind::Bool,
+            "Whether the head is the embedding.",
+        ),
+        key(
+            "sliding_window",
+            Kind::Integer,
+            "Tokens a windowed layer sees.",
+        ),
+        key(
+            "initializer_range",
+            Kind::Float,
+            "Standard deviation of fresh weights.",
+        ),
         key("bos_token_id", Kind::Integer, "Token that starts a text."),
-        key("eos_token_id", Kind::Integers, "Token or tokens that end a text."),
-        key("pad_token_id", Kind::Integer, "Token that fills up short samples."),
+        key(
+            "eos_token_id",
+            Kind::Integers,
+            "Token or tokens that end a text.",
+        ),
+        key(
+            "pad_token_id",
+            Kind::Integer,
+            "Token that fills up short samples.",
+        ),
     ],
 };
 
@@ -72,7 +148,10 @@ pub struct ModelConfig {
 
 impl std::fmt::Debug for ModelConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ModelConfig").field("family", &self.bridge.name()).field("decoder", &self.decoder).finish()
+        f.debug_struct("ModelConfig")
+            .field("family", &self.bridge.name())
+            .field("decoder", &self.decoder)
+            .finish()
     }
 }
 
@@ -117,13 +196,25 @@ pub(crate) fn read(
         let hf_dir = hf.map(hf_folder).transpose().map_err(in_hf)?;
         let config = match (&hf_dir, preset) {
             (Some(dir), _) => HfConfig::load(dir).map_err(|e| in_hf(e.to_string()))?,
-            (None, Some(name)) => preset_config(name).map_err(|message| ("model.preset", message))?,
+            (None, Some(name)) => {
+                preset_config(name).map_err(|message| ("model.preset", message))?
+            }
             (None, None) => HfConfig::from_json(serde_json::Map::new(), "the [model] section"),
         };
         let config = apply(keys, config);
-        let bridge = registry.detect(&config).map_err(|e| (SECTION, e.to_string()))?;
-        let decoder = bridge.config(&config).map_err(|e| (SECTION, e.to_string()))?;
-        Ok(ModelConfig { keys: keys.clone(), hf_dir, hf_config: config, decoder, bridge })
+        let bridge = registry
+            .detect(&config)
+            .map_err(|e| (SECTION, e.to_string()))?;
+        let decoder = bridge
+            .config(&config)
+            .map_err(|e| (SECTION, e.to_string()))?;
+        Ok(ModelConfig {
+            keys: keys.clone(),
+            hf_dir,
+            hf_config: config,
+            decoder,
+            bridge,
+        })
     };
     match attempt() {
         Ok(model) => Some(model),
@@ -137,21 +228,34 @@ pub(crate) fn read(
 fn preset_config(name: &str) -> Result<HfConfig, String> {
     let (family, decoder) = bridge_models::families::preset(name).map_err(|e| e.to_string())?;
     let json = family.hf_config(&decoder).map_err(|e| e.to_string())?;
-    Ok(HfConfig::from_json(json, format!("the preset {name} with the [model] section over it")))
+    Ok(HfConfig::from_json(
+        json,
+        format!("the preset {name} with the [model] section over it"),
+    ))
 }
 
 /// Puts the section's words over those of a `config.json`. Without any, the config keeps its bytes.
 fn apply(keys: &Table, config: HfConfig) -> HfConfig {
-    let mut words = keys.iter().filter(|(name, _)| !WHOLE.contains(&name.as_str())).peekable();
+    let mut words = keys
+        .iter()
+        .filter(|(name, _)| !WHOLE.contains(&name.as_str()))
+        .peekable();
     if words.peek().is_none() {
         return config;
     }
     let mut json = config.json().clone();
     for (name, value) in words {
         let value = to_json(value);
-        match (name.as_str(), json.get_mut("rope_parameters").and_then(|rope| rope.as_object_mut())) {
+        match (
+            name.as_str(),
+            json.get_mut("rope_parameters")
+                .and_then(|rope| rope.as_object_mut()),
+        ) {
             ("architecture", _) => {
-                json.insert("architectures".into(), serde_json::Value::Array(vec![value]));
+                json.insert(
+                    "architectures".into(),
+                    serde_json::Value::Array(vec![value]),
+                );
             }
             // Newer files hold both rotary keys in one object, which would win over the older spelling.
             ("rope_theta", Some(rope)) => {
@@ -167,7 +271,10 @@ fn apply(keys: &Table, config: HfConfig) -> HfConfig {
             }
         }
     }
-    HfConfig::from_json(json, format!("{} with the [model] section over it", config.origin()))
+    HfConfig::from_json(
+        json,
+        format!("{} with the [model] section over it", config.origin()),
+    )
 }
 
 fn to_json(value: &Value) -> serde_json::Value {

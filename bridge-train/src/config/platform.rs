@@ -18,7 +18,11 @@ pub struct Platform {
 impl Platform {
     /// The CPU backend, one rank.
     pub fn cpu() -> Self {
-        Self { backend: "cpu", bf16: false, world_size: 1 }
+        Self {
+            backend: "cpu",
+            bf16: false,
+            world_size: 1,
+        }
     }
 
     /// The number formats that `mode` stands for here.
@@ -48,7 +52,10 @@ impl Platform {
             if degree > self.world_size {
                 problems.add(
                     key,
-                    format!("is {degree}, but training runs on {} rank in this build; set it to 1", self.world_size),
+                    format!(
+                        "is {degree}, but training runs on {} rank in this build; set it to 1",
+                        self.world_size
+                    ),
                 );
             }
         }
@@ -59,6 +66,10 @@ impl Platform {
             );
         }
         let found: Vec<Problem> = problems.into_vec();
-        if found.is_empty() { Ok(()) } else { Err(Error::Config(found)) }
+        if found.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Config(found))
+        }
     }
 }

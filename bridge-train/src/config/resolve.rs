@@ -26,13 +26,21 @@ pub struct ResolveContext<'a> {
 impl<'a> ResolveContext<'a> {
     /// A context in which `model.hf` must be a folder.
     pub fn new(registry: &'a Registry, name: &'a str) -> Self {
-        Self { registry, hf_folder: &local_folder, name }
+        Self {
+            registry,
+            hf_folder: &local_folder,
+            name,
+        }
     }
 }
 
 fn local_folder(name: &str) -> Result<PathBuf, String> {
     let path = Path::new(name);
-    if path.is_dir() { Ok(path.to_owned()) } else { Err(format!("there is no folder {name}")) }
+    if path.is_dir() {
+        Ok(path.to_owned())
+    } else {
+        Err(format!("there is no folder {name}"))
+    }
 }
 
 /// A configuration in which every key has its value and the values fit together.
@@ -69,11 +77,24 @@ pub struct ResolvedConfig {
 pub fn resolve(layers: &ConfigLayers, context: &ResolveContext<'_>) -> Result<ResolvedConfig> {
     let mut problems = Problems::default();
     let empty = Table::new();
-    let table = |name: &str| layers.merged().get(name).and_then(Value::as_table).unwrap_or(&empty);
+    let table = |name: &str| {
+        layers
+            .merged()
+            .get(name)
+            .and_then(Value::as_table)
+            .unwrap_or(&empty)
+    };
     let mut checkpoint_table = table("checkpoint").clone();
-    checkpoint_table.entry("dir").or_insert_with(|| Value::String(format!("runs/{}", context.name)));
+    checkpoint_table
+        .entry("dir")
+        .or_insert_with(|| Value::String(format!("runs/{}", context.name)));
 
-    let model = model::read(table(model::SECTION), context.registry, context.hf_folder, &mut problems);
+    let model = model::read(
+        table(model::SECTION),
+        context.registry,
+        context.hf_folder,
+        &mut problems,
+    );
     let mut config = Sections {
         train: TrainConfig::read(table("train"), &mut problems),
         optimizer: OptimizerConfig::read(table("optimizer"), &mut problems),
@@ -143,8 +164,13 @@ impl Sections {
     fn complete(&mut self, problems: &mut Problems) {
         let batch = (self.train.global_batch_size as u64).max(1);
         match (self.train.train_iters, self.train.train_samples) {
-            (Some(_), Some(_)) => problems.add("train.train_samples", "is set together with train.train_iters; keep one"),
-            (None, None) => problems.add("train.train_iters", "must be set (or train.train_samples)"),
+            (Some(_), Some(_)) => problems.add(
+                "train.train_samples",
+                "is set together with train.train_iters; keep one",
+            ),
+            (None, None) => {
+                problems.add("train.train_iters", "must be set (or train.train_samples)")
+            }
             (None, Some(samples)) => {
                 self.train.train_iters = Some(samples / batch);
                 self.train.train_samples = None;
@@ -168,10 +194,16 @@ impl Sections {
                 "is one of lr_warmup_iters, lr_warmup_samples and lr_warmup_fraction; keep one of them",
             ),
         }
-        schedule.start_weight_decay.get_or_insert(self.optimizer.weight_decay);
-        schedule.end_weight_decay.get_or_insert(self.optimizer.weight_decay);
+        schedule
+            .start_weight_decay
+            .get_or_insert(self.optimizer.weight_decay);
+        schedule
+            .end_weight_decay
+            .get_or_insert(self.optimizer.weight_decay);
         self.data.seed.get_or_insert(self.train.seed);
-        self.logging.dir.get_or_insert_with(|| self.checkpoint.dir.clone());
+        self.logging
+            .dir
+            .get_or_insert_with(|| self.checkpoint.dir.clone());
     }
 
     /// What must hold between keys.
@@ -183,12 +215,22 @@ impl Sections {
     }
 
     fn check_batches(&self, problems: &mut Problems) {
-        let TrainConfig { micro_batch_size: micro, global_batch_size: global, .. } = self.train;
-        problems.require(micro > 0, "train.micro_batch_size", || "is 0, expected 1 or more".into());
-        problems.require(global > 0, "train.global_batch_size", || "is 0, expected 1 or more".into());
-        problems.require(self.train.train_iters != Some(0), "train.train_iters", || {
-            "comes to 0 steps, expected 1 or more".into()
+        let TrainConfig {
+            micro_batch_size: micro,
+            global_batch_size: global,
+            ..
+        } = self.train;
+        problems.require(micro > 0, "train.micro_batch_size", || {
+            "is 0, expected 1 or more".into()
         });
+        problems.require(global > 0, "train.global_batch_size", || {
+            "is 0, expected 1 or more".into()
+        });
+        problems.require(
+            self.train.train_iters != Some(0),
+            "train.train_iters",
+            || "comes to 0 steps, expected 1 or more".into(),
+        );
         for (key, degree) in self.parallel.degrees() {
             problems.require(degree > 0, key, || "is 0, expected 1 or more".into());
         }
@@ -205,9 +247,11 @@ impl Sections {
             );
         }
         let minutes = self.train.exit_duration_in_mins;
-        problems.require(minutes.is_none_or(|m| m > 0.0), "train.exit_duration_in_mins", || {
-            "must be more than 0".into()
-        });
+        problems.require(
+            minutes.is_none_or(|m| m > 0.0),
+            "train.exit_duration_in_mins",
+            || "must be more than 0".into(),
+        );
     }
 
     fn check_optimizer(&self, problems: &mut Problems) {
@@ -220,10 +264,17 @@ impl Sections {
             ("optimizer.clip_grad", o.clip_grad),
             ("scheduler.lr_warmup_init", self.scheduler.lr_warmup_init),
         ] {
-            problems.require(value >= 0.0, key, || format!("is {value}, expected 0 or more"));
+            problems.require(value >= 0.0, key, || {
+                format!("is {value}, expected 0 or more")
+            });
         }
-        for (key, beta) in [("optimizer.adam_beta1", o.adam_beta1), ("optimizer.adam_beta2", o.adam_beta2)] {
-            problems.require((0.0..1.0).contains(&beta), key, || format!("is {beta}, expected from 0 to below 1"));
+        for (key, beta) in [
+            ("optimizer.adam_beta1", o.adam_beta1),
+            ("optimizer.adam_beta2", o.adam_beta2),
+        ] {
+            problems.require((0.0..1.0).contains(&beta), key, || {
+                format!("is {beta}, expected from 0 to below 1")
+            });
         }
         problems.require(o.min_lr <= o.lr, "optimizer.min_lr", || {
             format!("is {}, more than optimizer.lr={}", o.min_lr, o.lr)
@@ -243,13 +294,22 @@ impl Sections {
             || "is set together with scheduler.lr_wsd_decay_iters; keep one".into(),
         );
         if let Some(fraction) = s.lr_warmup_fraction {
-            problems.require((0.0..1.0).contains(&fraction), "scheduler.lr_warmup_fraction", || {
-                format!("is {fraction}, expected from 0 to below 1")
-            });
+            problems.require(
+                (0.0..1.0).contains(&fraction),
+                "scheduler.lr_warmup_fraction",
+                || format!("is {fraction}, expected from 0 to below 1"),
+            );
         }
-        problems.require(s.lr_warmup_init <= self.optimizer.lr, "scheduler.lr_warmup_init", || {
-            format!("is {}, more than optimizer.lr={}", s.lr_warmup_init, self.optimizer.lr)
-        });
+        problems.require(
+            s.lr_warmup_init <= self.optimizer.lr,
+            "scheduler.lr_warmup_init",
+            || {
+                format!(
+                    "is {}, more than optimizer.lr={}",
+                    s.lr_warmup_init, self.optimizer.lr
+                )
+            },
+        );
         let schedule = lr_schedule(&self.train, &self.optimizer, s);
         // A warm-up longer than the run is legal: a short test of a long schedule.
         problems.require(
@@ -265,10 +325,14 @@ impl Sections {
         );
         if s.lr_decay_style == LrDecayStyle::Wsd {
             if schedule.wsd_decay_samples == 0 {
-                problems.add("scheduler.lr_wsd_decay_iters", "must be set (or lr_wsd_decay_samples) for lr_decay_style = \"WSD\"");
+                problems.add(
+                    "scheduler.lr_wsd_decay_iters",
+                    "must be set (or lr_wsd_decay_samples) for lr_decay_style = \"WSD\"",
+                );
             }
             problems.require(
-                schedule.wsd_decay_samples as f64 + schedule.warmup_samples <= schedule.decay_samples as f64,
+                schedule.wsd_decay_samples as f64 + schedule.warmup_samples
+                    <= schedule.decay_samples as f64,
                 "scheduler.lr_wsd_decay_iters",
                 || {
                     format!(
@@ -278,7 +342,10 @@ impl Sections {
                 },
             );
         }
-        let (start, end) = (s.start_weight_decay.unwrap_or_default(), s.end_weight_decay.unwrap_or_default());
+        let (start, end) = (
+            s.start_weight_decay.unwrap_or_default(),
+            s.end_weight_decay.unwrap_or_default(),
+        );
         problems.require(start >= 0.0 && end >= start, "scheduler.end_weight_decay", || {
             format!("is {end}, expected at least start_weight_decay={start}, which must be 0 or more")
         });
@@ -291,7 +358,9 @@ impl Sections {
 
     fn check_data(&self, model: Option<&ModelConfig>, problems: &mut Problems) {
         let data = &self.data;
-        problems.require(data.seq_length > 0, "data.seq_length", || "is 0, expected 1 or more".into());
+        problems.require(data.seq_length > 0, "data.seq_length", || {
+            "is 0, expected 1 or more".into()
+        });
         if let Some(longest) = model.map(|m| m.decoder.max_position_embeddings) {
             problems.require(data.seq_length <= longest, "data.seq_length", || {
                 format!(
@@ -301,12 +370,21 @@ impl Sections {
             });
         }
         let needs_path = matches!(data.source, DataSource::Text | DataSource::Indexed);
-        problems.require(!needs_path || !data.data_path.is_empty(), "data.data_path", || {
-            format!("must name what data.source = \"{}\" reads", data.source)
-        });
-        problems.require(needs_path || data.data_path.is_empty(), "data.data_path", || {
-            format!("is not read by data.source = \"{}\"; set data.source to text or indexed", data.source)
-        });
+        problems.require(
+            !needs_path || !data.data_path.is_empty(),
+            "data.data_path",
+            || format!("must name what data.source = \"{}\" reads", data.source),
+        );
+        problems.require(
+            needs_path || data.data_path.is_empty(),
+            "data.data_path",
+            || {
+                format!(
+                    "is not read by data.source = \"{}\"; set data.source to text or indexed",
+                    data.source
+                )
+            },
+        );
         if !data.data_path.is_empty()
             && let Err(error) = BlendSpec::parse(&data.data_path)
         {
@@ -320,12 +398,21 @@ impl Sections {
             "must be set: the folder with tokenizer.json (or set tokenizer.kind to bytes or bpe)".into()
         });
         let needs_text = matches!(data.source, DataSource::Corpus | DataSource::Text);
-        problems.require(!needs_text || self.tokenizer.kind != TokenizerKind::Null, "tokenizer.kind", || {
-            format!("is null, but data.source = \"{}\" is text", data.source)
-        });
-        problems.require(needs_text || self.tokenizer.kind != TokenizerKind::Bpe, "tokenizer.kind", || {
-            format!("is bpe, which is learnt from text, but data.source = \"{}\" is none", data.source)
-        });
+        problems.require(
+            !needs_text || self.tokenizer.kind != TokenizerKind::Null,
+            "tokenizer.kind",
+            || format!("is null, but data.source = \"{}\" is text", data.source),
+        );
+        problems.require(
+            needs_text || self.tokenizer.kind != TokenizerKind::Bpe,
+            "tokenizer.kind",
+            || {
+                format!(
+                    "is bpe, which is learnt from text, but data.source = \"{}\" is none",
+                    data.source
+                )
+            },
+        );
     }
 }
 
@@ -333,21 +420,42 @@ impl ParallelConfig {
     /// Every degree with its key.
     pub fn degrees(&self) -> [(&'static str, usize); 7] {
         [
-            ("parallel.tensor_model_parallel_size", self.tensor_model_parallel_size),
-            ("parallel.pipeline_model_parallel_size", self.pipeline_model_parallel_size),
-            ("parallel.virtual_pipeline_model_parallel_size", self.virtual_pipeline_model_parallel_size),
+            (
+                "parallel.tensor_model_parallel_size",
+                self.tensor_model_parallel_size,
+            ),
+            (
+                "parallel.pipeline_model_parallel_size",
+                self.pipeline_model_parallel_size,
+            ),
+            (
+                "parallel.virtual_pipeline_model_parallel_size",
+                self.virtual_pipeline_model_parallel_size,
+            ),
             ("parallel.context_parallel_size", self.context_parallel_size),
-            ("parallel.expert_model_parallel_size", self.expert_model_parallel_size),
-            ("parallel.expert_tensor_parallel_size", self.expert_tensor_parallel_size),
+            (
+                "parallel.expert_model_parallel_size",
+                self.expert_model_parallel_size,
+            ),
+            (
+                "parallel.expert_tensor_parallel_size",
+                self.expert_tensor_parallel_size,
+            ),
             ("parallel.data_parallel_size", self.data_parallel_size),
         ]
     }
 }
 
-fn lr_schedule(train: &TrainConfig, optimizer: &OptimizerConfig, scheduler: &SchedulerConfig) -> LrSchedule {
+fn lr_schedule(
+    train: &TrainConfig,
+    optimizer: &OptimizerConfig,
+    scheduler: &SchedulerConfig,
+) -> LrSchedule {
     let batch = train.global_batch_size as u64;
     let samples = |iters: Option<u64>, samples: Option<u64>| {
-        samples.or(iters.map(|n| n.saturating_mul(batch))).unwrap_or_default()
+        samples
+            .or(iters.map(|n| n.saturating_mul(batch)))
+            .unwrap_or_default()
     };
     let decay_samples = samples(scheduler.lr_decay_iters, scheduler.lr_decay_samples);
     let warmup_samples = match scheduler.lr_warmup_fraction {
@@ -380,9 +488,17 @@ impl ResolvedConfig {
     /// The weight decay over the run.
     pub fn weight_decay_schedule(&self) -> WeightDecaySchedule {
         WeightDecaySchedule {
-            start: self.scheduler.start_weight_decay.unwrap_or(self.optimizer.weight_decay),
-            end: self.scheduler.end_weight_decay.unwrap_or(self.optimizer.weight_decay),
-            incr_samples: self.train_iters().saturating_mul(self.train.global_batch_size as u64),
+            start: self
+                .scheduler
+                .start_weight_decay
+                .unwrap_or(self.optimizer.weight_decay),
+            end: self
+                .scheduler
+                .end_weight_decay
+                .unwrap_or(self.optimizer.weight_decay),
+            incr_samples: self
+                .train_iters()
+                .saturating_mul(self.train.global_batch_size as u64),
             style: self.scheduler.weight_decay_incr_style,
         }
     }

@@ -54,7 +54,11 @@ pub struct Problems {
 impl Problems {
     /// Adds a problem with `section.key`.
     pub fn add(&mut self, key: impl Into<String>, message: impl Into<String>) {
-        self.found.push(Problem { key: key.into(), origin: None, message: message.into() });
+        self.found.push(Problem {
+            key: key.into(),
+            origin: None,
+            message: message.into(),
+        });
     }
 
     /// Adds a problem unless `holds`.
@@ -91,7 +95,12 @@ pub trait Section: Sized {
 }
 
 /// Reads one key; `None` where it is absent or of the wrong type (which is a problem).
-pub(crate) fn read_key<T: ConfigValue>(section: &str, key: &str, table: &Table, problems: &mut Problems) -> Option<T> {
+pub(crate) fn read_key<T: ConfigValue>(
+    section: &str,
+    key: &str,
+    table: &Table,
+    problems: &mut Problems,
+) -> Option<T> {
     match T::from_toml(table.get(key)?) {
         Ok(value) => Some(value),
         Err(message) => {

@@ -38,13 +38,22 @@ fn layers(overrides: &[&str]) -> ConfigLayers {
 }
 
 fn resolved(overrides: &[&str]) -> Result<ResolvedConfig, Error> {
-    resolve(&layers(overrides), &ResolveContext::new(&bridge_models::registry(), "test"))
+    resolve(
+        &layers(overrides),
+        &ResolveContext::new(&bridge_models::registry(), "test"),
+    )
 }
 
 #[track_caller]
 fn fails(overrides: &[&str], parts: &[&str]) {
-    let Err(Error::Config(problems)) = resolved(overrides) else { panic!("{overrides:?} should not resolve") };
-    let text = problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n");
+    let Err(Error::Config(problems)) = resolved(overrides) else {
+        panic!("{overrides:?} should not resolve")
+    };
+    let text = problems
+        .iter()
+        .map(Problem::to_string)
+        .collect::<Vec<_>>()
+        .join("\n");
     for part in parts {
         assert!(text.contains(part), "{text}\nshould contain {part}");
     }
@@ -64,17 +73,31 @@ fn defaults_are_filled_in() {
 
 #[test]
 fn the_printed_form_resolves_to_the_same() {
-    let overrides = ["scheduler.lr_warmup_fraction=0.1", "train.exit_duration_in_mins=2", "checkpoint.dir=a b/c"];
+    let overrides = [
+        "scheduler.lr_warmup_fraction=0.1",
+        "train.exit_duration_in_mins=2",
+        "checkpoint.dir=a b/c",
+    ];
     let config = resolved(&overrides).unwrap();
     let mut again = ConfigLayers::new();
     again.push_toml("printed", &config.to_toml()).unwrap();
-    assert_eq!(resolve(&again, &ResolveContext::new(&bridge_models::registry(), "other")).unwrap(), config);
+    assert_eq!(
+        resolve(
+            &again,
+            &ResolveContext::new(&bridge_models::registry(), "other")
+        )
+        .unwrap(),
+        config
+    );
 }
 
 #[test]
 fn samples_and_iterations_are_two_ways_to_say_one_length() {
     // 807 samples are 100 steps of 8, and a rest that makes no step.
-    assert_eq!(resolved(&["train.train_samples=807"]).unwrap(), resolved(&["train.train_iters=100"]).unwrap());
+    assert_eq!(
+        resolved(&["train.train_samples=807"]).unwrap(),
+        resolved(&["train.train_iters=100"]).unwrap()
+    );
 }
 
 #[test]
@@ -88,7 +111,12 @@ fn warmups_agree_in_their_three_forms() {
 #[test]
 fn every_problem_is_reported_at_once_with_who_set_it() {
     fails(
-        &["train.trian_iters=1", "optimizer.lr=fast", "train.micro_batch_size=3.5", "data.seq_length=-1"],
+        &[
+            "train.trian_iters=1",
+            "optimizer.lr=fast",
+            "train.micro_batch_size=3.5",
+            "data.seq_length=-1",
+        ],
         &[
             "train.trian_iters (set by the command line): unknown key; did you mean `train.train_iters`?",
             "optimizer.lr (set by the command line): `fast` is not a number",
@@ -100,34 +128,82 @@ fn every_problem_is_reported_at_once_with_who_set_it() {
 
 #[test]
 fn contradictions_are_found() {
-    fails(&["train.micro_batch_size=3"], &["is 8, which is not a multiple of micro_batch_size=3"]);
-    fails(&["train.train_samples=80", "train.train_iters=10"], &["is set together with train.train_iters"]);
-    fails(&["scheduler.lr_warmup_iters=100"], &["does not end before the decay"]);
-    fails(&["scheduler.lr_warmup_iters=1", "scheduler.lr_warmup_fraction=0.1"], &["keep one of them"]);
-    fails(&["scheduler.lr_decay_style=WSD"], &["must be set (or lr_wsd_decay_samples)"]);
-    fails(&["optimizer.min_lr=1"], &["is 1, more than optimizer.lr=0.001"]);
+    fails(
+        &["train.micro_batch_size=3"],
+        &["is 8, which is not a multiple of micro_batch_size=3"],
+    );
+    fails(
+        &["train.train_samples=80", "train.train_iters=10"],
+        &["is set together with train.train_iters"],
+    );
+    fails(
+        &["scheduler.lr_warmup_iters=100"],
+        &["does not end before the decay"],
+    );
+    fails(
+        &[
+            "scheduler.lr_warmup_iters=1",
+            "scheduler.lr_warmup_fraction=0.1",
+        ],
+        &["keep one of them"],
+    );
+    fails(
+        &["scheduler.lr_decay_style=WSD"],
+        &["must be set (or lr_wsd_decay_samples)"],
+    );
+    fails(
+        &["optimizer.min_lr=1"],
+        &["is 1, more than optimizer.lr=0.001"],
+    );
     fails(&["optimizer.adam_beta2=1"], &["expected from 0 to below 1"]);
-    fails(&["data.seq_length=65"], &["longer than the model's context of 64 tokens"]);
+    fails(
+        &["data.seq_length=65"],
+        &["longer than the model's context of 64 tokens"],
+    );
     fails(&["data.source=indexed"], &["data.data_path"]);
-    fails(&["data.source=text", "data.data_path=a.txt"], &["is null, but data.source"]);
+    fails(
+        &["data.source=text", "data.data_path=a.txt"],
+        &["is null, but data.source"],
+    );
     fails(&["tokenizer.kind=hf"], &["tokenizer.path: must be set"]);
-    fails(&["scheduler.end_weight_decay=0.2"], &["choose linear or cosine"]);
+    fails(
+        &["scheduler.end_weight_decay=0.2"],
+        &["choose linear or cosine"],
+    );
     fails(&["model.num_attention_heads=5"], &["num_attention_heads"]);
     fails(&["model.hf=/nowhere"], &["there is no folder /nowhere"]);
     fails(&["model.rope_scaling.rope_type=llama9"], &["llama9"]);
-    fails(&["model.architecture=LlamaForCausalLN"], &["LlamaForCausalLM"]);
-    fails(&["parallel.data_parallel_size=0"], &["is 0, expected 1 or more"]);
+    fails(
+        &["model.architecture=LlamaForCausalLN"],
+        &["LlamaForCausalLM"],
+    );
+    fails(
+        &["parallel.data_parallel_size=0"],
+        &["is 0, expected 1 or more"],
+    );
 }
 
 #[test]
 fn an_empty_configuration_says_what_it_needs() {
-    let Err(Error::Config(problems)) =
-        resolve(&ConfigLayers::new(), &ResolveContext::new(&bridge_models::registry(), "test"))
-    else {
+    let Err(Error::Config(problems)) = resolve(
+        &ConfigLayers::new(),
+        &ResolveContext::new(&bridge_models::registry(), "test"),
+    ) else {
         panic!("nothing is no configuration")
     };
-    let keys: Vec<_> = problems.iter().map(|problem| problem.key.as_str()).collect();
-    assert_eq!(keys, ["model", "train.global_batch_size", "optimizer.lr", "data.seq_length"]);
+    let keys: Vec<_> = problems
+        .iter()
+        .map(|problem| problem.key.as_str())
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "model",
+            "train.global_batch_size",
+            "optimizer.lr",
+            "data.seq_length"
+        ]
+    );
 }
 
 #[test]
@@ -135,21 +211,36 @@ fn the_platform_refuses_what_it_cannot_run() {
     let check = |overrides: &[&str]| Platform::cpu().check(&resolved(overrides).unwrap());
     check(&[]).unwrap();
     for (overrides, part) in [
-        (&["precision.mode=bf16_mixed"][..], "set precision.mode=fp32"),
-        (&["parallel.tensor_model_parallel_size=2"], "parallel.tensor_model_parallel_size: is 2"),
+        (
+            &["precision.mode=bf16_mixed"][..],
+            "set precision.mode=fp32",
+        ),
+        (
+            &["parallel.tensor_model_parallel_size=2"],
+            "parallel.tensor_model_parallel_size: is 2",
+        ),
         (&["parallel.sequence_parallel=true"], "set it to false"),
     ] {
         let message = check(overrides).unwrap_err().to_string();
         assert!(message.contains(part), "{message}");
     }
-    assert_eq!(Platform::cpu().precision(PrecisionMode::Auto), PrecisionMode::Fp32);
+    assert_eq!(
+        Platform::cpu().precision(PrecisionMode::Auto),
+        PrecisionMode::Fp32
+    );
 }
 
 #[test]
 fn every_key_is_documented() {
     for section in schema() {
         for key in section.keys {
-            assert!(key.doc.trim().ends_with('.'), "{}.{}: {:?}", section.name, key.name, key.doc);
+            assert!(
+                key.doc.trim().ends_with('.'),
+                "{}.{}: {:?}",
+                section.name,
+                key.name,
+                key.doc
+            );
         }
     }
 }

@@ -76,18 +76,29 @@ fn parse_toml(text: &str) -> Option<Value> {
 }
 
 fn parse_integer(text: &str) -> Option<Value> {
-    text.replace('_', "").parse::<i64>().ok().filter(|n| *n >= 0).map(Value::Integer)
+    text.replace('_', "")
+        .parse::<i64>()
+        .ok()
+        .filter(|n| *n >= 0)
+        .map(Value::Integer)
 }
 
 fn parse_float(text: &str) -> Option<Value> {
-    text.replace('_', "").parse::<f64>().ok().filter(|x| x.is_finite()).map(Value::Float)
+    text.replace('_', "")
+        .parse::<f64>()
+        .ok()
+        .filter(|x| x.is_finite())
+        .map(Value::Float)
 }
 
 fn parse_list(text: &str, item: impl Fn(&str) -> Option<Value>) -> Option<Value> {
     if text.trim_start().starts_with('[') {
         return parse_toml(text).filter(Value::is_array);
     }
-    text.split(',').map(|part| item(unquote(part.trim()))).collect::<Option<Vec<_>>>().map(Value::Array)
+    text.split(',')
+        .map(|part| item(unquote(part.trim())))
+        .collect::<Option<Vec<_>>>()
+        .map(Value::Array)
 }
 
 fn unquote(text: &str) -> &str {
@@ -130,29 +141,42 @@ impl ConfigValue for bool {
 impl ConfigValue for u64 {
     const KIND: Kind = Kind::Integer;
     fn from_toml(value: &Value) -> Result<Self, String> {
-        value.as_integer().and_then(|n| n.try_into().ok()).ok_or_else(|| mismatch(value, Self::KIND))
+        value
+            .as_integer()
+            .and_then(|n| n.try_into().ok())
+            .ok_or_else(|| mismatch(value, Self::KIND))
     }
 }
 
 impl ConfigValue for usize {
     const KIND: Kind = Kind::Integer;
     fn from_toml(value: &Value) -> Result<Self, String> {
-        value.as_integer().and_then(|n| n.try_into().ok()).ok_or_else(|| mismatch(value, Self::KIND))
+        value
+            .as_integer()
+            .and_then(|n| n.try_into().ok())
+            .ok_or_else(|| mismatch(value, Self::KIND))
     }
 }
 
 impl ConfigValue for f64 {
     const KIND: Kind = Kind::Float;
     fn from_toml(value: &Value) -> Result<Self, String> {
-        let number = value.as_float().or_else(|| value.as_integer().map(|n| n as f64));
-        number.filter(|x| x.is_finite()).ok_or_else(|| mismatch(value, Self::KIND))
+        let number = value
+            .as_float()
+            .or_else(|| value.as_integer().map(|n| n as f64));
+        number
+            .filter(|x| x.is_finite())
+            .ok_or_else(|| mismatch(value, Self::KIND))
     }
 }
 
 impl ConfigValue for String {
     const KIND: Kind = Kind::String;
     fn from_toml(value: &Value) -> Result<Self, String> {
-        value.as_str().map(str::to_owned).ok_or_else(|| mismatch(value, Self::KIND))
+        value
+            .as_str()
+            .map(str::to_owned)
+            .ok_or_else(|| mismatch(value, Self::KIND))
     }
 }
 
@@ -180,7 +204,9 @@ impl ConfigValue for Vec<u64> {
     fn from_toml(value: &Value) -> Result<Self, String> {
         match value {
             Value::Array(items) => items.iter().map(u64::from_toml).collect(),
-            one => u64::from_toml(one).map(|n| vec![n]).map_err(|_| mismatch(value, Self::KIND)),
+            one => u64::from_toml(one)
+                .map(|n| vec![n])
+                .map_err(|_| mismatch(value, Self::KIND)),
         }
     }
 }
@@ -196,7 +222,10 @@ impl<T: ConfigValue> ConfigValue for Option<T> {
 impl ConfigValue for toml::Table {
     const KIND: Kind = Kind::Table;
     fn from_toml(value: &Value) -> Result<Self, String> {
-        value.as_table().cloned().ok_or_else(|| mismatch(value, Self::KIND))
+        value
+            .as_table()
+            .cloned()
+            .ok_or_else(|| mismatch(value, Self::KIND))
     }
 }
 

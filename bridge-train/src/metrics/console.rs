@@ -23,10 +23,16 @@ impl Console {
     /// and the last).
     pub fn new(log_interval: u64) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}").expect("a fixed template");
+            let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}")
+                .expect("a fixed template");
             ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_style(style)
         });
-        Self { log_interval: log_interval.max(1), bar, train_iters: 0, seconds_per_step: None }
+        Self {
+            log_interval: log_interval.max(1),
+            bar,
+            train_iters: 0,
+            seconds_per_step: None,
+        }
     }
 
     fn line(&self, text: &str) {
@@ -62,9 +68,12 @@ impl Callback for Console {
 
     fn on_step_end(&mut self, step: &StepReport) -> Result<()> {
         let seconds = step.elapsed.as_secs_f64();
-        let mean = self.seconds_per_step.map_or(seconds, |mean| 0.9 * mean + 0.1 * seconds);
+        let mean = self
+            .seconds_per_step
+            .map_or(seconds, |mean| 0.9 * mean + 0.1 * seconds);
         self.seconds_per_step = Some(mean);
-        let left = Duration::from_secs_f64(mean * self.train_iters.saturating_sub(step.iteration) as f64);
+        let left =
+            Duration::from_secs_f64(mean * self.train_iters.saturating_sub(step.iteration) as f64);
         let mut text = format!(
             "loss {:.4}  lr {:.2e}  grad norm {:.3}  {} tokens/s  ETA {}",
             step.loss,
@@ -125,8 +134,14 @@ impl Callback for Console {
             StopReason::Interrupted => "stopped on request",
             StopReason::TimeUp => "stopped: the time is up",
         };
-        let loss = summary.last_loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
-        let eval = summary.last_eval_loss.map(|loss| format!(", evaluation loss {loss:.4}")).unwrap_or_default();
+        let loss = summary
+            .last_loss
+            .map(|loss| format!(", loss {loss:.4}"))
+            .unwrap_or_default();
+        let eval = summary
+            .last_eval_loss
+            .map(|loss| format!(", evaluation loss {loss:.4}"))
+            .unwrap_or_default();
         let speed = match summary.tokens {
             0 => String::new(),
             _ => format!(", {} tokens/s", short(summary.tokens_per_s())),
@@ -148,7 +163,11 @@ fn short(value: f64) -> String {
         v if v >= 1e4 => (v / 1e3, "k"),
         v => return format!("{v:.0}"),
     };
-    let digits = if scaled < 10.0 { 2 } else { usize::from(scaled < 100.0) };
+    let digits = if scaled < 10.0 {
+        2
+    } else {
+        usize::from(scaled < 100.0)
+    };
     format!("{scaled:.digits$}{unit}")
 }
 
@@ -156,7 +175,11 @@ fn short(value: f64) -> String {
 fn clock(time: Duration) -> String {
     let seconds = time.as_secs();
     let (h, m, s) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    if h > 0 { format!("{h}:{m:02}:{s:02}") } else { format!("{m:02}:{s:02}") }
+    if h > 0 {
+        format!("{h}:{m:02}:{s:02}")
+    } else {
+        format!("{m:02}:{s:02}")
+    }
 }
 
 #[cfg(test)]

@@ -25,13 +25,19 @@ pub struct JsonLines {
 impl JsonLines {
     /// Will write `metrics.jsonl` in `dir`, which must exist by the start of the run.
     pub fn new(dir: &Path) -> Self {
-        Self { path: dir.join(METRICS_FILE), file: None }
+        Self {
+            path: dir.join(METRICS_FILE),
+            file: None,
+        }
     }
 
     fn write(&mut self, line: &Value) -> Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
+        let Some(file) = &mut self.file else {
+            return Ok(());
+        };
         // One write per line, so that a reader that follows the file sees whole lines.
-        file.write_all(format!("{line}\n").as_bytes()).map_err(|source| Error::io("write", &self.path, source))
+        file.write_all(format!("{line}\n").as_bytes())
+            .map_err(|source| Error::io("write", &self.path, source))
     }
 
     /// Opens the file with only the lines up to `iteration`.
@@ -39,7 +45,9 @@ impl JsonLines {
         let kept: String = match std::fs::read_to_string(&self.path) {
             Ok(text) => text
                 .split_inclusive('\n')
-                .filter(|line| line.ends_with('\n') && iteration_of(line).is_some_and(|i| i <= iteration))
+                .filter(|line| {
+                    line.ends_with('\n') && iteration_of(line).is_some_and(|i| i <= iteration)
+                })
                 .collect(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error),
@@ -52,18 +60,27 @@ impl JsonLines {
 }
 
 fn iteration_of(line: &str) -> Option<u64> {
-    serde_json::from_str::<Value>(line).ok()?.get("iteration")?.as_u64()
+    serde_json::from_str::<Value>(line)
+        .ok()?
+        .get("iteration")?
+        .as_u64()
 }
 
 /// JSON has no NaN; a value that is not finite is written as text.
 fn number(value: f64) -> Value {
-    if value.is_finite() { json!(value) } else { json!(value.to_string()) }
+    if value.is_finite() {
+        json!(value)
+    } else {
+        json!(value.to_string())
+    }
 }
 
 impl Callback for JsonLines {
     fn on_train_start(&mut self, run: &RunInfo) -> Result<()> {
         // Steps of a fresh run start at 1, so everything of an older run in this folder goes.
-        let file = self.open(run.first_iteration).map_err(|source| Error::io("write", &self.path, source))?;
+        let file = self
+            .open(run.first_iteration)
+            .map_err(|source| Error::io("write", &self.path, source))?;
         self.file = Some(file);
         Ok(())
     }
@@ -124,10 +141,18 @@ impl History {
         };
         let mut history = Self::default();
         for line in text.lines() {
-            let Ok(line) = serde_json::from_str::<Value>(line) else { continue };
-            let Some(iteration) = line["iteration"].as_u64() else { continue };
-            history.train.extend(line["loss"].as_f64().map(|loss| (iteration, loss)));
-            history.eval.extend(line["eval_loss"].as_f64().map(|loss| (iteration, loss)));
+            let Ok(line) = serde_json::from_str::<Value>(line) else {
+                continue;
+            };
+            let Some(iteration) = line["iteration"].as_u64() else {
+                continue;
+            };
+            history
+                .train
+                .extend(line["loss"].as_f64().map(|loss| (iteration, loss)));
+            history
+                .eval
+                .extend(line["eval_loss"].as_f64().map(|loss| (iteration, loss)));
         }
         Ok(history)
     }
@@ -156,8 +181,13 @@ mod tests {
 
     fn run(dir: &Path, first_iteration: u64, losses: &[(u64, f64)]) {
         let mut lines = JsonLines::new(dir);
-        let info =
-            RunInfo { first_iteration, train_iters: 9, num_parameters: 1, tokens_per_step: 64, notes: Vec::new() };
+        let info = RunInfo {
+            first_iteration,
+            train_iters: 9,
+            num_parameters: 1,
+            tokens_per_step: 64,
+            notes: Vec::new(),
+        };
         lines.on_train_start(&info).unwrap();
         for (iteration, loss) in losses {
             lines.on_step_end(&step(*iteration, *loss)).unwrap();
@@ -173,7 +203,10 @@ mod tests {
         let mut file = OpenOptions::new().append(true).open(path).unwrap();
         file.write_all(b"{\"iteration\": 2, \"lo").unwrap();
         run(dir.path(), 2, &[(3, 3.5)]);
-        assert_eq!(History::read(dir.path()).unwrap().train, [(1, 5.0), (2, 4.0), (3, 3.5)]);
+        assert_eq!(
+            History::read(dir.path()).unwrap().train,
+            [(1, 5.0), (2, 4.0), (3, 3.5)]
+        );
         run(dir.path(), 0, &[(1, 6.0)]);
         assert_eq!(History::read(dir.path()).unwrap().train, [(1, 6.0)]);
     }

@@ -26,7 +26,10 @@ pub struct LossPlot {
 impl LossPlot {
     /// Reads and writes in `dir`.
     pub fn new(dir: &Path, title: impl Into<String>) -> Self {
-        Self { dir: dir.to_owned(), title: title.into() }
+        Self {
+            dir: dir.to_owned(),
+            title: title.into(),
+        }
     }
 }
 
@@ -48,7 +51,10 @@ pub fn draw_loss(history: &History, title: &str, path: &Path) -> Result<()> {
     register_fonts();
     // The encoder chooses its format by the file's ending, so the temporary file keeps it.
     let temporary = path.with_extension("tmp.png");
-    draw(history, title, &temporary).map_err(|reason| Error::Plot { path: path.to_owned(), reason })?;
+    draw(history, title, &temporary).map_err(|reason| Error::Plot {
+        path: path.to_owned(),
+        reason,
+    })?;
     std::fs::rename(&temporary, path).map_err(|source| Error::io("write", path, source))
 }
 
@@ -91,23 +97,39 @@ fn draw(history: &History, title: &str, path: &Path) -> Result<(), String> {
         .draw()
         .map_err(|e| text(&e))?;
 
-    let points = |curve: &[(u64, f64)]| curve.iter().map(|(x, y)| (*x as f64, *y)).collect::<Vec<_>>();
-    let mut line = |curve: Vec<(f64, f64)>, label: &str, color: RGBColor, width: u32, dots: bool| {
-        let style = color.stroke_width(width);
-        // A single point makes no line.
-        if dots || curve.len() == 1 {
-            let marks = curve.iter().map(|point| Circle::new(*point, width + 2, color.filled()));
-            chart.draw_series(marks).map_err(|e| e.to_string())?;
-        }
-        chart
-            .draw_series(LineSeries::new(curve, style))
-            .map_err(|e| e.to_string())?
-            .label(label)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 28, y)], color.stroke_width(3)));
-        Ok::<(), String>(())
+    let points = |curve: &[(u64, f64)]| {
+        curve
+            .iter()
+            .map(|(x, y)| (*x as f64, *y))
+            .collect::<Vec<_>>()
     };
+    let mut line =
+        |curve: Vec<(f64, f64)>, label: &str, color: RGBColor, width: u32, dots: bool| {
+            let style = color.stroke_width(width);
+            // A single point makes no line.
+            if dots || curve.len() == 1 {
+                let marks = curve
+                    .iter()
+                    .map(|point| Circle::new(*point, width + 2, color.filled()));
+                chart.draw_series(marks).map_err(|e| e.to_string())?;
+            }
+            chart
+                .draw_series(LineSeries::new(curve, style))
+                .map_err(|e| e.to_string())?
+                .label(label)
+                .legend(move |(x, y)| {
+                    PathElement::new([(x, y), (x + 28, y)], color.stroke_width(3))
+                });
+            Ok::<(), String>(())
+        };
     if !history.train.is_empty() {
-        line(points(&history.train), "training, each step", TRAIN, 1, false)?;
+        line(
+            points(&history.train),
+            "training, each step",
+            TRAIN,
+            1,
+            false,
+        )?;
         line(points(&trend), "training, smoothed", TREND, 2, false)?;
     }
     if !history.eval.is_empty() {
@@ -143,7 +165,10 @@ fn smooth(curve: &[(u64, f64)]) -> Vec<(u64, f64)> {
     (0..curve.len())
         .map(|i| {
             let window = &curve[i.saturating_sub(half)..(i + half + 1).min(curve.len())];
-            (curve[i].0, window.iter().map(|(_, y)| y).sum::<f64>() / window.len() as f64)
+            (
+                curve[i].0,
+                window.iter().map(|(_, y)| y).sum::<f64>() / window.len() as f64,
+            )
         })
         .collect()
 }
@@ -154,14 +179,28 @@ mod tests {
 
     #[test]
     fn the_picture_is_a_png_and_nothing_else_is_left() {
-        for train in [vec![], vec![(3, 4.0)], (1..200).map(|i| (i, 5.0 / i as f64)).collect::<Vec<_>>()] {
+        for train in [
+            vec![],
+            vec![(3, 4.0)],
+            (1..200).map(|i| (i, 5.0 / i as f64)).collect::<Vec<_>>(),
+        ] {
             let dir = tempfile::tempdir().unwrap();
-            let history = History { train, eval: vec![(1, 4.5), (150, 1.0)] };
+            let history = History {
+                train,
+                eval: vec![(1, 4.5), (150, 1.0)],
+            };
             draw_loss(&history, "a run", &dir.path().join(LOSS_PLOT_FILE)).unwrap();
-            let files: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
+            let files: Vec<_> = std::fs::read_dir(dir.path())
+                .unwrap()
+                .map(|f| f.unwrap().file_name())
+                .collect();
             assert_eq!(files, [LOSS_PLOT_FILE]);
             let bytes = std::fs::read(dir.path().join(LOSS_PLOT_FILE)).unwrap();
-            assert!(bytes.starts_with(b"\x89PNG") && bytes.len() > 5000, "{} bytes", bytes.len());
+            assert!(
+                bytes.starts_with(b"\x89PNG") && bytes.len() > 5000,
+                "{} bytes",
+                bytes.len()
+            );
         }
     }
 

@@ -24,8 +24,8 @@ impl TensorBoard {
     /// # Errors
     /// If it cannot be created.
     pub fn create(dir: &Path) -> Result<Self> {
-        let writer =
-            EventWriter::create(dir).map_err(|source| Error::io("create a TensorBoard file in", dir, source))?;
+        let writer = EventWriter::create(dir)
+            .map_err(|source| Error::io("create a TensorBoard file in", dir, source))?;
         Ok(Self { writer })
     }
 
@@ -51,7 +51,10 @@ impl Callback for TensorBoard {
     }
 
     fn on_eval(&mut self, eval: &EvalReport) -> Result<()> {
-        let values = [("lm loss validation", eval.loss), ("lm loss validation ppl", eval.loss.exp())];
+        let values = [
+            ("lm loss validation", eval.loss),
+            ("lm loss validation ppl", eval.loss.exp()),
+        ];
         self.write(eval.iteration, &values)
     }
 }
@@ -73,9 +76,16 @@ impl EventWriter {
         std::fs::create_dir_all(dir)?;
         let now = seconds_since_epoch();
         // The process id keeps two runs that start in the same second apart.
-        let name = format!("events.out.tfevents.{:010}.bridge.{}", now as u64, std::process::id());
+        let name = format!(
+            "events.out.tfevents.{:010}.bridge.{}",
+            now as u64,
+            std::process::id()
+        );
         let path = dir.join(name);
-        let mut writer = Self { file: File::create(&path)?, path };
+        let mut writer = Self {
+            file: File::create(&path)?,
+            path,
+        };
         let mut event = Message::new();
         event.double(EVENT_WALL_TIME, now);
         event.bytes(EVENT_FILE_VERSION, b"brain.Event:2");
@@ -120,7 +130,10 @@ impl EventWriter {
 }
 
 fn seconds_since_epoch() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs_f64()).unwrap_or_default()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map(|d| d.as_secs_f64())
+        .unwrap_or_default()
 }
 
 // Field numbers of tensorflow/core/util/event.proto and tensorflow/core/framework/summary.proto.
@@ -187,7 +200,9 @@ fn masked_crc32c(data: &[u8]) -> u32 {
 /// CRC-32C (Castagnoli), reflected.
 fn crc32c(data: &[u8]) -> u32 {
     const TABLE: [u32; 256] = crc32c_table();
-    !data.iter().fold(!0, |crc, byte| TABLE[usize::from(crc as u8 ^ byte)] ^ (crc >> 8))
+    !data.iter().fold(!0, |crc, byte| {
+        TABLE[usize::from(crc as u8 ^ byte)] ^ (crc >> 8)
+    })
 }
 
 const fn crc32c_table() -> [u32; 256] {
@@ -198,7 +213,11 @@ const fn crc32c_table() -> [u32; 256] {
         let mut crc = i as u32;
         let mut bit = 0;
         while bit < 8 {
-            crc = if crc & 1 == 1 { crc >> 1 ^ POLYNOMIAL } else { crc >> 1 };
+            crc = if crc & 1 == 1 {
+                crc >> 1 ^ POLYNOMIAL
+            } else {
+                crc >> 1
+            };
             bit += 1;
         }
         table[i] = crc;
@@ -226,7 +245,8 @@ mod tests {
             let (length, rest) = bytes.split_at(8);
             let (length_crc, rest) = rest.split_at(4);
             assert_eq!(masked_crc32c(length).to_le_bytes(), length_crc);
-            let (data, rest) = rest.split_at(u64::from_le_bytes(length.try_into().unwrap()) as usize);
+            let (data, rest) =
+                rest.split_at(u64::from_le_bytes(length.try_into().unwrap()) as usize);
             let (data_crc, rest) = rest.split_at(4);
             assert_eq!(masked_crc32c(data).to_le_bytes(), data_crc);
             all.push(data.to_vec());
@@ -242,8 +262,15 @@ mod tests {
         writer.scalars(300, &[("lm loss", 2.5)]).unwrap();
         let records = records(&std::fs::read(writer.path()).unwrap());
         assert_eq!(records.len(), 2);
-        assert_eq!(&records[0][9..], b"\x1a\x0dbrain.Event:2", "after the nine bytes of the time");
+        assert_eq!(
+            &records[0][9..],
+            b"\x1a\x0dbrain.Event:2",
+            "after the nine bytes of the time"
+        );
         // step = 300; summary { value { tag: "lm loss" simple_value: 2.5 } }
-        assert_eq!(&records[1][9..], b"\x10\xac\x02\x2a\x10\x0a\x0e\x0a\x07lm loss\x15\x00\x00\x20\x40");
+        assert_eq!(
+            &records[1][9..],
+            b"\x10\xac\x02\x2a\x10\x0a\x0e\x0a\x07lm loss\x15\x00\x00\x20\x40"
+        );
     }
 }

@@ -23,7 +23,12 @@ pub struct AdamWOptions {
 impl Default for AdamWOptions {
     /// The values of most Llama recipes; norms and biases are not decayed.
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, no_weight_decay: vec!["*norm.weight".into(), "*.bias".into()] }
+        Self {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            no_weight_decay: vec!["*norm.weight".into(), "*.bias".into()],
+        }
     }
 }
 
@@ -72,8 +77,13 @@ impl<B: Ops> AdamW<B> {
     /// If two parameters have the same name: a weight used in two places (a tied head) must be given once.
     pub fn new(params: Vec<Param<B>>, options: &AdamWOptions) -> Result<Self> {
         let mut names = HashSet::new();
-        if let Some(twice) = params.iter().find(|param| !names.insert(param.name().to_owned())) {
-            return Err(Error::DuplicateParameter { name: twice.name().to_owned() });
+        if let Some(twice) = params
+            .iter()
+            .find(|param| !names.insert(param.name().to_owned()))
+        {
+            return Err(Error::DuplicateParameter {
+                name: twice.name().to_owned(),
+            });
         }
         let states = params
             .into_iter()
@@ -81,14 +91,23 @@ impl<B: Ops> AdamW<B> {
             .map(|param| {
                 let zeros = || float_zeros::<B>(&param.shape(), DType::F32, &param.device());
                 ParamState {
-                    decayed: !options.no_weight_decay.iter().any(|pattern| name_matches(pattern, param.name())),
-                    master: (param.dtype() != DType::F32).then(|| B::cast(param.value(), DType::F32)),
+                    decayed: !options
+                        .no_weight_decay
+                        .iter()
+                        .any(|pattern| name_matches(pattern, param.name())),
+                    master: (param.dtype() != DType::F32)
+                        .then(|| B::cast(param.value(), DType::F32)),
                     moments: Some((zeros(), zeros())),
                     param,
                 }
             })
             .collect();
-        Ok(Self { states, betas: (options.beta1, options.beta2), eps: options.eps, steps: 0 })
+        Ok(Self {
+            states,
+            betas: (options.beta1, options.beta2),
+            eps: options.eps,
+            steps: 0,
+        })
     }
 
     /// One update from the gradients in the parameters' slots, which are then cleared. A parameter without a gradient
@@ -97,10 +116,22 @@ impl<B: Ops> AdamW<B> {
     /// `grad_scale` multiplies every gradient (see [`super::clip_coefficient`]).
     pub fn step(&mut self, lr: f64, weight_decay: f64, grad_scale: f64) {
         self.steps += 1;
-        let step = AdamWStep { grad_scale, ..AdamWStep::new(self.steps, lr, self.betas, self.eps, weight_decay) };
+        let step = AdamWStep {
+            grad_scale,
+            ..AdamWStep::new(self.steps, lr, self.betas, self.eps, weight_decay)
+        };
         for state in &mut self.states {
-            let Some(grad) = state.param.grad() else { continue };
-            let step = if state.decayed { step } else { AdamWStep { weight_decay: 0.0, ..step } };
+            let Some(grad) = state.param.grad() else {
+                continue;
+            };
+            let step = if state.decayed {
+                step
+            } else {
+                AdamWStep {
+                    weight_decay: 0.0,
+                    ..step
+                }
+            };
             state.update(grad, &step);
             state.param.clear_grad();
         }
@@ -108,12 +139,17 @@ impl<B: Ops> AdamW<B> {
 
     /// Forgets the gradients.
     pub fn clear_grads(&self) {
-        self.states.iter().for_each(|state| state.param.clear_grad());
+        self.states
+            .iter()
+            .for_each(|state| state.param.clear_grad());
     }
 
     /// The parameters it updates.
     pub fn params(&self) -> Vec<Param<B>> {
-        self.states.iter().map(|state| state.param.clone()).collect()
+        self.states
+            .iter()
+            .map(|state| state.param.clone())
+            .collect()
     }
 
     /// Updates done, which the bias correction depends on.
@@ -163,19 +199,25 @@ impl<B: Ops> ParamState<B> {
         match &mut self.master {
             None => self.param.set_value(weight),
             Some(master) => {
-                self.param.set_value(B::cast(weight.clone(), self.param.dtype()));
+                self.param
+                    .set_value(B::cast(weight.clone(), self.param.dtype()));
                 *master = weight;
             }
         }
     }
 
     fn moments(&self) -> &(Float<B>, Float<B>) {
-        self.moments.as_ref().expect("the moments are back after every update")
+        self.moments
+            .as_ref()
+            .expect("the moments are back after every update")
     }
 
     fn update(&mut self, grad: Float<B>, step: &AdamWStep) {
         // The moments are moved out and back, so that the kernel owns its buffers and can work in place.
-        let (m, v) = self.moments.take().expect("the moments are back after every update");
+        let (m, v) = self
+            .moments
+            .take()
+            .expect("the moments are back after every update");
         let moments = &mut self.moments;
         let kernel = |weight: Float<B>| {
             let (weight, m, v) = B::adamw_step(weight, grad, m, v, step);
@@ -186,7 +228,8 @@ impl<B: Ops> ParamState<B> {
             None => self.param.update(kernel),
             Some(master) => {
                 let master = kernel(master);
-                self.param.set_value(B::cast(master.clone(), self.param.dtype()));
+                self.param
+                    .set_value(B::cast(master.clone(), self.param.dtype()));
                 self.master = Some(master);
             }
         }

@@ -16,7 +16,13 @@ use burn::backend::Flex;
 pub(crate) type Model = Decoder<Flex>;
 
 pub(crate) fn fresh_model(config: &DecoderConfig, seed: u64) -> Model {
-    let mut source = RandomInit::new(&Init { seed, ..Init::default() }, config);
+    let mut source = RandomInit::new(
+        &Init {
+            seed,
+            ..Init::default()
+        },
+        config,
+    );
     Decoder::build(config.clone(), &mut source, &Default::default()).unwrap()
 }
 
@@ -59,30 +65,49 @@ impl Dataset for Patchy {
     }
 
     fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::new("patchy").number(self.seq as u64).number(self.vocab)
+        Fingerprint::new("patchy")
+            .number(self.seq as u64)
+            .number(self.vocab)
     }
 }
 
 pub(crate) fn patchy() -> Arc<Patchy> {
-    Arc::new(Patchy { seq: 13, vocab: tiny().vocab_size as u64 })
+    Arc::new(Patchy {
+        seq: 13,
+        vocab: tiny().vocab_size as u64,
+    })
 }
 
 pub(crate) fn batches(data: &dyn Dataset, samples: u64, micro_batch_size: usize) -> Vec<Batch> {
     let indices: Vec<u64> = (0..samples).collect();
-    indices.chunks(micro_batch_size).map(|indices| Batch::load(data, indices).unwrap()).collect()
+    indices
+        .chunks(micro_batch_size)
+        .map(|indices| Batch::load(data, indices).unwrap())
+        .collect()
 }
 
 /// Every weight's bits, by name.
 pub(crate) fn weights(model: &Model) -> Vec<(String, Vec<u32>)> {
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
     let params = SegmentedModel::params(model);
-    params.iter().map(|p| (p.name().to_owned(), bits(to_f32_vec::<Flex>(p.value())))).collect()
+    params
+        .iter()
+        .map(|p| (p.name().to_owned(), bits(to_f32_vec::<Flex>(p.value()))))
+        .collect()
 }
 
 /// Every gradient, by name.
 pub(crate) fn gradients(model: &Model) -> Vec<(String, Vec<f32>)> {
     let params = SegmentedModel::params(model);
-    params.iter().map(|p| (p.name().to_owned(), to_f32_vec::<Flex>(p.grad().expect("a gradient")))).collect()
+    params
+        .iter()
+        .map(|p| {
+            (
+                p.name().to_owned(),
+                to_f32_vec::<Flex>(p.grad().expect("a gradient")),
+            )
+        })
+        .collect()
 }
 
 /// A schedule that differs at every step.

@@ -106,6 +106,11 @@ pub(crate) fn finish(mut command: Command) -> Outcome {
     }
 }
 
+/// Runs the binary with the words of `line` as arguments.
+pub(crate) fn xtask(line: &str) -> Outcome {
+    bridge(&line.split_whitespace().collect::<Vec<_>>())
+}
+
 /// Runs the binary with these arguments.
 pub(crate) fn bridge<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Outcome {
     let mut command = command();

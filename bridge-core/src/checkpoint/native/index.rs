@@ -69,7 +69,10 @@ pub struct Piece {
 impl Piece {
     /// The part of the tensor that it holds.
     pub fn region(&self) -> Region {
-        Region { offset: self.offset.clone(), shape: self.shape.clone() }
+        Region {
+            offset: self.offset.clone(),
+            shape: self.shape.clone(),
+        }
     }
 }
 
@@ -242,15 +245,24 @@ impl NativeIndex {
         // A later version may have other fields, so the heading is read first.
         let heading: Heading = serde_json::from_slice(json).map_err(NativeIndexError::Json)?;
         if heading.format != FORMAT {
-            return Err(NativeIndexError::Format { found: heading.format });
+            return Err(NativeIndexError::Format {
+                found: heading.format,
+            });
         }
         if heading.version != VERSION {
-            return Err(NativeIndexError::Version { found: heading.version });
+            return Err(NativeIndexError::Version {
+                found: heading.version,
+            });
         }
-        let raw: RawIndex<UniqueMap<NativeTensor>> = serde_json::from_slice(json).map_err(NativeIndexError::Json)?;
+        let raw: RawIndex<UniqueMap<NativeTensor>> =
+            serde_json::from_slice(json).map_err(NativeIndexError::Json)?;
         let RawGroups { model, optimizer } = raw.groups;
         let map = |group: UniqueMap<NativeTensor>| group.0.into_iter().collect();
-        let index = Self { iteration: raw.iteration, model: map(model), optimizer: map(optimizer) };
+        let index = Self {
+            iteration: raw.iteration,
+            model: map(model),
+            optimizer: map(optimizer),
+        };
         index.check()?;
         Ok(index)
     }
@@ -261,7 +273,10 @@ impl NativeIndex {
     /// [`NativeIndexError`] when the index would be refused by its reader.
     pub fn to_json(&self) -> Result<Vec<u8>, NativeIndexError> {
         self.check()?;
-        let heading = format!("{{\"format\":\"{FORMAT}\",\"version\":{VERSION},\"iteration\":{}", self.iteration);
+        let heading = format!(
+            "{{\"format\":\"{FORMAT}\",\"version\":{VERSION},\"iteration\":{}",
+            self.iteration
+        );
         let mut json = heading.into_bytes();
         json.extend(b",\"groups\":{");
         for group in Group::ALL {
@@ -277,7 +292,9 @@ impl NativeIndex {
         }
         json.extend(b"}}\n");
         if json.len() as u64 > MAX_INDEX_BYTES {
-            return Err(NativeIndexError::TooLarge { found: json.len() as u64 });
+            return Err(NativeIndexError::TooLarge {
+                found: json.len() as u64,
+            });
         }
         Ok(json)
     }
@@ -299,36 +316,59 @@ impl NativeIndex {
 
 fn check_name(name: &str) -> Result<(), NativeIndexError> {
     if name.is_empty() || name.len() > MAX_NAME_BYTES || name.contains('\0') {
-        return Err(NativeIndexError::BadName { name: name.to_owned() });
+        return Err(NativeIndexError::BadName {
+            name: name.to_owned(),
+        });
     }
     Ok(())
 }
 
 fn check_tensor(group: Group, name: &str, tensor: &NativeTensor) -> Result<(), NativeIndexError> {
-    let NativeTensor { dtype, shape, pieces } = tensor;
+    let NativeTensor {
+        dtype,
+        shape,
+        pieces,
+    } = tensor;
     if let Some(problem) = tensor_problem(*dtype, shape) {
         let (name, shape) = (name.to_owned(), shape.clone());
-        return Err(NativeIndexError::BadTensor { name, dtype: *dtype, shape, problem });
+        return Err(NativeIndexError::BadTensor {
+            name,
+            dtype: *dtype,
+            shape,
+            problem,
+        });
     }
     let mut regions = Vec::with_capacity(pieces.len());
     for piece in pieces {
         check_name(&piece.key)?;
         if let Some(problem) = file_problem(group, &piece.file) {
-            return Err(NativeIndexError::BadFile { name: name.to_owned(), file: piece.file.clone(), problem });
+            return Err(NativeIndexError::BadFile {
+                name: name.to_owned(),
+                file: piece.file.clone(),
+                problem,
+            });
         }
         let region = piece.region();
         if !region.fits(shape) {
             let (name, shape) = (name.to_owned(), shape.clone());
-            return Err(NativeIndexError::PieceOutside { name, shape, piece: Box::new(piece.clone()) });
+            return Err(NativeIndexError::PieceOutside {
+                name,
+                shape,
+                piece: Box::new(piece.clone()),
+            });
         }
         regions.push(region);
     }
     match tiling::check(shape, &regions.iter().collect::<Vec<_>>()) {
         Ok(()) => Ok(()),
-        Err(TilingFault::NotExact) => {
-            Err(NativeIndexError::NotTiled { name: name.to_owned(), shape: shape.clone(), pieces: pieces.len() })
-        }
-        Err(TilingFault::TooManyCutDims) => Err(NativeIndexError::TooManyCuts { name: name.to_owned() }),
+        Err(TilingFault::NotExact) => Err(NativeIndexError::NotTiled {
+            name: name.to_owned(),
+            shape: shape.clone(),
+            pieces: pieces.len(),
+        }),
+        Err(TilingFault::TooManyCutDims) => Err(NativeIndexError::TooManyCuts {
+            name: name.to_owned(),
+        }),
     }
 }
 
@@ -337,7 +377,10 @@ fn tensor_problem(dtype: DType, shape: &[usize]) -> Option<&'static str> {
         Some("it has more than 64 dims")
     } else if dtype.bytes().is_none() {
         Some("packed types smaller than a byte cannot be cut into pieces")
-    } else if dtype.byte_len(shape).is_none_or(|len| len > i64::MAX as u64) {
+    } else if dtype
+        .byte_len(shape)
+        .is_none_or(|len| len > i64::MAX as u64)
+    {
         Some("it is larger than any file system")
     } else {
         None
@@ -346,7 +389,10 @@ fn tensor_problem(dtype: DType, shape: &[usize]) -> Option<&'static str> {
 
 /// Files are `GROUP/NAME.safetensors`, so that no path leads out of the checkpoint.
 fn file_problem(group: Group, file: &str) -> Option<&'static str> {
-    match file.strip_prefix(group.as_str()).and_then(|rest| rest.strip_prefix('/')) {
+    match file
+        .strip_prefix(group.as_str())
+        .and_then(|rest| rest.strip_prefix('/'))
+    {
         Some(name) => file_name_problem(name),
         None => Some("pieces of a group lie in the folder of that name"),
     }

@@ -19,7 +19,10 @@ mod reader;
 mod tiling;
 mod writer;
 
-pub use index::{FORMAT, Group, GroupIndex, MAX_INDEX_BYTES, NativeIndex, NativeIndexError, NativeTensor, Piece, VERSION};
+pub use index::{
+    FORMAT, Group, GroupIndex, MAX_INDEX_BYTES, NativeIndex, NativeIndexError, NativeTensor, Piece,
+    VERSION,
+};
 pub use reader::{NativeCheckpoint, SourceRun, list_iterations};
 pub use writer::{NativeWriter, PieceSpec, PieceWriter, retain};
 
@@ -42,7 +45,9 @@ fn parse_iteration(name: &str) -> Option<u64> {
     let digits = name.strip_prefix(ITERATION_PREFIX)?;
     // Seven digits, more only where they are needed, so that each number has one name.
     let canonical = digits.len() == 7 || (digits.len() > 7 && !digits.starts_with('0'));
-    (canonical && digits.bytes().all(|byte| byte.is_ascii_digit())).then(|| digits.parse().ok()).flatten()
+    (canonical && digits.bytes().all(|byte| byte.is_ascii_digit()))
+        .then(|| digits.parse().ok())
+        .flatten()
 }
 
 #[cfg(test)]

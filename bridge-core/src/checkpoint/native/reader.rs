@@ -68,7 +68,9 @@ impl NativeCheckpoint {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if !fs::metadata(path).context("open folder", path)?.is_dir() {
-            return Err(CheckpointError::NotAFolder { path: path.to_path_buf() });
+            return Err(CheckpointError::NotAFolder {
+                path: path.to_path_buf(),
+            });
         }
         if path.join(NATIVE_INDEX_FILE).exists() {
             return Self::open_iteration(path);
@@ -90,26 +92,39 @@ impl NativeCheckpoint {
         let mut problems = Problems::new();
         problems.push(problem.clone());
         for (_, dir) in list_iterations(root)?.into_iter().rev() {
-            let opened = Self::open_iteration(&dir).and_then(|checkpoint| checkpoint.check_files().map(|()| checkpoint));
+            let opened = Self::open_iteration(&dir)
+                .and_then(|checkpoint| checkpoint.check_files().map(|()| checkpoint));
             match opened {
                 Ok(mut checkpoint) => {
                     let name = dir.file_name().unwrap_or_default().display();
-                    checkpoint.notes.push(format!("{problem}; using {name}, the newest complete iteration"));
-                    checkpoint.notes.extend(problems.listed().iter().skip(1).cloned());
+                    checkpoint.notes.push(format!(
+                        "{problem}; using {name}, the newest complete iteration"
+                    ));
+                    checkpoint
+                        .notes
+                        .extend(problems.listed().iter().skip(1).cloned());
                     return Ok(checkpoint);
                 }
                 Err(error) => problems.push(with_causes(&error)),
             }
         }
-        Err(CheckpointError::NoCheckpoint { path: root.to_path_buf(), problems })
+        Err(CheckpointError::NoCheckpoint {
+            path: root.to_path_buf(),
+            problems,
+        })
     }
 
     fn open_iteration(dir: &Path) -> Result<Self> {
         let path = dir.join(NATIVE_INDEX_FILE);
-        let wrong = |problem| CheckpointError::NativeIndex { file: path.display().to_string(), problem };
+        let wrong = |problem| CheckpointError::NativeIndex {
+            file: path.display().to_string(),
+            problem,
+        };
         let reader = FileReader::open(&path)?;
         if reader.len() > MAX_INDEX_BYTES {
-            return Err(wrong(NativeIndexError::TooLarge { found: reader.len() }));
+            return Err(wrong(NativeIndexError::TooLarge {
+                found: reader.len(),
+            }));
         }
         let mut json = vec![0; reader.len() as usize];
         reader.read_exact_at(0, &mut json)?;
@@ -117,13 +132,19 @@ impl NativeCheckpoint {
         drop(json);
 
         let mut files: BTreeMap<String, PieceFile> = BTreeMap::new();
-        for tensor in Group::ALL.into_iter().flat_map(|group| index.group(group).values()) {
+        for tensor in Group::ALL
+            .into_iter()
+            .flat_map(|group| index.group(group).values())
+        {
             for piece in &tensor.pieces {
                 let spec = TensorSpec::new(&*piece.key, tensor.dtype, &*piece.shape);
                 let file = files.entry(piece.file.clone()).or_default();
                 if file.expected.insert(piece.key.clone(), spec).is_some() {
                     let problem = format!("{} is listed for two pieces", quote(&piece.key));
-                    return Err(wrong(NativeIndexError::FileDisagrees { file: piece.file.clone(), problem }));
+                    return Err(wrong(NativeIndexError::FileDisagrees {
+                        file: piece.file.clone(),
+                        problem,
+                    }));
                 }
             }
         }
@@ -132,9 +153,17 @@ impl NativeCheckpoint {
             missing.push(quote(file));
         }
         if !missing.is_empty() {
-            return Err(CheckpointError::MissingShards { path: dir.to_path_buf(), files: missing });
+            return Err(CheckpointError::MissingShards {
+                path: dir.to_path_buf(),
+                files: missing,
+            });
         }
-        Ok(Self { dir: dir.to_path_buf(), index, files, notes: Vec::new() })
+        Ok(Self {
+            dir: dir.to_path_buf(),
+            index,
+            files,
+            notes: Vec::new(),
+        })
     }
 
     /// The iteration's folder.
@@ -163,11 +192,13 @@ impl NativeCheckpoint {
     /// [`CheckpointError::UnknownTensor`], with the nearest name.
     pub fn tensor(&self, group: Group, name: &str) -> Result<&NativeTensor> {
         let tensors = self.index.group(group);
-        tensors.get(name).ok_or_else(|| CheckpointError::UnknownTensor {
-            place: format!("the {group} part of {}", self.dir.display()),
-            name: name.to_owned(),
-            nearest: nearest(name, tensors.keys().map(String::as_str)),
-        })
+        tensors
+            .get(name)
+            .ok_or_else(|| CheckpointError::UnknownTensor {
+                place: format!("the {group} part of {}", self.dir.display()),
+                name: name.to_owned(),
+                nearest: nearest(name, tensors.keys().map(String::as_str)),
+            })
     }
 
     /// Opens every file and compares its header with the index. Otherwise each is checked when it is first needed.
@@ -175,7 +206,9 @@ impl NativeCheckpoint {
     /// # Errors
     /// [`CheckpointError::Header`], [`CheckpointError::NativeIndex`] or [`CheckpointError::Io`] of the first bad file.
     pub fn check_files(&self) -> Result<()> {
-        self.files.iter().try_for_each(|(name, file)| self.opened(name, file).map(drop))
+        self.files
+            .iter()
+            .try_for_each(|(name, file)| self.opened(name, file).map(drop))
     }
 
     /// Reads a file that was added to the checkpoint, such as `train_state.json`.
@@ -208,13 +241,24 @@ impl NativeCheckpoint {
     /// # Errors
     /// [`CheckpointError::UnknownTensor`], [`CheckpointError::BadRange`] when the slice is not within the tensor or
     /// `out` has another size, and what opening and reading files may give.
-    pub fn read_slice(&self, group: Group, name: &str, region: &Region, out: &mut [u8]) -> Result<()> {
+    pub fn read_slice(
+        &self,
+        group: Group,
+        name: &str,
+        region: &Region,
+        out: &mut [u8],
+    ) -> Result<()> {
         let (tensor, element_bytes) = self.checked(group, name, region)?;
         let expected = tensor.dtype.byte_len(&region.shape);
         if expected != Some(out.len() as u64) {
             let (shape, dtype, found) = (Shape(&region.shape), tensor.dtype, out.len());
-            let problem = format!("a slice of shape {shape} of {dtype} does not fit a buffer of {found} bytes");
-            return Err(CheckpointError::BadRange { name: name.to_owned(), problem });
+            let problem = format!(
+                "a slice of shape {shape} of {dtype} does not fit a buffer of {found} bytes"
+            );
+            return Err(CheckpointError::BadRange {
+                name: name.to_owned(),
+                problem,
+            });
         }
         for (piece, shared) in pieces_of(tensor, region) {
             let (reader, start) = self.located(piece)?;
@@ -240,7 +284,12 @@ impl NativeCheckpoint {
         for (piece, shared) in pieces_of(tensor, region) {
             let (reader, start) = self.located(piece)?;
             for Run { src, dst, len } in shared.runs(&piece.region(), region, element_bytes) {
-                visit(SourceRun { reader, offset: start + src, dst, len })?;
+                visit(SourceRun {
+                    reader,
+                    offset: start + src,
+                    dst,
+                    len,
+                })?;
             }
         }
         Ok(())
@@ -250,15 +299,27 @@ impl NativeCheckpoint {
         let tensor = self.tensor(group, name)?;
         if !region.fits(&tensor.shape) {
             let (offset, shape) = (Shape(&region.offset), Shape(&region.shape));
-            let problem = format!("slice at {offset} of shape {shape} is not within shape {}", Shape(&tensor.shape));
-            return Err(CheckpointError::BadRange { name: name.to_owned(), problem });
+            let problem = format!(
+                "slice at {offset} of shape {shape} is not within shape {}",
+                Shape(&tensor.shape)
+            );
+            return Err(CheckpointError::BadRange {
+                name: name.to_owned(),
+                problem,
+            });
         }
-        let packed = || CheckpointError::PackedElements { name: name.to_owned(), dtype: tensor.dtype };
+        let packed = || CheckpointError::PackedElements {
+            name: name.to_owned(),
+            dtype: tensor.dtype,
+        };
         Ok((tensor, tensor.dtype.bytes().ok_or_else(packed)?))
     }
 
     fn check_pieces(&self, tensor: &NativeTensor) -> Result<()> {
-        tensor.pieces.iter().try_for_each(|piece| self.located(piece).map(drop))
+        tensor
+            .pieces
+            .iter()
+            .try_for_each(|piece| self.located(piece).map(drop))
     }
 
     /// The file of a piece, and the piece's first byte in it.
@@ -272,17 +333,24 @@ impl NativeCheckpoint {
             return Ok(opened);
         }
         let opened = SafetensorsFile::new(name, Box::new(FileReader::open(self.dir.join(name))?))?;
-        let opened = compare(opened, &file.expected).map_err(|problem| CheckpointError::NativeIndex {
-            file: self.dir.join(NATIVE_INDEX_FILE).display().to_string(),
-            problem: NativeIndexError::FileDisagrees { file: name.to_owned(), problem },
-        })?;
+        let opened =
+            compare(opened, &file.expected).map_err(|problem| CheckpointError::NativeIndex {
+                file: self.dir.join(NATIVE_INDEX_FILE).display().to_string(),
+                problem: NativeIndexError::FileDisagrees {
+                    file: name.to_owned(),
+                    problem,
+                },
+            })?;
         // Another thread may have opened it meanwhile; then that one is used.
         Ok(file.opened.get_or_init(|| opened))
     }
 }
 
 /// Checks that a file holds exactly the pieces expected.
-fn compare(file: SafetensorsFile, expected: &HashMap<String, TensorSpec>) -> Result<OpenedFile, String> {
+fn compare(
+    file: SafetensorsFile,
+    expected: &HashMap<String, TensorSpec>,
+) -> Result<OpenedFile, String> {
     let header = file.header();
     let mut starts = HashMap::with_capacity(header.entries.len());
     for entry in &header.entries {
@@ -299,18 +367,33 @@ fn compare(file: SafetensorsFile, expected: &HashMap<String, TensorSpec>) -> Res
                     Shape(shape)
                 ));
             }
-            None => return Err(format!("it holds {}, which the index does not list", quote(&entry.spec.name))),
+            None => {
+                return Err(format!(
+                    "it holds {}, which the index does not list",
+                    quote(&entry.spec.name)
+                ));
+            }
         }
     }
-    if let Some(key) = expected.keys().filter(|key| !starts.contains_key(*key)).min() {
+    if let Some(key) = expected
+        .keys()
+        .filter(|key| !starts.contains_key(*key))
+        .min()
+    {
         return Err(format!("it lacks {}, which the index lists", quote(key)));
     }
     Ok(OpenedFile { file, starts })
 }
 
 /// The pieces that hold parts of `region`, with those parts.
-fn pieces_of<'a>(tensor: &'a NativeTensor, region: &'a Region) -> impl Iterator<Item = (&'a Piece, Region)> {
-    tensor.pieces.iter().filter_map(|piece| Some((piece, piece.region().intersect(region)?)))
+fn pieces_of<'a>(
+    tensor: &'a NativeTensor,
+    region: &'a Region,
+) -> impl Iterator<Item = (&'a Piece, Region)> {
+    tensor
+        .pieces
+        .iter()
+        .filter_map(|piece| Some((piece, piece.region().intersect(region)?)))
 }
 
 /// Reads runs, in ascending order of their source offsets, which count from byte `start` of the file.
@@ -342,10 +425,19 @@ fn read_runs(
     read_batch(reader, start, &batch, &mut buffer, out)
 }
 
-fn read_batch(reader: &dyn RangeReader, start: u64, batch: &[Run], buffer: &mut Vec<u8>, out: &mut [u8]) -> Result<()> {
+fn read_batch(
+    reader: &dyn RangeReader,
+    start: u64,
+    batch: &[Run],
+    buffer: &mut Vec<u8>,
+    out: &mut [u8],
+) -> Result<()> {
     match batch {
         [] => Ok(()),
-        [run] => reader.read_exact_at(start + run.src, &mut out[run.dst as usize..][..run.len as usize]),
+        [run] => reader.read_exact_at(
+            start + run.src,
+            &mut out[run.dst as usize..][..run.len as usize],
+        ),
         [first, .., last] => {
             buffer.resize((last.src + last.len - first.src) as usize, 0);
             reader.read_exact_at(start + first.src, buffer)?;
@@ -388,9 +480,17 @@ pub(super) fn read_latest(root: &Path) -> Result<u64, String> {
         reader => reader.map_err(|error| with_causes(&error))?,
     };
     let mut bytes = vec![0; reader.len().min(MAX_BYTES) as usize];
-    reader.read_exact_at(0, &mut bytes).map_err(|error| with_causes(&error))?;
+    reader
+        .read_exact_at(0, &mut bytes)
+        .map_err(|error| with_causes(&error))?;
     let text = String::from_utf8_lossy(&bytes);
-    parse_iteration(text.trim()).ok_or_else(|| format!("{} holds {}, no iteration's name", path.display(), quote(&text)))
+    parse_iteration(text.trim()).ok_or_else(|| {
+        format!(
+            "{} holds {}, no iteration's name",
+            path.display(),
+            quote(&text)
+        )
+    })
 }
 
 /// An error with the errors behind it, in one line.

@@ -26,7 +26,9 @@ pub(super) fn check(shape: &[usize], pieces: &[&Region]) -> Result<(), TilingFau
         return Ok(());
     }
     let dims = 0..shape.len();
-    let cut: Vec<usize> = dims.filter(|&dim| pieces.iter().any(|piece| piece.shape[dim] != shape[dim])).collect();
+    let cut: Vec<usize> = dims
+        .filter(|&dim| pieces.iter().any(|piece| piece.shape[dim] != shape[dim]))
+        .collect();
     if cut.len() > MAX_CUT_DIMS {
         return Err(TilingFault::TooManyCutDims);
     }
@@ -34,15 +36,30 @@ pub(super) fn check(shape: &[usize], pieces: &[&Region]) -> Result<(), TilingFau
     let mut add = |region: &Region, sign: i64| {
         for choice in 0..1u32 << cut.len() {
             let corner = |(bit, &dim): (usize, &usize)| {
-                region.offset[dim] + if choice >> bit & 1 == 1 { region.shape[dim] } else { 0 }
+                region.offset[dim]
+                    + if choice >> bit & 1 == 1 {
+                        region.shape[dim]
+                    } else {
+                        0
+                    }
             };
-            let parity = if choice.count_ones() % 2 == 0 { sign } else { -sign };
-            *corners.entry(cut.iter().enumerate().map(corner).collect()).or_default() += parity;
+            let parity = if choice.count_ones() % 2 == 0 {
+                sign
+            } else {
+                -sign
+            };
+            *corners
+                .entry(cut.iter().enumerate().map(corner).collect())
+                .or_default() += parity;
         }
     };
     pieces.iter().for_each(|piece| add(piece, 1));
     add(&Region::whole(shape), -1);
-    if corners.values().all(|&sum| sum == 0) { Ok(()) } else { Err(TilingFault::NotExact) }
+    if corners.values().all(|&sum| sum == 0) {
+        Ok(())
+    } else {
+        Err(TilingFault::NotExact)
+    }
 }
 
 #[cfg(test)]
@@ -53,7 +70,10 @@ mod tests {
 
     #[track_caller]
     fn run(shape: &[usize], pieces: &[(&[usize], &[usize])], expected: Result<(), TilingFault>) {
-        let pieces: Vec<Region> = pieces.iter().map(|(offset, shape)| Region::new(*offset, *shape)).collect();
+        let pieces: Vec<Region> = pieces
+            .iter()
+            .map(|(offset, shape)| Region::new(*offset, *shape))
+            .collect();
         assert_eq!(check(shape, &pieces.iter().collect::<Vec<_>>()), expected);
     }
 
@@ -66,17 +86,34 @@ mod tests {
         run(&[4, 5], &[(&[0, 0], &[2, 5]), (&[2, 0], &[2, 5])], Ok(()));
         // A gap, an overlap, and both so that the number of elements is right.
         run(&[4, 5], &[(&[0, 0], &[2, 5])], Err(TilingFault::NotExact));
-        run(&[4, 5], &[(&[0, 0], &[4, 5]), (&[1, 1], &[1, 1])], Err(TilingFault::NotExact));
-        run(&[4], &[(&[0], &[2]), (&[1], &[2])], Err(TilingFault::NotExact));
+        run(
+            &[4, 5],
+            &[(&[0, 0], &[4, 5]), (&[1, 1], &[1, 1])],
+            Err(TilingFault::NotExact),
+        );
+        run(
+            &[4],
+            &[(&[0], &[2]), (&[1], &[2])],
+            Err(TilingFault::NotExact),
+        );
         // The pinwheel, which no sequence of straight cuts makes.
-        let pinwheel: [(&[usize], &[usize]); 5] =
-            [(&[0, 0], &[1, 2]), (&[0, 2], &[2, 1]), (&[2, 1], &[1, 2]), (&[1, 0], &[2, 1]), (&[1, 1], &[1, 1])];
+        let pinwheel: [(&[usize], &[usize]); 5] = [
+            (&[0, 0], &[1, 2]),
+            (&[0, 2], &[2, 1]),
+            (&[2, 1], &[1, 2]),
+            (&[1, 0], &[2, 1]),
+            (&[1, 1], &[1, 1]),
+        ];
         run(&[3, 3], &pinwheel, Ok(()));
         run(&[3, 3], &pinwheel[..4], Err(TilingFault::NotExact));
         // Empty pieces hold nothing; empty tensors need nothing.
         run(&[4], &[(&[0], &[4]), (&[2], &[0])], Ok(()));
         run(&[4, 0], &[], Ok(()));
-        run(&[2; 8], &[(&[0; 8], &[1; 8])], Err(TilingFault::TooManyCutDims));
+        run(
+            &[2; 8],
+            &[(&[0; 8], &[1; 8])],
+            Err(TilingFault::TooManyCutDims),
+        );
     }
 
     proptest! {

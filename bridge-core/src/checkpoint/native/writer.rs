@@ -12,7 +12,10 @@ use super::super::header::{Header, TensorSpec};
 use super::super::output_file::OutputFiles;
 use super::super::region::Region;
 use super::super::source::{FileReader, RangeReader};
-use super::super::staging::{Durability, Existing, Staging, remove_folder, remove_leftovers, replace_file, sync_dir, write_file};
+use super::super::staging::{
+    Durability, Existing, Staging, remove_folder, remove_leftovers, replace_file, sync_dir,
+    write_file,
+};
 use super::super::unique_map::UniqueMap;
 use super::index::{Group, GroupIndex, NativeIndex, NativeTensor, Piece};
 use super::{LATEST_FILE, NATIVE_INDEX_FILE, iteration_dir, list_iterations, parse_iteration};
@@ -40,7 +43,12 @@ impl PieceSpec {
     pub fn whole(name: impl Into<String>, dtype: DType, shape: impl Into<Vec<usize>>) -> Self {
         let shape = shape.into();
         let region = Region::whole(&shape);
-        Self { name: name.into(), dtype, shape, region }
+        Self {
+            name: name.into(),
+            dtype,
+            shape,
+            region,
+        }
     }
 }
 
@@ -78,8 +86,15 @@ impl NativeWriter {
     pub fn begin(root: impl Into<PathBuf>, iteration: u64, durability: Durability) -> Result<Self> {
         let root = root.into();
         let staging = Staging::create(&iteration_dir(&root, iteration), Existing::Replace)?;
-        remove_leftovers(&root, |target| target == LATEST_FILE || parse_iteration(target).is_some())?;
-        Ok(Self { staging, root, iteration, durability })
+        remove_leftovers(&root, |target| {
+            target == LATEST_FILE || parse_iteration(target).is_some()
+        })?;
+        Ok(Self {
+            staging,
+            root,
+            iteration,
+            durability,
+        })
     }
 
     /// The hidden folder.
@@ -91,7 +106,12 @@ impl NativeWriter {
     ///
     /// # Errors
     /// As there.
-    pub fn piece_file(&self, group: Group, part: usize, pieces: Vec<PieceSpec>) -> Result<PieceWriter> {
+    pub fn piece_file(
+        &self,
+        group: Group,
+        part: usize,
+        pieces: Vec<PieceSpec>,
+    ) -> Result<PieceWriter> {
         PieceWriter::create(self.staging_dir(), group, part, pieces, self.durability)
     }
 
@@ -117,17 +137,34 @@ impl NativeWriter {
     /// [`CheckpointError::Inconsistent`] or [`CheckpointError::NativeIndex`] when the pieces do not fit together,
     /// [`CheckpointError::Io`]. The earlier checkpoints are untouched then.
     pub fn finish(self, model_parts: usize, optimizer_parts: usize) -> Result<PathBuf> {
-        let mut index = NativeIndex { iteration: self.iteration, model: GroupIndex::new(), optimizer: GroupIndex::new() };
-        for (group, parts) in [(Group::Model, model_parts), (Group::Optimizer, optimizer_parts)] {
+        let mut index = NativeIndex {
+            iteration: self.iteration,
+            model: GroupIndex::new(),
+            optimizer: GroupIndex::new(),
+        };
+        for (group, parts) in [
+            (Group::Model, model_parts),
+            (Group::Optimizer, optimizer_parts),
+        ] {
             *index.group_mut(group) = collect_pieces(self.staging.dir(), group, parts)?;
         }
         let path = self.staging.dir().join(NATIVE_INDEX_FILE);
-        let wrong = |problem| CheckpointError::NativeIndex { file: path.display().to_string(), problem };
+        let wrong = |problem| CheckpointError::NativeIndex {
+            file: path.display().to_string(),
+            problem,
+        };
         let json = index.to_json().map_err(wrong)?;
         write_file(&path, &json, self.durability)?;
         let published = self.staging.publish(self.durability)?;
-        let name = published.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        replace_file(&self.root.join(LATEST_FILE), format!("{name}\n").as_bytes(), self.durability)?;
+        let name = published
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        replace_file(
+            &self.root.join(LATEST_FILE),
+            format!("{name}\n").as_bytes(),
+            self.durability,
+        )?;
         Ok(published)
     }
 }
@@ -160,12 +197,24 @@ impl PieceWriter {
         let mut problems = Problems::new();
         let mut specs = Vec::with_capacity(pieces.len());
         let mut placements = BTreeMap::new();
-        for PieceSpec { name, dtype, shape, region } in pieces {
+        for PieceSpec {
+            name,
+            dtype,
+            shape,
+            region,
+        } in pieces
+        {
             if !region.fits(&shape) {
-                problems.push(format!("piece {region:?} is not within tensor {} of shape {shape:?}", quote(&name)));
+                problems.push(format!(
+                    "piece {region:?} is not within tensor {} of shape {shape:?}",
+                    quote(&name)
+                ));
             }
             if dtype.bytes().is_none() {
-                problems.push(format!("tensor {} of packed type {dtype} cannot be stored in pieces", quote(&name)));
+                problems.push(format!(
+                    "tensor {} of packed type {dtype} cannot be stored in pieces",
+                    quote(&name)
+                ));
             }
             if region.shape == shape {
                 specs.push(TensorSpec { name, dtype, shape });
@@ -173,21 +222,46 @@ impl PieceWriter {
             }
             let offsets: Vec<String> = region.offset.iter().map(usize::to_string).collect();
             let key = format!("{name}@{}", offsets.join(","));
-            specs.push(TensorSpec { name: key.clone(), dtype, shape: region.shape });
-            placements.insert(key, Placement { name, shape, offset: region.offset });
+            specs.push(TensorSpec {
+                name: key.clone(),
+                dtype,
+                shape: region.shape,
+            });
+            placements.insert(
+                key,
+                Placement {
+                    name,
+                    shape,
+                    offset: region.offset,
+                },
+            );
         }
         if !problems.is_empty() {
             return Err(CheckpointError::BadLayout { problems });
         }
         let dir = staging_dir.join(group.as_str());
         let file_name = part_file_name(part);
-        let (partial, path) = (dir.join(format!(".{file_name}.partial")), dir.join(&file_name));
-        let wrong = |problem| CheckpointError::Header { file: path.display().to_string(), problem };
-        let json = serde_json::to_string(&placements).map_err(|error| wrong(super::super::HeaderError::Json(error)))?;
-        let (bytes, header) = Header::encode(&specs, &[(PIECES_KEY.to_owned(), json)]).map_err(wrong)?;
+        let (partial, path) = (
+            dir.join(format!(".{file_name}.partial")),
+            dir.join(&file_name),
+        );
+        let wrong = |problem| CheckpointError::Header {
+            file: path.display().to_string(),
+            problem,
+        };
+        let json = serde_json::to_string(&placements)
+            .map_err(|error| wrong(super::super::HeaderError::Json(error)))?;
+        let (bytes, header) =
+            Header::encode(&specs, &[(PIECES_KEY.to_owned(), json)]).map_err(wrong)?;
 
         fs::create_dir_all(&dir).context("create folder", &dir)?;
-        let mut writer = Self { files: OutputFiles::default(), partial, path, durability, finished: false };
+        let mut writer = Self {
+            files: OutputFiles::default(),
+            partial,
+            path,
+            durability,
+            finished: false,
+        };
         writer.files.add(writer.partial.clone(), &bytes, &header)?;
         Ok(writer)
     }
@@ -219,7 +293,8 @@ impl PieceWriter {
         source_offset: u64,
         len: u64,
     ) -> Result<()> {
-        self.files.copy_from(piece, offset, source, source_offset, len)
+        self.files
+            .copy_from(piece, offset, source, source_offset, len)
     }
 
     /// Checks that every byte has been written and gives the file its name, by which the first rank knows that it is
@@ -260,46 +335,87 @@ fn collect_pieces(staging_dir: &Path, group: Group, parts: usize) -> Result<Grou
         missing.push(format!("{group}/{name}"));
     }
     if !missing.is_empty() {
-        return Err(CheckpointError::MissingShards { path: staging_dir.to_path_buf(), files: missing });
+        return Err(CheckpointError::MissingShards {
+            path: staging_dir.to_path_buf(),
+            files: missing,
+        });
     }
     let mut problems = Problems::new();
     if dir.exists() {
         for entry in fs::read_dir(&dir).context("open folder", &dir)? {
             let name = entry.context("read folder", &dir)?.file_name();
             if !expected.iter().any(|expected| name == **expected) {
-                problems.push(format!("{group}/{} is beyond the {parts} parts expected", name.display()));
+                problems.push(format!(
+                    "{group}/{} is beyond the {parts} parts expected",
+                    name.display()
+                ));
             }
         }
     }
     let mut tensors = GroupIndex::new();
     for name in &expected {
         let file = SafetensorsFile::new(&**name, Box::new(FileReader::open(dir.join(name))?))?;
-        add_pieces(&file, &format!("{group}/{name}"), &mut tensors, &mut problems)?;
+        add_pieces(
+            &file,
+            &format!("{group}/{name}"),
+            &mut tensors,
+            &mut problems,
+        )?;
     }
     if problems.is_empty() {
         return Ok(tensors);
     }
-    Err(CheckpointError::Inconsistent { path: staging_dir.to_path_buf(), problems })
+    Err(CheckpointError::Inconsistent {
+        path: staging_dir.to_path_buf(),
+        problems,
+    })
 }
 
-fn add_pieces(file: &SafetensorsFile, path: &str, tensors: &mut GroupIndex, problems: &mut Problems) -> Result<()> {
+fn add_pieces(
+    file: &SafetensorsFile,
+    path: &str,
+    tensors: &mut GroupIndex,
+    problems: &mut Problems,
+) -> Result<()> {
     let header = file.header();
     let stated = header.metadata.iter().find(|(key, _)| key == PIECES_KEY);
     let placements = match stated {
         None => UniqueMap(Vec::new()),
         Some((_, json)) => serde_json::from_str::<UniqueMap<Placement>>(json).map_err(|error| {
             let problem = super::super::HeaderError::Json(error);
-            CheckpointError::Header { file: path.to_owned(), problem }
+            CheckpointError::Header {
+                file: path.to_owned(),
+                problem,
+            }
         })?,
     };
     let mut placements: BTreeMap<String, Placement> = placements.0.into_iter().collect();
     for entry in &header.entries {
-        let TensorSpec { name: key, dtype, shape } = entry.spec.clone();
-        let Placement { name, shape: whole, offset } = placements
-            .remove(&key)
-            .unwrap_or_else(|| Placement { name: key.clone(), shape: shape.clone(), offset: vec![0; shape.len()] });
-        let piece = Piece { file: path.to_owned(), key, offset, shape };
-        let tensor = tensors.entry(name).or_insert_with_key(|_| NativeTensor { dtype, shape: whole.clone(), pieces: vec![] });
+        let TensorSpec {
+            name: key,
+            dtype,
+            shape,
+        } = entry.spec.clone();
+        let Placement {
+            name,
+            shape: whole,
+            offset,
+        } = placements.remove(&key).unwrap_or_else(|| Placement {
+            name: key.clone(),
+            shape: shape.clone(),
+            offset: vec![0; shape.len()],
+        });
+        let piece = Piece {
+            file: path.to_owned(),
+            key,
+            offset,
+            shape,
+        };
+        let tensor = tensors.entry(name).or_insert_with_key(|_| NativeTensor {
+            dtype,
+            shape: whole.clone(),
+            pieces: vec![],
+        });
         if (tensor.dtype, &tensor.shape) != (dtype, &whole) {
             problems.push(format!(
                 "{} of {path} is a piece of a {dtype} tensor of shape {whole:?}, but other pieces are of {} {:?}",

@@ -1,9 +1,10 @@
 //! Named sizes. The numbers are those of the published `config.json` files.
 
 use bridge_core::DecoderConfig;
-use bridge_core::config::{LayerConfig, RopeConfig, RopeScaling};
+use bridge_core::config::{RopeConfig, RopeScaling};
 
 use crate::families::keys::plain_decoder;
+use crate::families::sizes::Size;
 use crate::families::spec::Preset;
 
 pub(super) const ALL: &[Preset] = &[
@@ -94,31 +95,8 @@ pub(super) const ALL: &[Preset] = &[
     },
 ];
 
-/// What tells the sizes of one generation apart.
-struct Size {
-    hidden_size: usize,
-    intermediate_size: usize,
-    layers: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-}
-
-fn size(size: Size, generation: DecoderConfig) -> DecoderConfig {
-    DecoderConfig {
-        hidden_size: size.hidden_size,
-        intermediate_size: size.intermediate_size,
-        num_hidden_layers: size.layers,
-        layers: vec![LayerConfig::dense(); size.layers],
-        num_attention_heads: size.heads,
-        num_key_value_heads: size.kv_heads,
-        head_dim: size.head_dim,
-        ..generation
-    }
-}
-
 fn llama2(dims: Size) -> DecoderConfig {
-    let mut config = size(dims, plain_decoder());
+    let mut config = dims.of(plain_decoder());
     config.vocab_size = 32_000;
     config.max_position_embeddings = 4096;
     config.norm.eps = 1e-5;
@@ -129,26 +107,12 @@ fn llama2(dims: Size) -> DecoderConfig {
 
 /// Llama 2 7B.
 pub fn llama2_7b() -> DecoderConfig {
-    llama2(Size {
-        hidden_size: 4096,
-        intermediate_size: 11_008,
-        layers: 32,
-        heads: 32,
-        kv_heads: 32,
-        head_dim: 128,
-    })
+    llama2(Size::new(4096, 11_008, 32, 32, 32, 128))
 }
 
 /// Llama 2 13B.
 pub fn llama2_13b() -> DecoderConfig {
-    llama2(Size {
-        hidden_size: 5120,
-        intermediate_size: 13_824,
-        layers: 40,
-        heads: 40,
-        kv_heads: 40,
-        head_dim: 128,
-    })
+    llama2(Size::new(5120, 13_824, 40, 40, 40, 128))
 }
 
 /// Llama 2 70B.
@@ -156,25 +120,11 @@ pub fn llama2_70b() -> DecoderConfig {
     llama2(SIZE_70B)
 }
 
-const SIZE_8B: Size = Size {
-    hidden_size: 4096,
-    intermediate_size: 14_336,
-    layers: 32,
-    heads: 32,
-    kv_heads: 8,
-    head_dim: 128,
-};
-const SIZE_70B: Size = Size {
-    hidden_size: 8192,
-    intermediate_size: 28_672,
-    layers: 80,
-    heads: 64,
-    kv_heads: 8,
-    head_dim: 128,
-};
+const SIZE_8B: Size = Size::new(4096, 14_336, 32, 32, 8, 128);
+const SIZE_70B: Size = Size::new(8192, 28_672, 80, 64, 8, 128);
 
 fn llama3(dims: Size) -> DecoderConfig {
-    let mut config = size(dims, plain_decoder());
+    let mut config = dims.of(plain_decoder());
     config.vocab_size = 128_256;
     config.max_position_embeddings = 8192;
     config.norm.eps = 1e-5;
@@ -226,27 +176,13 @@ pub fn llama31_70b() -> DecoderConfig {
 
 /// Llama 3.1 405B.
 pub fn llama31_405b() -> DecoderConfig {
-    let dims = Size {
-        hidden_size: 16_384,
-        intermediate_size: 53_248,
-        layers: 126,
-        heads: 128,
-        kv_heads: 8,
-        head_dim: 128,
-    };
+    let dims = Size::new(16_384, 53_248, 126, 128, 8, 128);
     llama3_long(dims, 8.0)
 }
 
 /// Llama 3.2 1B.
 pub fn llama32_1b() -> DecoderConfig {
-    let dims = Size {
-        hidden_size: 2048,
-        intermediate_size: 8192,
-        layers: 16,
-        heads: 32,
-        kv_heads: 8,
-        head_dim: 64,
-    };
+    let dims = Size::new(2048, 8192, 16, 32, 8, 64);
     DecoderConfig {
         tie_word_embeddings: true,
         ..llama3_long(dims, 32.0)
@@ -255,14 +191,7 @@ pub fn llama32_1b() -> DecoderConfig {
 
 /// Llama 3.2 3B.
 pub fn llama32_3b() -> DecoderConfig {
-    let dims = Size {
-        hidden_size: 3072,
-        intermediate_size: 8192,
-        layers: 28,
-        heads: 24,
-        kv_heads: 8,
-        head_dim: 128,
-    };
+    let dims = Size::new(3072, 8192, 28, 24, 8, 128);
     DecoderConfig {
         tie_word_embeddings: true,
         ..llama3_long(dims, 32.0)
@@ -287,14 +216,7 @@ pub fn llama31_nemotron_nano_8b() -> DecoderConfig {
 
 /// Llama 3.1 Nemotron Nano 4B: pruned in width, so that its heads together are wider than the residual stream.
 pub fn llama31_nemotron_nano_4b() -> DecoderConfig {
-    let dims = Size {
-        hidden_size: 3072,
-        intermediate_size: 9216,
-        layers: 32,
-        heads: 32,
-        kv_heads: 8,
-        head_dim: 128,
-    };
+    let dims = Size::new(3072, 9216, 32, 32, 8, 128);
     DecoderConfig {
         eos_token_ids: INSTRUCT_EOS.to_vec(),
         ..llama3_long(dims, 8.0)
@@ -302,7 +224,7 @@ pub fn llama31_nemotron_nano_4b() -> DecoderConfig {
 }
 
 fn smollm2(dims: Size, theta: f64) -> DecoderConfig {
-    let mut config = size(dims, plain_decoder());
+    let mut config = dims.of(plain_decoder());
     config.vocab_size = 49_152;
     config.max_position_embeddings = 8192;
     config.norm.eps = 1e-5;
@@ -315,14 +237,7 @@ fn smollm2(dims: Size, theta: f64) -> DecoderConfig {
 
 /// SmolLM2 135M.
 pub fn smollm2_135m() -> DecoderConfig {
-    let dims = Size {
-        hidden_size: 576,
-        intermediate_size: 1536,
-        layers: 30,
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
-    };
+    let dims = Size::new(576, 1536, 30, 9, 3, 64);
     DecoderConfig {
         initializer_range: 1.0 / 24.0,
         ..smollm2(dims, 100_000.0)
@@ -331,41 +246,20 @@ pub fn smollm2_135m() -> DecoderConfig {
 
 /// SmolLM2 360M.
 pub fn smollm2_360m() -> DecoderConfig {
-    let dims = Size {
-        hidden_size: 960,
-        intermediate_size: 2560,
-        layers: 32,
-        heads: 15,
-        kv_heads: 5,
-        head_dim: 64,
-    };
+    let dims = Size::new(960, 2560, 32, 15, 5, 64);
     smollm2(dims, 100_000.0)
 }
 
 /// SmolLM2 1.7B.
 pub fn smollm2_1_7b() -> DecoderConfig {
-    let dims = Size {
-        hidden_size: 2048,
-        intermediate_size: 8192,
-        layers: 24,
-        heads: 32,
-        kv_heads: 32,
-        head_dim: 64,
-    };
+    let dims = Size::new(2048, 8192, 24, 32, 32, 64);
     smollm2(dims, 130_000.0)
 }
 
 /// A toy with all dimensions different and small, for tests.
 pub fn tiny() -> DecoderConfig {
-    let dims = Size {
-        hidden_size: 48,
-        intermediate_size: 80,
-        layers: 3,
-        heads: 6,
-        kv_heads: 2,
-        head_dim: 16,
-    };
-    let mut config = size(dims, plain_decoder());
+    let dims = Size::new(48, 80, 3, 6, 2, 16);
+    let mut config = dims.of(plain_decoder());
     config.vocab_size = 131;
     config.max_position_embeddings = 96;
     config.norm.eps = 1e-5;

@@ -3,7 +3,7 @@ use bridge_core::{HfConfig, ModelBridge};
 use serde_json::{Value, json};
 
 use super::{SPEC, presets};
-use crate::families::testing::check_reference;
+use crate::families::testing::{check_presets, check_reference};
 
 fn parse(json: Value) -> bridge_core::Result<bridge_core::DecoderConfig> {
     let Value::Object(map) = json else {
@@ -29,49 +29,28 @@ fn with(pairs: &[(&str, Value)]) -> Value {
 }
 
 #[test]
-fn every_preset_survives_its_config_file() {
-    for preset in presets::ALL {
-        let config = (preset.config)();
-        let json = SPEC.hf_config(&config).unwrap();
-        assert_eq!(json["architectures"], json!(["LlamaForCausalLM"]));
-        assert_eq!(
-            parse(Value::Object(json)).unwrap(),
-            config,
-            "{}",
-            preset.name
-        );
-    }
-}
-
-#[test]
-fn presets_have_the_published_sizes() {
-    // Parameters of the published checkpoints, a tied head counted once.
-    for (name, parameters) in [
-        ("llama2_7b", 6_738_415_616u64),
-        ("llama2_13b", 13_015_864_320),
-        ("llama2_70b", 68_976_648_192),
-        ("llama3_8b", 8_030_261_248),
-        ("llama3_70b", 70_553_706_496),
-        ("llama31_8b", 8_030_261_248),
-        ("llama31_70b", 70_553_706_496),
-        ("llama31_405b", 405_853_388_800),
-        ("llama32_1b", 1_235_814_400),
-        ("llama32_3b", 3_212_749_824),
-        ("llama33_70b", 70_553_706_496),
-        ("llama31_nemotron_nano_8b", 8_030_261_248),
-        ("llama31_nemotron_nano_4b", 4_512_746_496),
-        ("smollm2_135m", 134_515_008),
-        ("smollm2_360m", 361_821_120),
-        ("smollm2_1_7b", 1_711_376_384),
-    ] {
-        let (_, config) = crate::families::preset(name).unwrap();
-        let found: u64 = config
-            .tensors()
-            .iter()
-            .map(|tensor| tensor.numel() as u64)
-            .sum();
-        assert_eq!(found, parameters, "{name}");
-    }
+fn presets_have_the_published_sizes_and_survive_their_config_file() {
+    check_presets(
+        &SPEC,
+        &[
+            ("llama2_7b", 6_738_415_616),
+            ("llama2_13b", 13_015_864_320),
+            ("llama2_70b", 68_976_648_192),
+            ("llama3_8b", 8_030_261_248),
+            ("llama3_70b", 70_553_706_496),
+            ("llama31_8b", 8_030_261_248),
+            ("llama31_70b", 70_553_706_496),
+            ("llama31_405b", 405_853_388_800),
+            ("llama32_1b", 1_235_814_400),
+            ("llama32_3b", 3_212_749_824),
+            ("llama33_70b", 70_553_706_496),
+            ("llama31_nemotron_nano_8b", 8_030_261_248),
+            ("llama31_nemotron_nano_4b", 4_512_746_496),
+            ("smollm2_135m", 134_515_008),
+            ("smollm2_360m", 361_821_120),
+            ("smollm2_1_7b", 1_711_376_384),
+        ],
+    );
 }
 
 #[test]

@@ -90,7 +90,7 @@ struct Problem<'a> {
     k: &'a [f32],
     /// [batch, t, kv_heads, dv]
     v: &'a [f32],
-    /// [heads]
+    /// `[heads]`
     sinks: Option<Vec<f32>>,
 }
 

@@ -26,7 +26,7 @@ pub(crate) use kernel::{Isa, Output};
 use kernel::{MR, NR};
 
 pub(crate) use super::simd::Element;
-use super::threads::{SharedMut, num_threads, part, run_jobs};
+use super::threads::{SharedMut, num_threads, part, run_jobs_on};
 
 /// Greatest depth of a panel. A panel of the right operand (512 x 16 fp32) is as large as a usual L1 cache, and comes
 /// from L2 without slowing the multiplication down; a longer one would save nothing, a shorter one would write the
@@ -375,14 +375,6 @@ impl BlockProduct<'_> {
                 }
             }
         });
-    }
-}
-
-fn run_jobs_on(threads: usize, count: usize, job: impl Fn(usize) + Send + Sync) {
-    if threads == 1 {
-        (0..count).for_each(job)
-    } else {
-        run_jobs(count, job)
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::super::threads::{SharedMut, part, run_jobs};
+use super::super::threads::{SharedMut, part, run_jobs_on};
 use super::kernel::{Isa, MR, NR};
 use super::{Element, Matrix};
 
@@ -71,7 +71,7 @@ pub(super) fn pack_right<T: Element>(
         (panels.len() >> 13).clamp(1, 4 * threads)
     };
     let shared = SharedMut::new(panels);
-    run_jobs(jobs, |job| {
+    run_jobs_on(threads, jobs, |job| {
         // Jobs read parts of the operand that are contiguous, as far as possible.
         let (depth_part, cols_part) = if b.col_stride == 1 {
             (part(depth.len(), jobs, 1, job), 0..cols.len())
