@@ -5,11 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The crates from the bottom up; none may use one that stands after it.
-const ORDER: [&str; 11] = [
+const ORDER: [&str; 12] = [
     "bridge-core",
     "bridge-hub",
     "bridge-ops",
     "bridge-cuda",
+    "bridge-parallel",
     "bridge-models",
     "bridge-tokenizers",
     "bridge-data",
