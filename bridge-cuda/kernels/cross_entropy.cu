@@ -3,7 +3,8 @@
 //   z = logits, or cap tanh(logits / cap);  loss = logsumexp(z) - z[target];  dlogits = (softmax(z) - onehot) dloss
 //
 // Definitions: TYPE (logits), INDEX (targets), SOFTCAP (0 or 1). logits, dlogits: [rows, n] packed, one block per row, 16-byte
-// packs where rows allow (VECTOR). dlogits may be the logits. Targets equal to `ignore` have loss 0 and gradient 0.
+// packs where rows allow (VECTOR). dlogits may be the logits. Targets equal to `ignore` have loss 0 and gradient 0; other
+// negative targets lie in another part of the vocabulary: no logit is subtracted, the gradient has no onehot.
 // The maximum and the sum are kept together in one pass ("online softmax", Milakov and Gimelshein 2018). `both` does
 // forward and backward for a dloss known beforehand: the second read of the row mostly hits the L2 cache.
 // Launcher: src/ops/cross_entropy.rs.
@@ -73,7 +74,7 @@ extern "C" __global__ void forward(float* loss, float* lse, const T* logits, con
     if (threadIdx.x == 0) {
         i64 target = (i64)targets[blockIdx.x];
         lse[blockIdx.x] = total;
-        loss[blockIdx.x] = target == ignore ? 0.0f : total - capped(load(row[target]), cap);
+        loss[blockIdx.x] = target == ignore ? 0.0f : total - (target < 0 ? 0.0f : capped(load(row[target]), cap));
     }
 }
 
@@ -89,7 +90,7 @@ extern "C" __global__ void both(T* dlogits, float* loss, float* lse, const T* lo
     float total = log_sum_exp(row, n, cap);
     if (threadIdx.x == 0) {
         lse[blockIdx.x] = total;
-        loss[blockIdx.x] = target == ignore ? 0.0f : total - capped(load(row[target]), cap);
+        loss[blockIdx.x] = target == ignore ? 0.0f : total - (target < 0 ? 0.0f : capped(load(row[target]), cap));
     }
     // dlogits may be the logits: the target's logit has to be read before it is overwritten.
     __syncthreads();

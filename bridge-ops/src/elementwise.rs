@@ -3,7 +3,8 @@
 use burn_backend::{DType, TensorMetadata};
 
 use crate::ops::Ops;
-use crate::primitive::{Float, dims, float, reshaped, tensor, to_dtype, to_f32};
+use crate::param::Param;
+use crate::primitive::{Float, dims, float, reshaped, rows_and_last, tensor, to_dtype, to_f32};
 use crate::tape::{Tape, Var};
 
 /// `a + b`.
@@ -62,6 +63,36 @@ pub fn softcap<B: Ops>(tape: &Tape<B>, x: &Var<B>, cap: f64) -> Var<B> {
     tape.record(output, &[x], move |dy| {
         vec![Some(B::softcap_backward(input, dy, cap))]
     })
+}
+
+/// `x + bias`, the bias repeated for every row: for a bias that is added after something else than its own product (see
+/// [`linear`](crate::linear) for that). x: [.., out], bias: `[out]`.
+///
+/// # Panics
+/// When the shapes do not fit.
+#[track_caller]
+pub fn add_bias<B: Ops>(tape: &Tape<B>, x: &Var<B>, bias: &Param<B>) -> Var<B> {
+    let (shape, size) = (x.shape(), bias.shape());
+    assert!(
+        size.len() == 1 && shape.last() == size.last(),
+        "add_bias: `{}` of shape {size:?} does not fit a value of shape {shape:?}",
+        bias.name()
+    );
+    let row = to_dtype::<B>(bias.value(), x.value().dtype());
+    let rows = tensor::<B, 2>(matrix_of::<B>(x.value())) + tensor::<B, 1>(row).unsqueeze();
+    let output = reshaped::<B>(float(rows), &shape);
+    let param = bias.clone();
+    tape.record_with_params(output, &[x], &[bias], move |dy| {
+        if param.requires_grad() {
+            param.accumulate_with(|slot| B::linear_accumulate_bias_grad(dy.clone(), slot));
+        }
+        vec![Some(dy)]
+    })
+}
+
+fn matrix_of<B: Ops>(x: Float<B>) -> Float<B> {
+    let (rows, last) = rows_and_last(&dims(&x));
+    reshaped::<B>(x, &[rows, last])
 }
 
 /// Converts to another float dtype; the gradient is converted back.

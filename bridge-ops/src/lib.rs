@@ -58,20 +58,21 @@ pub use adamw::AdamWStep;
 pub use attention::{AttentionGrads, AttentionOutput, AttentionRule, AttentionSpec, attention};
 pub use burn_fn::{TrackedTensor, burn_fn};
 pub use cache::KvCache;
-pub use cross_entropy::{CrossEntropyOutput, CrossEntropySpec, cross_entropy};
+pub use cross_entropy::{CrossEntropyOutput, CrossEntropySpec, TARGET_ELSEWHERE, cross_entropy};
 pub use data::{
     float_from_bytes, float_from_f32, float_zeros, int_from_i64, to_f32_vec, to_i64_vec, to_scalar,
 };
-pub use elementwise::{add, cast, mul, scale, softcap, sub};
+pub use elementwise::{add, add_bias, cast, mul, scale, softcap, sub};
 pub use embedding::{embedding, embedding_as};
 pub use grad_slot::GradSlot;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use linear_cross_entropy::{
     LossGradRequest, LossGrads, linear_cross_entropy, linear_cross_entropy_weighted,
+    tokens_per_piece,
 };
 pub use ops::Ops;
-pub use param::Param;
+pub use param::{GradReduction, Param, ParamShard};
 pub use primitive::{Float, Int};
 pub use reduce::sum;
 pub use rms_norm::{NormSpec, rms_norm};

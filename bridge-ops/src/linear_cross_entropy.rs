@@ -158,7 +158,7 @@ fn check_shapes<B: Ops>(x: &[usize], weight: &Param<B>, targets: &Int<B>) {
 }
 
 /// How many tokens to take at once, so that their fp32 logits fit in 64 MiB: large enough for efficient products.
-pub(crate) fn tokens_per_piece(tokens: usize, vocab: usize) -> usize {
+pub fn tokens_per_piece(tokens: usize, vocab: usize) -> usize {
     const MAX_LOGITS: usize = 16 << 20;
     let most = (MAX_LOGITS / vocab.max(1)).max(16);
     // Pieces of like size, rather than a small one at the end.

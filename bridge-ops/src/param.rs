@@ -1,6 +1,7 @@
 //! Trainable tensors, which live outside the tape.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,8 +20,49 @@ pub struct Param<B: Ops> {
     inner: Arc<Inner<B>>,
 }
 
+/// Which part of a weight a rank holds, when several ranks divide a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParamShard {
+    /// Shape of the weight over all ranks.
+    pub global_shape: Vec<usize>,
+    /// The range of each dimension that this rank holds. Where the value is larger than its ranges (vocabulary rows that
+    /// do not divide evenly), the rest at the end is padding: zeros, with gradients of zero.
+    pub ranges: Vec<Range<usize>>,
+    /// Whether this rank is the first of its pipeline stage that holds the part, and so the one to count or write it.
+    pub owner: bool,
+    /// How the gradient of a backward pass is completed.
+    pub reduction: GradReduction,
+}
+
+/// The ranks over which a weight's gradient has to be summed before it is complete for the rank's own data. Every
+/// gradient is then summed over the ranks with other data: those of data and context parallelism, or, for the weights
+/// of experts, those of the experts' data parallelism.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum GradReduction {
+    /// None: the rank's gradient is complete.
+    #[default]
+    None,
+    /// All ranks of the tensor-parallel group: each has seen other heads, or another part of the sequence.
+    TensorParallel,
+    /// Runs of so many neighbours in the tensor-parallel group, which hold the same key-value head and have seen
+    /// different query heads of it.
+    TensorParallelCopies(usize),
+    /// None, and the weight belongs to an expert.
+    Expert,
+    /// All ranks of the expert-tensor-parallel group, and the weight belongs to an expert.
+    ExpertTensorParallel,
+}
+
+impl GradReduction {
+    /// Whether the weight belongs to an expert.
+    pub fn is_expert(self) -> bool {
+        matches!(self, Self::Expert | Self::ExpertTensorParallel)
+    }
+}
+
 struct Inner<B: Ops> {
     name: String,
+    shard: Option<ParamShard>,
     requires_grad: AtomicBool,
     state: Mutex<State<B>>,
 }
@@ -34,9 +76,34 @@ struct State<B: Ops> {
 impl<B: Ops> Param<B> {
     /// A weight that requires a gradient and has none yet.
     pub fn new(name: impl Into<String>, value: Float<B>) -> Self {
+        Self::build(name.into(), value, None)
+    }
+
+    /// A rank's part of a weight. `value` covers the ranges of `shard`, from its start.
+    ///
+    /// # Panics
+    /// When the value has no room for the ranges.
+    #[track_caller]
+    pub fn sharded(name: impl Into<String>, value: Float<B>, shard: ParamShard) -> Self {
+        let (name, shape) = (name.into(), dims(&value));
+        let fits = shape.len() == shard.ranges.len()
+            && shape
+                .iter()
+                .zip(&shard.ranges)
+                .all(|(extent, range)| range.len() <= *extent);
+        assert!(
+            fits,
+            "parameter `{name}` of shape {shape:?} has no room for {:?}",
+            shard.ranges
+        );
+        Self::build(name, value, Some(shard))
+    }
+
+    fn build(name: String, value: Float<B>, shard: Option<ParamShard>) -> Self {
         Self {
             inner: Arc::new(Inner {
-                name: name.into(),
+                name,
+                shard,
                 requires_grad: AtomicBool::new(true),
                 state: Mutex::new(State {
                     value: Some(value),
@@ -49,6 +116,11 @@ impl<B: Ops> Param<B> {
     /// The canonical name, for example `layers.3.mlp.up_proj.weight`.
     pub fn name(&self) -> &str {
         &self.inner.name
+    }
+
+    /// Which part of the weight this is; `None` for a whole weight on its own.
+    pub fn shard(&self) -> Option<&ParamShard> {
+        self.inner.shard.as_ref()
     }
 
     /// The shape of the value.

@@ -181,21 +181,24 @@ impl Problem {
 /// First and last key of each query's document, `[batch * s, 2]` i32, counted within its row of the batch.
 fn documents(gpu: &'static Gpu, sizes: Sizes, rule: &AttentionRule) -> Option<CudaTensor> {
     let offsets = rule.cu_seqlens.as_deref()?;
+    let span = rule.q_offset + sizes.s;
+    assert_eq!(
+        offsets.last(),
+        Some(&(sizes.batch * span)),
+        "cu_seqlens cover the batch's positions exactly"
+    );
     let mut bounds = Vec::with_capacity(sizes.batch * sizes.s * 2);
     for document in offsets.windows(2) {
         for token in document[0]..document[1] {
-            let row = token / sizes.s * sizes.s;
-            bounds.extend([
-                document[0].saturating_sub(row) as i32,
-                (document[1] - row) as i32,
-            ]);
+            let row = token / span * span;
+            if token - row >= rule.q_offset {
+                bounds.extend([
+                    document[0].saturating_sub(row) as i32,
+                    (document[1] - row) as i32,
+                ]);
+            }
         }
     }
-    assert_eq!(
-        bounds.len(),
-        sizes.batch * sizes.s * 2,
-        "cu_seqlens cover the batch's tokens exactly"
-    );
     Some(CudaTensor::from_bytes(
         gpu,
         bytemuck::cast_slice(&bounds),

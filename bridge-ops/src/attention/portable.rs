@@ -27,12 +27,16 @@ pub(crate) fn portable<B: Ops>(
     if let Some(sinks) = &sinks {
         max = max.max_pair(sinks.clone());
     }
+    // A query that sees no key has weights of 0, not equal ones.
+    let max = max.clamp_min(MASKED / 10.0);
     let weights = (scores - max.clone()).exp();
     let mut total = weights.clone().sum_dim(3);
     if let Some(sinks) = sinks {
         total = total + (sinks - max.clone()).exp();
     }
-    let output = (weights / total.clone()).matmul(operands.v).swap_dims(1, 2);
+    let output = (weights / total.clone().clamp_min(f32::MIN_POSITIVE))
+        .matmul(operands.v)
+        .swap_dims(1, 2);
     let lse = (total.log() + max).squeeze_dim::<3>(3);
     AttentionOutput {
         output: to_dtype::<B>(float(output), dtype),
@@ -53,7 +57,8 @@ pub(crate) fn portable_backward<B: Ops>(
     let operands = Operands::<B>::new(q, k, v, rule);
     let scale = rule.scale_for(operands.dims.d);
     let (scores, slope) = operands.scores(rule);
-    let lse = tensor::<B, 3>(output.lse).unsqueeze_dim::<4>(3); // [batch, heads, s, 1]
+    let lse = tensor::<B, 3>(output.lse).clamp_min(MASKED / 10.0);
+    let lse = lse.unsqueeze_dim::<4>(3); // [batch, heads, s, 1]
     let out = heads_first::<B>(output.output);
     let dout = heads_first::<B>(dout);
 

@@ -18,12 +18,15 @@ pub struct AttentionRule {
     pub window: Option<usize>,
     /// Caps the scores to `-cap..cap` by a tanh.
     pub softcap: Option<f64>,
-    /// Position of the first query among the keys; not 0 when decoding with a cache.
+    /// Position of the first query, counted from the first key: not 0 when decoding with a cache, or when these keys
+    /// are but a block of all. Queries may lie beyond the last key; one that sees no key at all gets output 0 and the
+    /// log-sum-exp of nothing.
     pub q_offset: usize,
     /// How many keys are filled when k and v are a cache with room to spare; `None` is all.
     pub kv_len: Option<usize>,
-    /// Packed documents: offsets `[0, l1, l1 + l2, .., batch * s]` into the batch's tokens in row-major order. A query
-    /// sees only keys of its own document; a document does not cross from one row of the batch to the next.
+    /// Packed documents: offsets `[0, l1, l1 + l2, .., batch * span]` into the batch's tokens in row-major order, where a
+    /// row spans the positions `0..q_offset + s` from the first key to the last query. A query sees only keys of its own
+    /// document; a document does not cross from one row of the batch to the next.
     pub cu_seqlens: Option<Arc<[usize]>>,
 }
 
@@ -46,9 +49,8 @@ impl AttentionRule {
             end = end.min(position + window);
         }
         if let Some(offsets) = &self.cu_seqlens {
-            let token = b * s + i;
-            let next = offsets.partition_point(|&offset| offset <= token);
-            let row = b * s;
+            let row = b * (self.q_offset + s);
+            let next = offsets.partition_point(|&offset| offset <= row + position);
             start = start.max(offsets[next - 1].saturating_sub(row));
             end = end.min(offsets[next] - row);
         }
@@ -190,26 +192,22 @@ impl AttentionDims {
             "attention: kv_len {kv_len} exceeds the {t} keys"
         );
         assert!(
-            !(rule.causal || rule.window.is_some()) || rule.q_offset + s <= kv_len,
-            "attention: {s} queries from position {} exceed the {kv_len} keys",
-            rule.q_offset
-        );
-        assert!(
             rule.window != Some(0),
             "attention: a window of 0 sees nothing"
         );
         if let Some(offsets) = &rule.cu_seqlens {
+            let span = rule.q_offset + s;
             assert!(
-                rule.q_offset == 0 && kv_len == s && t == s,
-                "attention: packed documents need as many keys ({t}) as queries ({s}) and no cache"
+                kv_len <= span && t == kv_len,
+                "attention: packed documents of {span} positions need at most as many keys ({kv_len} of {t}) and no cache"
             );
-            let rows_kept = (0..=batch).all(|row| offsets.binary_search(&(row * s)).is_ok());
+            let rows_kept = (0..=batch).all(|row| offsets.binary_search(&(row * span)).is_ok());
             assert!(
                 offsets.is_sorted()
                     && offsets.first() == Some(&0)
-                    && offsets.last() == Some(&(batch * s))
+                    && offsets.last() == Some(&(batch * span))
                     && rows_kept,
-                "attention: cu_seqlens {offsets:?} must rise from 0 to {batch} * {s} and hold every multiple of {s}"
+                "attention: cu_seqlens {offsets:?} must rise from 0 to {batch} * {span} and hold every multiple of {span}"
             );
         }
         Self {

@@ -341,3 +341,112 @@ fn document_offsets_are_checked() {
         &AttentionSpec::causal().with_cu_seqlens(Some([0, 13, 49].into())),
     );
 }
+
+/// Keys in blocks, as context parallelism sees them: each block's result is joined by its log-sum-exp, and each block's
+/// gradient comes from the joined output and log-sum-exp.
+#[test]
+fn blocks_of_keys_join_to_the_whole() {
+    use burn_backend::ops::FloatTensorOps;
+    const S: usize = 36;
+    const BLOCK: usize = 12;
+    let [q, k, v] = inputs(2, (S, S), (4, 2), (16, 24));
+    let dout = random(&[2, S, 4, 24], 5);
+    let part = |x: &FlexTensor, start: usize, len: usize| {
+        Flex::float_slice(x.clone(), &slices_along(4, 1, start..start + len))
+    };
+    let documents: Arc<[usize]> = [0, 7, 20, S, S + 30, 2 * S].into();
+    for (window, cu_seqlens) in [(None, None), (Some(9), None), (Some(9), Some(documents))] {
+        let mut whole = AttentionSpec::<Flex>::causal().with_window(window).rule;
+        whole.cu_seqlens = cu_seqlens.clone();
+        let expected = Flex::attention_forward(q.clone(), k.clone(), v.clone(), None, &whole);
+        let expected_grads = Flex::attention_backward(
+            q.clone(),
+            k.clone(),
+            v.clone(),
+            None,
+            expected.clone(),
+            dout.clone(),
+            &whole,
+        );
+        for q_start in (0..S).step_by(BLOCK) {
+            // The blocks up to the queries' own.
+            let mut blocks = Vec::new();
+            for k_start in (0..=q_start).step_by(BLOCK) {
+                let mut rule = whole.clone();
+                rule.q_offset = q_start - k_start;
+                rule.cu_seqlens = cu_seqlens.as_ref().map(|offsets| {
+                    let span = rule.q_offset + BLOCK;
+                    let mut own = vec![0];
+                    for row in 0..2 {
+                        let inner = offsets.iter().filter_map(|offset| {
+                            let position = offset.checked_sub(row * S)?.checked_sub(k_start)?;
+                            (position < span).then_some(row * span + position)
+                        });
+                        own.extend(inner);
+                        own.push((row + 1) * span);
+                    }
+                    own.dedup();
+                    own.into()
+                });
+                let operands = (
+                    part(&q, q_start, BLOCK),
+                    part(&k, k_start, BLOCK),
+                    part(&v, k_start, BLOCK),
+                );
+                let (bq, bk, bv) = operands.clone();
+                let found = Flex::attention_forward(bq, bk, bv, None, &rule);
+                let (bq, bk, bv) = operands.clone();
+                let reference = portable::<Flex>(bq, bk, bv, None, &rule);
+                assert_close("block output", &found.output, &reference.output, ROUNDING);
+                blocks.push((operands, rule, found));
+            }
+            // [batch, heads, s]: the joined log-sum-exp.
+            let lses = blocks
+                .iter()
+                .map(|(.., found)| to_f32_vec::<Flex>(found.lse.clone()));
+            let mut sums = vec![0.0f64; 2 * 4 * BLOCK];
+            for lse in lses {
+                sums.iter_mut()
+                    .zip(lse)
+                    .for_each(|(sum, lse)| *sum += f64::from(lse).exp());
+            }
+            let lse: Vec<f32> = sums.iter().map(|sum| sum.ln() as f32).collect();
+            let lse = crate::float_from_f32::<Flex>(&lse, &[2, 4, BLOCK], &DEVICE);
+            let expected_lse = Flex::float_slice(
+                expected.lse.clone(),
+                &slices_along(3, 2, q_start..q_start + BLOCK),
+            );
+            assert_close("lse", &lse, &expected_lse, ROUNDING);
+            let joined = AttentionOutput {
+                output: part(&expected.output, q_start, BLOCK),
+                lse,
+            };
+            let mut dq: Option<FlexTensor> = None;
+            for ((bq, bk, bv), rule) in blocks
+                .iter()
+                .map(|(operands, rule, _)| (operands.clone(), rule))
+            {
+                let seed = part(&dout, q_start, BLOCK);
+                let reference = portable_backward::<Flex>(
+                    bq.clone(),
+                    bk.clone(),
+                    bv.clone(),
+                    None,
+                    joined.clone(),
+                    seed.clone(),
+                    rule,
+                );
+                let found = Flex::attention_backward(bq, bk, bv, None, joined.clone(), seed, rule);
+                assert_close("block dk", &found.dk, &reference.dk, ROUNDING);
+                assert_close("block dv", &found.dv, &reference.dv, ROUNDING);
+                dq = Some(match dq {
+                    None => found.dq,
+                    Some(sum) => Flex::add(sum, found.dq),
+                });
+            }
+            let dq = dq.expect("each query has a block");
+            let expected = part(&expected_grads.dq, q_start, BLOCK);
+            assert_close("dq", &dq, &expected, ROUNDING);
+        }
+    }
+}

@@ -12,7 +12,7 @@ use super::simd::{fma, lane_sum, vectorized};
 use super::storage::{contiguous_f32, owned_f32, unique_values, values};
 use super::threads::{SharedMut, num_parts, part, run_jobs};
 use super::{fast_path, pool};
-use crate::cross_entropy::{CrossEntropyOutput, CrossEntropySpec};
+use crate::cross_entropy::{CrossEntropyOutput, CrossEntropySpec, TARGET_ELSEWHERE};
 use crate::primitive::dims;
 
 /// A job handles at least this many logits.
@@ -49,8 +49,11 @@ pub(super) fn forward(
                     // SAFETY: each token is handled once.
                     unsafe {
                         lse.slice(token..token + 1)[0] = row_lse;
-                        loss.slice(token..token + 1)[0] =
-                            targets[token].map_or(0.0, |target| row_lse - row[target]);
+                        loss.slice(token..token + 1)[0] = match targets[token] {
+                            Target::Ignored => 0.0,
+                            Target::Elsewhere => row_lse,
+                            Target::At(target) => row_lse - row[target],
+                        };
                     }
                 }
             });
@@ -90,9 +93,13 @@ pub(super) fn backward(
                 let range = token * vocab..(token + 1) * vocab;
                 // SAFETY: each token is handled once.
                 let row = unsafe { out.slice(range.clone()) };
-                let Some(target) = targets[token] else {
-                    row.fill(0.0);
-                    continue;
+                let target = match targets[token] {
+                    Target::Ignored => {
+                        row.fill(0.0);
+                        continue;
+                    }
+                    Target::Elsewhere => None,
+                    Target::At(target) => Some(target),
                 };
                 if let Some(source) = source {
                     row.copy_from_slice(&source[range]);
@@ -100,7 +107,9 @@ pub(super) fn backward(
                 match spec.logit_softcap {
                     None => {
                         scaled_softmax(row, lse[token], dloss[token]);
-                        row[target] -= dloss[token];
+                        if let Some(target) = target {
+                            row[target] -= dloss[token];
+                        }
                     }
                     Some(cap) => softcapped_row(row, lse[token], dloss[token], target, cap as f32),
                 }
@@ -117,38 +126,52 @@ pub(super) fn backward(
 }
 
 /// Gradient of one row of logits that are capped.
-fn softcapped_row(row: &mut [f32], lse: f32, dloss: f32, target: usize, cap: f32) {
+fn softcapped_row(row: &mut [f32], lse: f32, dloss: f32, target: Option<usize>, cap: f32) {
     let mut capped = vec![0.0; row.len()];
     softcap_values(row, cap, &mut capped);
     row.copy_from_slice(&capped);
     scaled_softmax(row, lse, dloss);
-    row[target] -= dloss;
+    if let Some(target) = target {
+        row[target] -= dloss;
+    }
     for (dz, z) in row.iter_mut().zip(capped) {
         let t = z / cap;
         *dz *= 1.0 - t * t;
     }
 }
 
-/// The targets as indices, `None` where ignored. No result for integer types that are not covered.
+/// What a row of logits is compared with.
+#[derive(Clone, Copy)]
+enum Target {
+    Ignored,
+    /// In another part of the vocabulary.
+    Elsewhere,
+    At(usize),
+}
+
+/// The targets as indices. No result for integer types that are not covered.
 ///
 /// # Panics
-/// When a target is neither a token nor the ignored value.
+/// When a target is neither a token, the ignored value nor [`TARGET_ELSEWHERE`].
 #[track_caller]
 fn checked_targets(
     targets: &FlexTensor,
     vocab: usize,
     spec: &CrossEntropySpec,
-) -> Option<Vec<Option<usize>>> {
+) -> Option<Vec<Target>> {
     let checked = |(i, target): (usize, i64)| {
         if target == spec.ignore_index {
-            return None;
+            return Target::Ignored;
+        }
+        if target == TARGET_ELSEWHERE {
+            return Target::Elsewhere;
         }
         assert!(
             (0..vocab as i64).contains(&target),
-            "cross_entropy: target {target} at {i} is neither in a vocabulary of {vocab} nor {}",
+            "cross_entropy: target {target} at {i} is neither in a vocabulary of {vocab} nor {} (ignored) nor {TARGET_ELSEWHERE} (elsewhere)",
             spec.ignore_index
         );
-        Some(target as usize)
+        Target::At(target as usize)
     };
     Some(
         integers(targets)?
