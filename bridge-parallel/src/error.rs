@@ -1,10 +1,12 @@
 //! What can go wrong between ranks.
 
+use serde::{Deserialize, Serialize};
+
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why ranks could not work together. Ranks are global. Cloned, since every rank of a job reports the same one.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Error {
     /// A rank stopped with an error or a panic of its own.
     #[error("rank {rank} failed: {reason}")]

@@ -31,6 +31,7 @@ mod error;
 mod groups;
 
 pub use comm::autodiff;
+pub use comm::tcp::{JobOptions, TcpTransport};
 pub use comm::{Communicator, Group, Pending, ReduceOp, SingleRank, Transport, run_threads};
 pub use context::ParallelContext;
 pub use error::{Error, Result};

@@ -8,11 +8,13 @@ use std::sync::Arc;
 use bridge_ops::{DType, Float, Ops, float_zeros};
 use burn_backend::{BoolDType, BoolStore, Slice, TensorMetadata};
 
+use serde::{Deserialize, Serialize};
+
 use super::ReduceOp;
 use crate::error::name_ranks;
 
 /// A collective, with the arguments that must be equal on all ranks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Call {
     AllReduce(ReduceOp),
     AllGather { dim: usize },

@@ -13,15 +13,22 @@
 //! of the ranks, so results repeat bit for bit.
 
 pub mod autodiff;
+mod blame;
 mod combine;
 mod failure;
 mod run;
 mod single;
+pub mod tcp;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod threads;
 
 use std::sync::Arc;
 
 use bridge_ops::{DType, Float, Ops};
+use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
@@ -29,7 +36,7 @@ pub use run::run_threads;
 pub use single::SingleRank;
 
 /// How values of several ranks become one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ReduceOp {
     /// Their sum.
     Sum,

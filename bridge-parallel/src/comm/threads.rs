@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bridge_ops::{DType, Float, Ops, float_zeros};
 use burn_backend::TensorMetadata;
 
+use super::blame::RankStates;
 use super::combine::{Call, Contribution, Data, combine};
 use super::failure::Failure;
 use super::{Communicator, Group, Pending, ReduceOp, Transport};
@@ -22,14 +23,7 @@ pub(crate) struct Threads<B: Ops> {
     timeout: Duration,
     failure: Failure,
     groups: Mutex<HashMap<(String, Vec<usize>), Arc<Meeting<B>>>>,
-    ranks: Mutex<Vec<RankState>>,
-}
-
-#[derive(Debug, Clone, Default)]
-struct RankState {
-    ended: bool,
-    /// What the rank waits for, if it does, and the ranks that have not come.
-    waits: Option<(String, Vec<usize>)>,
+    ranks: Mutex<RankStates>,
 }
 
 impl<B: Ops> Threads<B> {
@@ -39,7 +33,7 @@ impl<B: Ops> Threads<B> {
             timeout,
             failure: Failure::default(),
             groups: Mutex::default(),
-            ranks: Mutex::new(vec![RankState::default(); world_size]),
+            ranks: Mutex::new(RankStates::new(world_size)),
         })
     }
 
@@ -56,7 +50,7 @@ impl<B: Ops> Threads<B> {
 
     /// Notes that `rank` will call nothing any more.
     pub(crate) fn end(&self, rank: usize) {
-        lock(&self.ranks)[rank].ended = true;
+        lock(&self.ranks).set_ended(rank);
         self.wake();
     }
 
@@ -66,40 +60,6 @@ impl<B: Ops> Threads<B> {
             // A waiter looks at the failure under this lock before it sleeps, so it cannot miss the call.
             drop(lock(&group.state));
             group.changed.notify_all();
-        }
-    }
-
-    /// Which failure it is when `rank` has waited for `missing` in `call` for too long.
-    ///
-    /// A missing rank may wait for another in turn, so this follows the waits to ranks that wait for nobody.
-    fn blame(&self, rank: usize, call: &str, missing: &[usize]) -> Error {
-        let ranks = lock(&self.ranks).clone();
-        let mut seen = vec![false; ranks.len()];
-        let mut open = missing.to_vec();
-        let (mut hung, mut waits) = (Vec::new(), vec![format!("rank {rank} in {call}")]);
-        while let Some(other) = open.pop() {
-            if std::mem::replace(&mut seen[other], true) {
-                continue;
-            }
-            match &ranks[other].waits {
-                None => hung.push(other),
-                Some((call, missing)) => {
-                    if other != rank {
-                        waits.push(format!("rank {other} in {call}"));
-                    }
-                    open.extend(missing);
-                }
-            }
-        }
-        hung.sort_unstable();
-        if hung.is_empty() {
-            return Error::Deadlock { waits };
-        }
-        Error::Timeout {
-            ranks: hung,
-            call: call.to_owned(),
-            waiting: rank,
-            seconds: self.timeout.as_secs(),
         }
     }
 }
@@ -272,15 +232,12 @@ impl<B: Ops> Member<B> {
             let absent = missing(&state);
             if absent != announced {
                 // Others follow this when they look for the rank that holds everybody up.
-                let mut ranks = lock(&self.job.ranks);
-                ranks[me].waits = absent.clone().map(|absent| (describe(), absent));
+                let waits = absent.clone().map(|absent| (describe(), absent));
+                lock(&self.job.ranks).set_waits(me, waits);
                 announced = absent.clone();
             }
             let absent = absent.unwrap_or_default();
-            let gone = {
-                let ranks = lock(&self.job.ranks);
-                absent.iter().copied().find(|rank| ranks[*rank].ended)
-            };
+            let gone = lock(&self.job.ranks).first_ended(&absent);
             let late = Instant::now() >= deadline && !absent.is_empty();
             if gone.is_some() || late {
                 drop(state);
@@ -290,7 +247,12 @@ impl<B: Ops> Member<B> {
                         call: describe(),
                         waiting: me,
                     },
-                    None => self.job.blame(me, &describe(), &absent),
+                    None => lock(&self.job.ranks).clone().blame(
+                        me,
+                        &describe(),
+                        &absent,
+                        self.job.timeout,
+                    ),
                 });
                 continue;
             }
@@ -305,7 +267,7 @@ impl<B: Ops> Member<B> {
             );
         };
         if announced.is_some() {
-            lock(&self.job.ranks)[me].waits = None;
+            lock(&self.job.ranks).set_waits(me, None);
         }
         result
     }
