@@ -180,11 +180,41 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     }
 }
 
-/// Keys and values of the tokens that a model has seen, layer by layer, for generation.
+/// What a model keeps of the tokens that it has seen, layer by layer, for generation: keys and values in layers with
+/// attention, a state of fixed size in recurrent ones.
 #[derive(Debug)]
 pub struct DecoderCache<B: Ops> {
     layers: Vec<Mutex<KvCache<B>>>,
+    recurrent: Vec<Mutex<RecurrentState<B>>>,
     capacity: usize,
+}
+
+/// What a recurrent layer keeps of the tokens that it has seen.
+#[derive(Debug)]
+pub struct RecurrentState<B: Ops> {
+    /// The last inputs of each of the layer's short convolutions: `[batch, taps - 1, channels]`.
+    pub histories: [Option<Float<B>>; 3],
+    /// The state of the recurrence: `[batch, heads, rows, columns]`.
+    pub state: Option<Float<B>>,
+    len: usize,
+}
+
+impl<B: Ops> RecurrentState<B> {
+    /// Takes over the state after `tokens` more tokens.
+    pub fn advance(&mut self, state: Float<B>, tokens: usize) {
+        self.state = Some(state);
+        self.len += tokens;
+    }
+}
+
+impl<B: Ops> Default for RecurrentState<B> {
+    fn default() -> Self {
+        Self {
+            histories: [None, None, None],
+            state: None,
+            len: 0,
+        }
+    }
 }
 
 impl<B: Ops> DecoderCache<B> {
@@ -192,13 +222,17 @@ impl<B: Ops> DecoderCache<B> {
     pub fn new(layers: usize, capacity: usize) -> Self {
         Self {
             layers: (0..layers).map(|_| Mutex::default()).collect(),
+            recurrent: (0..layers).map(|_| Mutex::default()).collect(),
             capacity,
         }
     }
 
-    /// Number of tokens in the cache. Not meaningful while a forward pass runs, when some layers are ahead of others.
+    /// Number of tokens in the cache: 0 for a model that keeps nothing of them. Not meaningful while a forward pass
+    /// runs, when some layers are ahead of others.
     pub fn len(&self) -> usize {
-        self.layers.last().map_or(0, |last| lock(last).len())
+        let attended = self.layers.iter().map(|layer| lock(layer).len());
+        let recurrent = self.recurrent.iter().map(|layer| lock(layer).len);
+        attended.chain(recurrent).max().unwrap_or(0)
     }
 
     /// Whether no token is in the cache.
@@ -217,6 +251,14 @@ impl<B: Ops> DecoderCache<B> {
     /// If the model has fewer layers.
     pub fn layer(&self, layer: usize) -> MutexGuard<'_, KvCache<B>> {
         lock(&self.layers[layer])
+    }
+
+    /// The state of recurrent layer `layer`.
+    ///
+    /// # Panics
+    /// If the model has fewer layers.
+    pub fn recurrent(&self, layer: usize) -> MutexGuard<'_, RecurrentState<B>> {
+        lock(&self.recurrent[layer])
     }
 }
 

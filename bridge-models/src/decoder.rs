@@ -1,15 +1,14 @@
 //! The one decoder: what a [`DecoderConfig`] describes, as weights and a forward pass.
 
 use bridge_core::DecoderConfig;
-use bridge_core::config::{Ffn, Mixer};
 use bridge_ops::{
-    CrossEntropySpec, Float, Ops, Param, Tape, Var, add, embedding, linear, linear_cross_entropy,
+    CrossEntropySpec, Float, Ops, Param, Tape, Var, embedding, linear, linear_cross_entropy,
     linear_cross_entropy_weighted, reshape, scale, slice, softcap,
 };
 
 use crate::context::{DecoderCache, ForwardContext, Targets};
 use crate::error::{Error, Result};
-use crate::layers::{Attention, Mlp, Norm};
+use crate::layers::{DecoderLayer, Norm};
 use crate::segmented::SegmentedModel;
 use crate::weights::{ParamBuilder, WeightSource};
 
@@ -25,17 +24,6 @@ pub struct Decoder<B: Ops> {
     final_norm: Norm<B>,
     /// `None` where the embedding matrix is the head as well.
     lm_head: Option<Param<B>>,
-}
-
-/// One layer: attention and MLP, each behind a norm and around a residual connection.
-#[derive(Debug, Clone)]
-pub struct DecoderLayer<B: Ops> {
-    input_norm: Norm<B>,
-    attention: Attention<B>,
-    attention_output_norm: Option<Norm<B>>,
-    mlp_norm: Norm<B>,
-    mlp: Mlp<B>,
-    mlp_output_norm: Option<Norm<B>>,
 }
 
 impl<B: Ops> Decoder<B> {
@@ -163,99 +151,6 @@ impl<B: Ops> Decoder<B> {
         let hidden = self.hidden_states(&tape, ctx);
         let last = slice(&tape, &hidden, 1, ctx.seq() - 1..ctx.seq());
         self.logits(&tape, &last).into_value()
-    }
-}
-
-impl<B: Ops> DecoderLayer<B> {
-    fn build(
-        params: &mut ParamBuilder<'_, B>,
-        config: &DecoderConfig,
-        layer: usize,
-    ) -> Result<Self> {
-        let prefix = format!("layers.{layer}");
-        let hidden = config.hidden_size;
-        let norm = |params: &mut ParamBuilder<'_, B>, name: &str| {
-            Norm::build(params, &format!("{prefix}.{name}"), hidden, &config.norm)
-        };
-        let output_norm = |params: &mut ParamBuilder<'_, B>, name: &str, wanted: bool| {
-            if wanted {
-                norm(params, name).map(Some)
-            } else {
-                Ok(None)
-            }
-        };
-        let input_norm = norm(params, "input_norm")?;
-        let attention = match &config.layers[layer].mixer {
-            Mixer::Attention(own) => {
-                Attention::build(params, &format!("{prefix}.attention"), config, layer, own)?
-            }
-            other => {
-                return Err(Error::UnsupportedLayer {
-                    layer,
-                    part: "mixer",
-                    found: format!("{other:?}"),
-                });
-            }
-        };
-        let attention_output_norm = output_norm(
-            params,
-            "attention_output_norm",
-            config.attention_output_norm,
-        )?;
-        let mlp_norm = norm(params, "mlp_norm")?;
-        let mlp = match &config.layers[layer].ffn {
-            Ffn::Mlp(_) => Mlp::build(params, &format!("{prefix}.mlp"), config, layer)?,
-            other => {
-                return Err(Error::UnsupportedLayer {
-                    layer,
-                    part: "feed-forward part",
-                    found: format!("{other:?}"),
-                });
-            }
-        };
-        let mlp_output_norm = output_norm(params, "mlp_output_norm", config.mlp_output_norm)?;
-        Ok(Self {
-            input_norm,
-            attention,
-            attention_output_norm,
-            mlp_norm,
-            mlp,
-            mlp_output_norm,
-        })
-    }
-
-    /// `x`: `[batch, seq, hidden]` -> the same shape.
-    pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
-        let attended = self
-            .attention
-            .forward(tape, &self.input_norm.forward(tape, x), ctx);
-        let x = add(
-            tape,
-            x,
-            &normed(tape, attended, self.attention_output_norm.as_ref()),
-        );
-        let fed = self.mlp.forward(tape, &self.mlp_norm.forward(tape, &x));
-        add(tape, &x, &normed(tape, fed, self.mlp_output_norm.as_ref()))
-    }
-
-    fn collect(&self, params: &mut Vec<Param<B>>) {
-        self.input_norm.collect(params);
-        self.attention.collect(params);
-        if let Some(norm) = &self.attention_output_norm {
-            norm.collect(params);
-        }
-        self.mlp_norm.collect(params);
-        self.mlp.collect(params);
-        if let Some(norm) = &self.mlp_output_norm {
-            norm.collect(params);
-        }
-    }
-}
-
-fn normed<B: Ops>(tape: &Tape<B>, x: Var<B>, norm: Option<&Norm<B>>) -> Var<B> {
-    match norm {
-        Some(norm) => norm.forward(tape, &x),
-        None => x,
     }
 }
 

@@ -31,9 +31,17 @@ mod segmented;
 pub mod verify;
 pub mod weights;
 
-pub use context::{DecoderCache, ForwardContext, IGNORED_TARGET, Positions, Targets};
-pub use decoder::{Decoder, DecoderLayer};
+pub use context::{
+    DecoderCache, ForwardContext, IGNORED_TARGET, Positions, RecurrentState, Targets,
+};
+pub use decoder::Decoder;
 pub use error::{Error, Result};
 pub use families::registry;
+pub use layers::DecoderLayer;
 pub use segmented::SegmentedModel;
 pub use weights::{DtypePolicy, Init, ParamRole, RandomInit, WeightSource};
+
+/// `docs/add_a_model.md`, whose code is run with the other documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/add_a_model.md")]
+pub struct AddAModel;

@@ -34,11 +34,16 @@ mod adamw;
 mod attention;
 mod burn_fn;
 mod cache;
+mod causal_conv1d;
+mod chunks;
 mod cross_entropy;
 mod data;
 mod elementwise;
 mod embedding;
+mod gated_delta_rule;
+mod gated_rms_norm;
 mod grad_slot;
+mod l2_norm;
 mod layer_norm;
 mod linear;
 mod linear_cross_entropy;
@@ -49,7 +54,9 @@ mod reduce;
 mod rms_norm;
 mod rotary;
 mod shape;
+mod ssd_scan;
 mod tape;
+mod time_step;
 
 pub mod cpu;
 
@@ -58,13 +65,17 @@ pub use adamw::AdamWStep;
 pub use attention::{AttentionGrads, AttentionOutput, AttentionRule, AttentionSpec, attention};
 pub use burn_fn::{TrackedTensor, burn_fn};
 pub use cache::KvCache;
+pub use causal_conv1d::{ConvGrads, ConvSpec, causal_conv1d, causal_conv1d_with_history};
 pub use cross_entropy::{CrossEntropyOutput, CrossEntropySpec, TARGET_ELSEWHERE, cross_entropy};
 pub use data::{
     float_from_bytes, float_from_f32, float_zeros, int_from_i64, to_f32_vec, to_i64_vec, to_scalar,
 };
 pub use elementwise::{add, add_bias, cast, mul, scale, softcap, sub};
 pub use embedding::{embedding, embedding_as};
+pub use gated_delta_rule::{DeltaRuleInputs, gated_delta_rule, gated_delta_rule_with_state};
+pub use gated_rms_norm::{GatedNormGrads, GatedNormSpec, gated_rms_norm};
 pub use grad_slot::GradSlot;
+pub use l2_norm::l2_norm;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use linear_cross_entropy::{
@@ -78,7 +89,9 @@ pub use reduce::sum;
 pub use rms_norm::{NormSpec, rms_norm};
 pub use rotary::{RotaryDirection, RotaryStyle, RotaryTable, rotary};
 pub use shape::{concat, matmul, reshape, slice, transpose};
+pub use ssd_scan::{ScanSpec, SsdGrads, SsdInputs, ssd_scan, ssd_scan_with_state};
 pub use tape::{Tape, Var};
+pub use time_step::{log_decay, time_step};
 
 pub use burn_backend::{DType, FloatDType, IntDType};
 

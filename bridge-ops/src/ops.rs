@@ -6,10 +6,14 @@ use crate::activation::{self, Activation};
 use crate::adamw::{self, AdamWStep};
 use crate::attention::{self, AttentionGrads, AttentionOutput, AttentionRule};
 use crate::cache;
+use crate::causal_conv1d::{self, ConvGrads, ConvSpec};
 use crate::cross_entropy::{self, CrossEntropyOutput, CrossEntropySpec};
 use crate::elementwise;
 use crate::embedding;
+use crate::gated_delta_rule::{self, DeltaRuleInputs};
+use crate::gated_rms_norm::{self, GatedNormGrads, GatedNormSpec};
 use crate::grad_slot::GradSlot;
+use crate::l2_norm;
 use crate::layer_norm;
 use crate::linear;
 use crate::linear_cross_entropy::{self, LossGradRequest, LossGrads};
@@ -17,6 +21,8 @@ use crate::primitive::{self, Float, Int};
 use crate::reduce;
 use crate::rms_norm::{self, NormSpec};
 use crate::rotary::{self, RotaryDirection, RotaryStyle};
+use crate::ssd_scan::{self, ScanSpec, SsdGrads, SsdInputs};
+use crate::time_step;
 
 /// Kernels of a language model over the primitives of a backend.
 ///
@@ -294,5 +300,130 @@ pub trait Ops: Backend {
     /// place when the cache is not shared.
     fn cache_write(cache: Float<Self>, x: Float<Self>, start: usize) -> Float<Self> {
         cache::portable_write::<Self>(cache, x, start)
+    }
+
+    /// Causal convolution with one filter per channel. x: [batch, seq, channels], weight: [channels, taps], bias:
+    /// `[channels]`, history: the tokens before x, [batch, taps - 1, channels], zeros if `None` -> like x.
+    fn causal_conv1d_forward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        bias: Option<Float<Self>>,
+        history: Option<Float<Self>>,
+        spec: &ConvSpec,
+    ) -> Float<Self> {
+        causal_conv1d::portable::<Self>(x, weight, bias, history, spec)
+    }
+
+    /// Gradients of [`causal_conv1d_forward`](Self::causal_conv1d_forward) without a history.
+    fn causal_conv1d_backward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        bias: Option<Float<Self>>,
+        dy: Float<Self>,
+        spec: &ConvSpec,
+    ) -> ConvGrads<Self> {
+        causal_conv1d::portable_backward::<Self>(x, weight, bias, dy, spec)
+    }
+
+    /// `max(softplus(x + bias), min)`. x: [.., heads], bias: `[heads]` -> [.., heads] fp32.
+    fn time_step_forward(x: Float<Self>, bias: Float<Self>, min: f64) -> Float<Self> {
+        time_step::portable_step::<Self>(x, bias, min)
+    }
+
+    /// Returns (dx, dbias): dx like x, dbias: `[heads]` fp32.
+    fn time_step_backward(
+        x: Float<Self>,
+        bias: Float<Self>,
+        dy: Float<Self>,
+        min: f64,
+    ) -> (Float<Self>, Float<Self>) {
+        time_step::portable_step_backward::<Self>(x, bias, dy, min)
+    }
+
+    /// `-exp(a_log) dt`. dt: [.., heads] fp32, a_log: `[heads]` -> [.., heads] fp32.
+    fn log_decay_forward(dt: Float<Self>, a_log: Float<Self>) -> Float<Self> {
+        time_step::portable_decay::<Self>(dt, a_log)
+    }
+
+    /// Returns (ddt, da_log): ddt like dt, da_log: `[heads]` fp32.
+    fn log_decay_backward(
+        dt: Float<Self>,
+        a_log: Float<Self>,
+        dy: Float<Self>,
+    ) -> (Float<Self>, Float<Self>) {
+        time_step::portable_decay_backward::<Self>(dt, a_log, dy)
+    }
+
+    /// The Mamba-2 scan. skip: `[heads]`, state: [batch, heads, head_dim, state] fp32, zeros if `None` -> output like
+    /// x, and the state after the last token.
+    fn ssd_scan_forward(
+        inputs: SsdInputs<Float<Self>>,
+        skip: Option<Float<Self>>,
+        state: Option<Float<Self>>,
+        spec: &ScanSpec,
+    ) -> (Float<Self>, Float<Self>) {
+        ssd_scan::portable::<Self>(inputs, skip, state, spec)
+    }
+
+    /// Gradients of [`ssd_scan_forward`](Self::ssd_scan_forward) from a state of zeros.
+    fn ssd_scan_backward(
+        inputs: SsdInputs<Float<Self>>,
+        skip: Option<Float<Self>>,
+        dy: Float<Self>,
+        spec: &ScanSpec,
+    ) -> SsdGrads<Self> {
+        ssd_scan::portable_backward::<Self>(inputs, skip, dy, spec)
+    }
+
+    /// The gated delta rule. state: [batch, heads, key_dim, value_dim] fp32, zeros if `None` -> output like v, and the
+    /// state after the last token.
+    fn gated_delta_rule_forward(
+        inputs: DeltaRuleInputs<Float<Self>>,
+        state: Option<Float<Self>>,
+        scale: f64,
+        spec: &ScanSpec,
+    ) -> (Float<Self>, Float<Self>) {
+        gated_delta_rule::portable::<Self>(inputs, state, scale, spec)
+    }
+
+    /// Gradients of [`gated_delta_rule_forward`](Self::gated_delta_rule_forward) from a state of zeros.
+    fn gated_delta_rule_backward(
+        inputs: DeltaRuleInputs<Float<Self>>,
+        dout: Float<Self>,
+        scale: f64,
+        spec: &ScanSpec,
+    ) -> DeltaRuleInputs<Float<Self>> {
+        gated_delta_rule::portable_backward::<Self>(inputs, dout, scale, spec)
+    }
+
+    /// RMSNorm over groups of channels with SiLU of `gate` as a factor. x, gate: [.., h], weight: `[h]` -> like x.
+    fn gated_rms_norm_forward(
+        x: Float<Self>,
+        gate: Float<Self>,
+        weight: Float<Self>,
+        spec: GatedNormSpec,
+    ) -> Float<Self> {
+        gated_rms_norm::portable::<Self>(x, gate, weight, spec)
+    }
+
+    /// Gradients of [`gated_rms_norm_forward`](Self::gated_rms_norm_forward).
+    fn gated_rms_norm_backward(
+        x: Float<Self>,
+        gate: Float<Self>,
+        weight: Float<Self>,
+        dy: Float<Self>,
+        spec: GatedNormSpec,
+    ) -> GatedNormGrads<Self> {
+        gated_rms_norm::portable_backward::<Self>(x, gate, weight, dy, spec)
+    }
+
+    /// `x / sqrt(sum(x^2) + eps)` over the last dimension. x: [.., h] -> like x.
+    fn l2_norm_forward(x: Float<Self>, eps: f64) -> Float<Self> {
+        l2_norm::portable::<Self>(x, eps)
+    }
+
+    /// Returns dx, like x.
+    fn l2_norm_backward(x: Float<Self>, dy: Float<Self>, eps: f64) -> Float<Self> {
+        l2_norm::portable_backward::<Self>(x, dy, eps)
     }
 }

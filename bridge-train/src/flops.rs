@@ -30,13 +30,16 @@ pub fn train_flops_per_token(config: &DecoderConfig, seq_length: usize) -> f64 {
 
 /// Weights that take part in a matrix product: projections, MLPs and the output head (counted once, tied or not).
 pub fn matmul_parameters(config: &DecoderConfig) -> u64 {
-    let hidden = config.hidden_size as u64;
-    let attention = hidden * (2 * config.query_size() + 2 * config.key_value_size()) as u64;
-    let matrices = if config.gated_mlp { 3 } else { 2 };
-    let layers: u64 = (0..config.num_hidden_layers)
-        .map(|layer| attention + matrices * hidden * config.mlp_intermediate_size(layer) as u64)
+    let projections: u64 = config
+        .tensors()
+        .iter()
+        .filter(|tensor| {
+            let table = ["embedding.weight", "lm_head.weight"].contains(&tensor.name.as_str());
+            tensor.shape.len() == 2 && !table && !tensor.name.ends_with("_conv.weight")
+        })
+        .map(|tensor| tensor.numel() as u64)
         .sum();
-    layers + hidden * config.vocab_size as u64
+    projections + (config.hidden_size * config.vocab_size) as u64
 }
 
 /// Every weight of the model, each counted once.

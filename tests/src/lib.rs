@@ -10,4 +10,18 @@ pub fn fixture(name: &str) -> PathBuf {
 }
 
 /// The families that have a fixture.
-pub const FAMILIES: [&str; 4] = ["llama2", "llama3_1", "llama3_2", "llama_nemotron_nano"];
+pub const FAMILIES: &[&str] = &[
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "llama2",
+    "llama3_1",
+    "llama3_2",
+    "llama_nemotron_nano",
+    "llama_nemotron_super",
+    "mistral",
+    "nemotron",
+    "nemotron_h",
+    "qwen2",
+    "qwen3",
+];

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{MAX_LAYERS, RopeConfig, RopeScaling};
+use super::{GatedDeltaNetConfig, MAX_LAYERS, Mamba2Config, RopeConfig, RopeScaling};
 use crate::error::{Error, Problems, Result};
 
 /// A decoder-only transformer. Words are those of Hugging Face's `config.json`; behaviour comes from a field, never
@@ -68,6 +68,16 @@ pub struct DecoderConfig {
     /// `cap * tanh(logits / cap)` on the final logits (Gemma 2: 30).
     #[serde(default)]
     pub final_logit_softcap: Option<f64>,
+    /// Whether a gate computed from the layer's input, one per element of every head, scales the output of attention by
+    /// its sigmoid (Qwen3-Next).
+    #[serde(default)]
+    pub attention_output_gate: bool,
+    /// Dimensions of layers with [`Mixer::Mamba2`].
+    #[serde(default)]
+    pub mamba2: Option<Mamba2Config>,
+    /// Dimensions of layers with [`Mixer::GatedDeltaNet`].
+    #[serde(default)]
+    pub gated_delta_net: Option<GatedDeltaNetConfig>,
     /// A second norm, on the attention block's output before it joins the residual stream (Gemma 2 and 3).
     #[serde(default)]
     pub attention_output_norm: bool,
@@ -199,7 +209,7 @@ pub enum RopeStyle {
     Pairs,
 }
 
-/// What one decoder layer is made of.
+/// What one decoder layer is made of. A part that is absent has no norm either.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerConfig {
@@ -233,6 +243,7 @@ impl LayerConfig {
     pub fn attention(&self) -> Option<&AttentionLayer> {
         match &self.mixer {
             Mixer::Attention(attention) => Some(attention),
+            _ => None,
         }
     }
 }
@@ -244,6 +255,14 @@ impl LayerConfig {
 pub enum Mixer {
     /// Softmax attention with the heads of [`DecoderConfig`].
     Attention(AttentionLayer),
+    /// A Mamba-2 state space layer with the dimensions of [`DecoderConfig::mamba2`].
+    Mamba2,
+    /// A gated delta net with the dimensions of [`DecoderConfig::gated_delta_net`].
+    GatedDeltaNet,
+    /// A square matrix in the place of attention (Llama-Nemotron Super and Ultra).
+    Linear,
+    /// Nothing, not even a norm.
+    None,
 }
 
 /// What may differ between the attention layers of one model.
@@ -256,6 +275,9 @@ pub struct AttentionLayer {
     /// Which rotary embedding applies.
     #[serde(default)]
     pub rope: LayerRope,
+    /// Key and value heads where they differ from [`DecoderConfig::num_key_value_heads`].
+    #[serde(default)]
+    pub num_key_value_heads: Option<usize>,
 }
 
 /// Which rotary embedding a layer uses.
@@ -278,6 +300,10 @@ pub enum LayerRope {
 pub enum Ffn {
     /// A dense MLP.
     Mlp(MlpLayer),
+    /// A square matrix in the place of the MLP (Llama-Nemotron Super and Ultra).
+    Linear,
+    /// Nothing, not even a norm.
+    None,
 }
 
 /// What may differ between the dense MLPs of one model.
@@ -289,6 +315,9 @@ pub struct MlpLayer {
     pub intermediate_size: Option<usize>,
 }
 
+/// Largest width of anything: far above every published model, and low enough that products of three fit 64 bits.
+const MAX_WIDTH: usize = 1 << 21;
+
 impl DecoderConfig {
     /// Width of all query heads together: rows of the q projection, columns of the output projection.
     pub fn query_size(&self) -> usize {
@@ -298,6 +327,13 @@ impl DecoderConfig {
     /// Width of all key (or value) heads together: rows of the k and v projections.
     pub fn key_value_size(&self) -> usize {
         self.num_key_value_heads.saturating_mul(self.head_dim)
+    }
+
+    /// Key and value heads of layer `layer`'s attention.
+    pub fn layer_key_value_heads(&self, layer: usize) -> usize {
+        let own = self.layers.get(layer).and_then(LayerConfig::attention);
+        own.and_then(|attention| attention.num_key_value_heads)
+            .unwrap_or(self.num_key_value_heads)
     }
 
     /// How many elements of each head are rotated: `head_dim * partial_rotary_factor`, rounded down.
@@ -355,8 +391,6 @@ impl DecoderConfig {
     }
 
     fn problems(&self) -> Problems {
-        // Far above every published model, and low enough that products of three of them fit 64 bits.
-        const MAX_WIDTH: usize = 1 << 21;
         const MAX_VOCAB: usize = 1 << 26;
         const MAX_CONTEXT: usize = 1 << 31;
         let mut problems = Problems::new();
@@ -401,6 +435,12 @@ impl DecoderConfig {
         }
         self.rope_problems(&mut problems);
         self.layer_problems(&mut problems);
+        if let Some(mamba2) = &self.mamba2 {
+            problems.extend("mamba2: ", mamba2.problems(MAX_WIDTH));
+        }
+        if let Some(delta_net) = &self.gated_delta_net {
+            problems.extend("gated_delta_net: ", delta_net.problems(MAX_WIDTH));
+        }
         self.number_problems(&mut problems);
         problems
     }
@@ -442,6 +482,15 @@ impl DecoderConfig {
                         "layer {index}: sliding window is 0, expected at least 1 token"
                     ));
                 }
+                let (heads, kv_heads) =
+                    (self.num_attention_heads, self.layer_key_value_heads(index));
+                if attention.num_key_value_heads.is_some()
+                    && (kv_heads == 0 || !heads.is_multiple_of(kv_heads))
+                {
+                    problems.push(format!(
+                        "layer {index}: num_attention_heads={heads} is not a multiple of its num_key_value_heads={kv_heads}"
+                    ));
+                }
                 let missing = match attention.rope {
                     LayerRope::Local => self.rope_local.is_none().then_some("rope_local"),
                     LayerRope::Global | LayerRope::None => None,
@@ -450,10 +499,18 @@ impl DecoderConfig {
                     problems.push(format!("layer {index} uses {field}, which is not set"));
                 }
             }
+            let missing = match layer.mixer {
+                Mixer::Mamba2 => self.mamba2.is_none().then_some("mamba2"),
+                Mixer::GatedDeltaNet => self.gated_delta_net.is_none().then_some("gated_delta_net"),
+                _ => None,
+            };
+            if let Some(field) = missing {
+                problems.push(format!("layer {index} uses {field}, which is not set"));
+            }
             let width = self.mlp_intermediate_size(index);
-            if width == 0 {
+            if matches!(layer.ffn, Ffn::Mlp(_)) && !(1..=MAX_WIDTH).contains(&width) {
                 problems.push(format!(
-                    "layer {index}: intermediate_size is 0, expected at least 1"
+                    "layer {index}: intermediate_size is {width}, expected 1 to {MAX_WIDTH}"
                 ));
             }
         }

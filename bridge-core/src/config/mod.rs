@@ -3,7 +3,9 @@
 
 mod decoder;
 mod hf_json;
+mod plain;
 mod reader;
+mod recurrent;
 mod rope;
 mod rope_hf;
 mod tensors;
@@ -14,5 +16,6 @@ pub use decoder::{
 };
 pub use hf_json::{HfConfig, MAX_CONFIG_BYTES};
 pub use reader::{ConfigReader, MAX_LAYERS};
+pub use recurrent::{GatedDeltaNetConfig, Mamba2Config};
 pub use rope::{Frequencies, RopeConfig, RopeScaling};
 pub use rope_hf::RopeDefaults;

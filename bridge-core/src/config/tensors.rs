@@ -1,6 +1,6 @@
 //! The canonical tensors that a [`DecoderConfig`] implies.
 
-use super::{DecoderConfig, Ffn, Mixer, QkNorm};
+use super::{DecoderConfig, Ffn, LayerConfig, Mixer, QkNorm};
 use crate::bridge::CanonicalTensor;
 use crate::layout::{Place, ShardRule};
 
@@ -31,22 +31,47 @@ impl DecoderConfig {
 
     fn layer_tensors(&self, index: usize, tensors: &mut Vec<CanonicalTensor>) {
         let prefix = format!("layers.{index}");
-        self.norm_tensors(&format!("{prefix}.input_norm"), tensors);
-        match &self.layers[index].mixer {
-            Mixer::Attention(_) => self.attention_tensors(&format!("{prefix}.attention"), tensors),
+        let LayerConfig { mixer, ffn } = &self.layers[index];
+        if *mixer != Mixer::None {
+            self.norm_tensors(&format!("{prefix}.input_norm"), tensors);
         }
-        if self.attention_output_norm {
+        match mixer {
+            Mixer::Attention(_) => {
+                self.attention_tensors(
+                    &format!("{prefix}.attention"),
+                    self.layer_key_value_heads(index),
+                    tensors,
+                );
+            }
+            Mixer::Mamba2 => {
+                if let Some(mamba2) = &self.mamba2 {
+                    mamba2.tensors(&format!("{prefix}.mamba"), self.hidden_size, tensors);
+                }
+            }
+            Mixer::GatedDeltaNet => {
+                if let Some(delta_net) = &self.gated_delta_net {
+                    delta_net.tensors(&format!("{prefix}.delta_net"), self.hidden_size, tensors);
+                }
+            }
+            Mixer::Linear => self.linear_tensor(&format!("{prefix}.attention_linear"), tensors),
+            Mixer::None => {}
+        }
+        if self.attention_output_norm && *mixer != Mixer::None {
             self.norm_tensors(&format!("{prefix}.attention_output_norm"), tensors);
         }
-        self.norm_tensors(&format!("{prefix}.mlp_norm"), tensors);
-        match &self.layers[index].ffn {
+        if *ffn != Ffn::None {
+            self.norm_tensors(&format!("{prefix}.mlp_norm"), tensors);
+        }
+        match ffn {
             Ffn::Mlp(_) => self.mlp_tensors(
                 &format!("{prefix}.mlp"),
                 self.mlp_intermediate_size(index),
                 tensors,
             ),
+            Ffn::Linear => self.linear_tensor(&format!("{prefix}.mlp_linear"), tensors),
+            Ffn::None => {}
         }
-        if self.mlp_output_norm {
+        if self.mlp_output_norm && *ffn != Ffn::None {
             self.norm_tensors(&format!("{prefix}.mlp_output_norm"), tensors);
         }
     }
@@ -65,15 +90,31 @@ impl DecoderConfig {
         }
     }
 
-    fn attention_tensors(&self, name: &str, tensors: &mut Vec<CanonicalTensor>) {
-        let (hidden, query, key_value) =
-            (self.hidden_size, self.query_size(), self.key_value_size());
-        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+    /// A matrix that stands for a whole part of a layer. Its input is whole on every rank, and so is its output.
+    fn linear_tensor(&self, name: &str, tensors: &mut Vec<CanonicalTensor>) {
+        tensors.push(CanonicalTensor::new(
+            format!("{name}.weight"),
+            [self.hidden_size, self.hidden_size],
+            ShardRule::Replicated,
+        ));
+    }
+
+    fn attention_tensors(&self, name: &str, kv_heads: usize, tensors: &mut Vec<CanonicalTensor>) {
+        let (hidden, query, heads) = (
+            self.hidden_size,
+            self.query_size(),
+            self.num_attention_heads,
+        );
+        let key_value = kv_heads.saturating_mul(self.head_dim);
+        let gate = self.attention_output_gate.then_some(("gate", query, heads));
         for (proj, rows, heads) in [
             ("q", query, heads),
             ("k", key_value, kv_heads),
             ("v", key_value, kv_heads),
-        ] {
+        ]
+        .into_iter()
+        .chain(gate)
+        {
             let rule = || ShardRule::Heads { dim: 0, heads };
             tensors.push(CanonicalTensor::new(
                 format!("{name}.{proj}_proj.weight"),

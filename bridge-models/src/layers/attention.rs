@@ -3,7 +3,9 @@
 
 use bridge_core::DecoderConfig;
 use bridge_core::config::{AttentionLayer, LayerRope, QkNorm, RopeConfig, RopeStyle};
-use bridge_ops::{AttentionSpec, Ops, Param, Tape, Var, attention, reshape, rotary};
+use bridge_ops::{
+    Activation, AttentionSpec, Ops, Param, Tape, Var, attention, gated_activation, reshape, rotary,
+};
 
 use super::{Linear, Norm};
 use crate::context::ForwardContext;
@@ -20,6 +22,8 @@ pub struct Attention<B: Ops> {
     q_proj: Linear<B>,
     k_proj: Linear<B>,
     v_proj: Linear<B>,
+    /// Scales the output, element by element, by its sigmoid.
+    gate_proj: Option<Linear<B>>,
     o_proj: Linear<B>,
     qk_norm: Option<QkNorm>,
     q_norm: Option<Norm<B>>,
@@ -52,10 +56,11 @@ impl<B: Ops> Attention<B> {
         layer: usize,
         own: &AttentionLayer,
     ) -> Result<Self> {
+        let kv_heads = config.layer_key_value_heads(layer);
         let (hidden, query, key_value) = (
             config.hidden_size,
             config.query_size(),
-            config.key_value_size(),
+            kv_heads * config.head_dim,
         );
         let mut project = |proj: &str, shape, bias| {
             Linear::build(params, &format!("{name}.{proj}_proj"), shape, bias)
@@ -63,6 +68,11 @@ impl<B: Ops> Attention<B> {
         let q_proj = project("q", [query, hidden], config.attention_bias)?;
         let k_proj = project("k", [key_value, hidden], config.attention_bias)?;
         let v_proj = project("v", [key_value, hidden], config.attention_bias)?;
+        let gate_proj = if config.attention_output_gate {
+            Some(project("gate", [query, hidden], config.attention_bias)?)
+        } else {
+            None
+        };
         let mut norm = |head: &str, full: usize| {
             let size = match config.qk_norm {
                 None => return Ok(None),
@@ -92,6 +102,7 @@ impl<B: Ops> Attention<B> {
             q_proj,
             k_proj,
             v_proj,
+            gate_proj,
             o_proj,
             qk_norm: config.qk_norm,
             q_norm,
@@ -102,7 +113,7 @@ impl<B: Ops> Attention<B> {
                 style: config.rope_style,
             }),
             heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
+            kv_heads,
             head_dim: config.head_dim,
             scale: config.attention_scale(),
             window: own.window,
@@ -160,6 +171,15 @@ impl<B: Ops> Attention<B> {
             }
         }; // [batch, seq, heads, head_dim]
         let output = reshape(tape, &output, &[batch, seq, self.heads * self.head_dim]);
+        let output = match &self.gate_proj {
+            Some(gate_proj) => gated_activation(
+                tape,
+                &gate_proj.forward(tape, x),
+                &output,
+                Activation::Sigmoid,
+            ),
+            None => output,
+        };
         self.o_proj.forward(tape, &output)
     }
 
@@ -184,6 +204,9 @@ impl<B: Ops> Attention<B> {
     pub fn collect(&self, params: &mut Vec<Param<B>>) {
         for proj in [&self.q_proj, &self.k_proj, &self.v_proj] {
             proj.collect(params);
+        }
+        if let Some(gate_proj) = &self.gate_proj {
+            gate_proj.collect(params);
         }
         for norm in [&self.q_norm, &self.k_norm].into_iter().flatten() {
             norm.collect(params);

@@ -1,13 +1,21 @@
 //! The parts that decoders are built from, each generic over the backend and told what to do by config fields.
 
 mod attention;
+mod decoder_layer;
+mod gated_delta_net;
 mod linear;
+mod mamba2;
 mod mlp;
 mod norm;
 mod rope;
+mod short_conv;
 
 pub use attention::Attention;
+pub use decoder_layer::DecoderLayer;
+pub use gated_delta_net::GatedDeltaNet;
 pub use linear::Linear;
+pub use mamba2::Mamba2;
 pub use mlp::Mlp;
 pub use norm::Norm;
 pub use rope::rotary_table;
+pub use short_conv::ShortConv;

@@ -65,10 +65,36 @@ impl RandomInit {
     pub fn elements(&self, name: &str, shape: &[usize], range: std::ops::Range<usize>) -> Vec<f32> {
         match ParamRole::of(name, shape) {
             ParamRole::NormScale => vec![self.norm_scale; range.len()],
+            ParamRole::GatedNormScale | ParamRole::Skip => vec![1.0; range.len()],
             ParamRole::Bias => vec![0.0; range.len()],
+            // As mamba_ssm draws them: filters like a convolution's, rates of decay in 1..16, and biases for which the
+            // steps lie between a thousandth and a tenth, uniform in their logarithm.
+            ParamRole::Convolution => {
+                let taps = shape.last().copied().unwrap_or(1).max(1);
+                let bound = (taps as f64).sqrt().recip();
+                self.uniform(name, range, |u| bound * (2.0 * u - 1.0))
+            }
+            ParamRole::DecayRate => self.uniform(name, range, |u| (1.0 + 15.0 * u).ln()),
+            ParamRole::StepBias => self.uniform(name, range, |u| {
+                let step = 0.001 * 100f64.powf(u);
+                step + (-(-step).exp_m1()).ln()
+            }),
             ParamRole::Embedding | ParamRole::Matrix => normal(self.key(name), self.std, range),
             ParamRole::OutputProjection => normal(self.key(name), self.output_std, range),
         }
+    }
+
+    /// Numbers in 0..1, mapped by `f`.
+    fn uniform(
+        &self,
+        name: &str,
+        range: std::ops::Range<usize>,
+        f: impl Fn(f64) -> f64,
+    ) -> Vec<f32> {
+        let key = self.key(name);
+        range
+            .map(|index| f(uniform(key, index as u64)) as f32)
+            .collect()
     }
 
     fn key(&self, name: &str) -> u64 {
@@ -112,13 +138,15 @@ fn normal(key: u64, std: f64, range: std::ops::Range<usize>) -> Vec<f32> {
 }
 
 fn normal_pair(key: u64, pair: u64) -> (f64, f64) {
-    // 53 random bits each; the first is kept off zero for the logarithm.
-    let uniform = |counter: u64| {
-        (mix(key.wrapping_add(counter.wrapping_mul(GOLDEN))) >> 11) as f64 / (1u64 << 53) as f64
-    };
-    let radius = (-2.0 * (1.0 - uniform(2 * pair)).ln()).sqrt();
-    let (sin, cos) = (std::f64::consts::TAU * uniform(2 * pair + 1)).sin_cos();
+    // The first is kept off zero for the logarithm.
+    let radius = (-2.0 * (1.0 - uniform(key, 2 * pair)).ln()).sqrt();
+    let (sin, cos) = (std::f64::consts::TAU * uniform(key, 2 * pair + 1)).sin_cos();
     (radius * cos, radius * sin)
+}
+
+/// Number `counter` of the uniform sequence with `key`: 53 random bits in 0..1.
+fn uniform(key: u64, counter: u64) -> f64 {
+    (mix(key.wrapping_add(counter.wrapping_mul(GOLDEN))) >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// Increment of SplitMix64: 2^64 divided by the golden ratio.
