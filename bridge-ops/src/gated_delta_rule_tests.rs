@@ -146,7 +146,8 @@ fn documents_are_kept_apart() {
 
 #[test]
 fn a_text_in_pieces_is_the_text() {
-    let (inputs, spec, tape) = (SMALL.inputs(), ScanSpec::new(4), Tape::inference());
+    let (inputs, spec) = (SMALL.inputs(), ScanSpec::new(4));
+    let tape = Tape::<Flex>::inference();
     let vars = |range: Option<std::ops::Range<usize>>| {
         let cut = |x: &FlexTensor| match &range {
             Some(range) => {

@@ -169,7 +169,7 @@ fn without_a_skip_connection() {
 #[test]
 fn a_text_in_pieces_is_the_text() {
     let (inputs, skip) = (SMALL.inputs(), Param::<Flex>::new("d", random(&[6], 6)));
-    let (spec, tape) = (ScanSpec::new(4), Tape::inference());
+    let (spec, tape) = (ScanSpec::new(4), Tape::<Flex>::inference());
     let vars = |range: Option<std::ops::Range<usize>>| {
         let cut = |x: &FlexTensor| match &range {
             Some(range) => {

@@ -19,8 +19,9 @@ impl DecoderConfig {
         };
         let mut tensors =
             vec![CanonicalTensor::new("embedding.weight", table, vocab()).at(embedding_place)];
-        for index in 0..self.layers.len() {
-            self.layer_tensors(index, &mut tensors);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let inner = self.mlp_intermediate_size(index);
+            self.layer_tensors(&format!("layers.{index}"), layer, inner, &mut tensors);
         }
         self.norm_tensors("final_norm", &mut tensors);
         if !self.tie_word_embeddings {
@@ -29,19 +30,21 @@ impl DecoderConfig {
         tensors
     }
 
-    fn layer_tensors(&self, index: usize, tensors: &mut Vec<CanonicalTensor>) {
-        let prefix = format!("layers.{index}");
-        let LayerConfig { mixer, ffn } = &self.layers[index];
+    fn layer_tensors(
+        &self,
+        prefix: &str,
+        layer: &LayerConfig,
+        inner: usize,
+        tensors: &mut Vec<CanonicalTensor>,
+    ) {
+        let LayerConfig { mixer, ffn } = layer;
         if *mixer != Mixer::None {
             self.norm_tensors(&format!("{prefix}.input_norm"), tensors);
         }
         match mixer {
-            Mixer::Attention(_) => {
-                self.attention_tensors(
-                    &format!("{prefix}.attention"),
-                    self.layer_key_value_heads(index),
-                    tensors,
-                );
+            Mixer::Attention(own) => {
+                let kv_heads = own.num_key_value_heads.unwrap_or(self.num_key_value_heads);
+                self.attention_tensors(&format!("{prefix}.attention"), kv_heads, tensors);
             }
             Mixer::Mamba2 => {
                 if let Some(mamba2) = &self.mamba2 {
@@ -63,11 +66,7 @@ impl DecoderConfig {
             self.norm_tensors(&format!("{prefix}.mlp_norm"), tensors);
         }
         match ffn {
-            Ffn::Mlp(_) => self.mlp_tensors(
-                &format!("{prefix}.mlp"),
-                self.mlp_intermediate_size(index),
-                tensors,
-            ),
+            Ffn::Mlp(_) => self.mlp_tensors(&format!("{prefix}.mlp"), inner, tensors),
             Ffn::Linear => self.linear_tensor(&format!("{prefix}.mlp_linear"), tensors),
             Ffn::None => {}
         }

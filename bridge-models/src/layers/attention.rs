@@ -56,7 +56,9 @@ impl<B: Ops> Attention<B> {
         layer: usize,
         own: &AttentionLayer,
     ) -> Result<Self> {
-        let kv_heads = config.layer_key_value_heads(layer);
+        let kv_heads = own
+            .num_key_value_heads
+            .unwrap_or(config.num_key_value_heads);
         let (hidden, query, key_value) = (
             config.hidden_size,
             config.query_size(),

@@ -2,7 +2,7 @@
 //! absent.
 
 use bridge_core::DecoderConfig;
-use bridge_core::config::{Ffn, Mixer};
+use bridge_core::config::{Ffn, LayerConfig, Mixer};
 use bridge_ops::{Ops, Param, Tape, Var, add};
 
 use super::{Attention, GatedDeltaNet, Linear, Mamba2, Mlp, Norm};
@@ -41,6 +41,17 @@ enum FeedForward<B: Ops> {
     Linear(Linear<B>),
 }
 
+/// Which layer is built.
+#[derive(Clone, Copy)]
+struct Site<'a> {
+    config: &'a DecoderConfig,
+    own: &'a LayerConfig,
+    /// Its number; a module after the last layer counts on.
+    layer: usize,
+    /// What its weights' names start with.
+    prefix: &'a str,
+}
+
 impl<B: Ops> DecoderLayer<B> {
     /// Layer `layer` of the model that `config` describes.
     ///
@@ -51,14 +62,33 @@ impl<B: Ops> DecoderLayer<B> {
         config: &DecoderConfig,
         layer: usize,
     ) -> Result<Self> {
-        let own = &config.layers[layer];
+        let prefix = format!("layers.{layer}");
+        Self::build_at(params, config, layer, &config.layers[layer], &prefix)
+    }
+
+    /// A layer made of `own` whose weights' names start with `prefix`. `layer` is its place in a cache.
+    ///
+    /// # Errors
+    /// If the weights' source fails, or the layer is of a kind that is not supported.
+    pub fn build_at(
+        params: &mut ParamBuilder<'_, B>,
+        config: &DecoderConfig,
+        layer: usize,
+        own: &LayerConfig,
+        prefix: &str,
+    ) -> Result<Self> {
+        let site = Site {
+            config,
+            own,
+            layer,
+            prefix,
+        };
         Ok(Self {
             mixer: match own.mixer {
                 Mixer::None => None,
                 _ => Some(Residual::build(
                     params,
-                    config,
-                    layer,
+                    site,
                     ("input_norm", "attention_output_norm"),
                     config.attention_output_norm,
                     TokenMixer::build,
@@ -68,8 +98,7 @@ impl<B: Ops> DecoderLayer<B> {
                 Ffn::None => None,
                 _ => Some(Residual::build(
                     params,
-                    config,
-                    layer,
+                    site,
                     ("mlp_norm", "mlp_output_norm"),
                     config.mlp_output_norm,
                     FeedForward::build,
@@ -104,19 +133,18 @@ impl<B: Ops> DecoderLayer<B> {
 impl<B: Ops, P> Residual<B, P> {
     fn build(
         params: &mut ParamBuilder<'_, B>,
-        config: &DecoderConfig,
-        layer: usize,
+        site: Site<'_>,
         (norm, output_norm): (&str, &str),
         has_output_norm: bool,
-        part: impl FnOnce(&mut ParamBuilder<'_, B>, &DecoderConfig, usize) -> Result<P>,
+        part: impl FnOnce(&mut ParamBuilder<'_, B>, Site<'_>) -> Result<P>,
     ) -> Result<Self> {
         let build_norm = |params: &mut ParamBuilder<'_, B>, name: &str| {
-            let name = format!("layers.{layer}.{name}");
-            Norm::build(params, &name, config.hidden_size, &config.norm)
+            let name = format!("{}.{name}", site.prefix);
+            Norm::build(params, &name, site.config.hidden_size, &site.config.norm)
         };
         Ok(Self {
             norm: build_norm(params, norm)?,
-            part: part(params, config, layer)?,
+            part: part(params, site)?,
             output_norm: if has_output_norm {
                 Some(build_norm(params, output_norm)?)
             } else {
@@ -149,17 +177,10 @@ impl<B: Ops, P> Residual<B, P> {
 }
 
 impl<B: Ops> TokenMixer<B> {
-    fn build(
-        params: &mut ParamBuilder<'_, B>,
-        config: &DecoderConfig,
-        layer: usize,
-    ) -> Result<Self> {
-        let name = |part: &str| format!("layers.{layer}.{part}");
-        match (
-            &config.layers[layer].mixer,
-            &config.mamba2,
-            &config.gated_delta_net,
-        ) {
+    fn build(params: &mut ParamBuilder<'_, B>, site: Site<'_>) -> Result<Self> {
+        let (config, layer) = (site.config, site.layer);
+        let name = |part: &str| format!("{}.{part}", site.prefix);
+        match (&site.own.mixer, &config.mamba2, &config.gated_delta_net) {
             (Mixer::Attention(own), ..) => {
                 Attention::build(params, &name("attention"), config, layer, own)
                     .map(Self::Attention)
@@ -202,17 +223,17 @@ impl<B: Ops> TokenMixer<B> {
 }
 
 impl<B: Ops> FeedForward<B> {
-    fn build(
-        params: &mut ParamBuilder<'_, B>,
-        config: &DecoderConfig,
-        layer: usize,
-    ) -> Result<Self> {
-        let name = |part: &str| format!("layers.{layer}.{part}");
-        match &config.layers[layer].ffn {
-            Ffn::Mlp(_) => Mlp::build(params, &name("mlp"), config, layer).map(Self::Mlp),
+    fn build(params: &mut ParamBuilder<'_, B>, site: Site<'_>) -> Result<Self> {
+        let config = site.config;
+        let name = |part: &str| format!("{}.{part}", site.prefix);
+        match &site.own.ffn {
+            Ffn::Mlp(own) => {
+                let inner = own.intermediate_size.unwrap_or(config.intermediate_size);
+                Mlp::build(params, &name("mlp"), config, inner).map(Self::Mlp)
+            }
             Ffn::Linear => square(params, &name("mlp_linear"), config).map(Self::Linear),
             other => Err(Error::UnsupportedLayer {
-                layer,
+                layer: site.layer,
                 part: "feed-forward part",
                 found: format!("{other:?}"),
             }),

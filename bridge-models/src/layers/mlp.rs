@@ -17,7 +17,7 @@ pub struct Mlp<B: Ops> {
 }
 
 impl<B: Ops> Mlp<B> {
-    /// The MLP of layer `layer`, called `name`.
+    /// The MLP called `name`, `inner` wide inside.
     ///
     /// # Errors
     /// If the weights' source fails.
@@ -25,9 +25,9 @@ impl<B: Ops> Mlp<B> {
         params: &mut ParamBuilder<'_, B>,
         name: &str,
         config: &DecoderConfig,
-        layer: usize,
+        inner: usize,
     ) -> Result<Self> {
-        let (hidden, inner) = (config.hidden_size, config.mlp_intermediate_size(layer));
+        let hidden = config.hidden_size;
         let mut project = |proj: &str, shape: [usize; 2]| {
             Linear::build(
                 params,
