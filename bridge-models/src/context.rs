@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bridge_core::config::{RopeConfig, RopeStyle};
 use bridge_ops::{Float, Int, KvCache, Ops, RotaryTable, float_from_f32, int_from_i64};
 
+use crate::auxiliary::AuxiliaryLosses;
 use crate::layers::rotary_table;
 
 /// The position of each token in its text, which is what rotary embeddings rotate by.
@@ -37,6 +38,7 @@ pub struct ForwardContext<'a, B: Ops> {
     positions: Positions,
     cu_seqlens: Option<Arc<[usize]>>,
     cache: Option<&'a DecoderCache<B>>,
+    auxiliary: Option<&'a AuxiliaryLosses<B>>,
     tables: Mutex<Vec<CachedTable<B>>>,
 }
 
@@ -68,6 +70,7 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
             positions: Positions::From(0),
             cu_seqlens: None,
             cache: None,
+            auxiliary: None,
             tables: Mutex::default(),
         }
     }
@@ -106,6 +109,17 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
             cache: Some(cache),
             ..self.with_positions(Positions::From(start))
         }
+    }
+
+    /// The same context in a training step that has losses besides that of the next token.
+    pub fn with_auxiliary(mut self, auxiliary: &'a AuxiliaryLosses<B>) -> Self {
+        self.auxiliary = Some(auxiliary);
+        self
+    }
+
+    /// The losses besides that of the next token, in training.
+    pub fn auxiliary(&self) -> Option<&'a AuxiliaryLosses<B>> {
+        self.auxiliary
     }
 
     /// Token ids: `[batch, seq]`.

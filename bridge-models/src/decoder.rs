@@ -2,13 +2,14 @@
 
 use bridge_core::DecoderConfig;
 use bridge_ops::{
-    CrossEntropySpec, Float, Ops, Param, Tape, Var, embedding, linear, linear_cross_entropy,
+    CrossEntropySpec, Float, Int, Ops, Param, Tape, Var, embedding, linear, linear_cross_entropy,
     linear_cross_entropy_weighted, reshape, scale, slice, softcap,
 };
+use burn::tensor::{Int as IntKind, Tensor};
 
-use crate::context::{DecoderCache, ForwardContext, Targets};
+use crate::context::{DecoderCache, ForwardContext, IGNORED_TARGET, Targets};
 use crate::error::{Error, Result};
-use crate::layers::{DecoderLayer, Norm};
+use crate::layers::{DecoderLayer, MtpModule, Norm};
 use crate::segmented::SegmentedModel;
 use crate::weights::{ParamBuilder, WeightSource};
 
@@ -24,6 +25,8 @@ pub struct Decoder<B: Ops> {
     final_norm: Norm<B>,
     /// `None` where the embedding matrix is the head as well.
     lm_head: Option<Param<B>>,
+    /// Multi-token prediction, for training alone.
+    mtp: Vec<MtpModule<B>>,
 }
 
 impl<B: Ops> Decoder<B> {
@@ -49,11 +52,15 @@ impl<B: Ops> Decoder<B> {
         } else {
             Some(params.param("lm_head.weight", &table)?)
         };
+        let mtp = (0..config.num_mtp_layers)
+            .map(|index| MtpModule::build(&mut params, &config, index))
+            .collect::<Result<_>>()?;
         Ok(Self {
             embedding,
             layers,
             final_norm,
             lm_head,
+            mtp,
             device: device.clone(),
             config,
         })
@@ -112,7 +119,12 @@ impl<B: Ops> Decoder<B> {
 
     /// The embeddings of the context's tokens: `[batch, seq, hidden]`.
     pub fn embed(&self, tape: &Tape<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
-        let x = embedding(tape, ctx.input_ids(), &self.embedding);
+        self.embedded(tape, ctx.input_ids())
+    }
+
+    /// The embeddings of `ids` `[batch, seq]`: `[batch, seq, hidden]`.
+    fn embedded(&self, tape: &Tape<B>, ids: &Int<B>) -> Var<B> {
+        let x = embedding(tape, ids, &self.embedding);
         match self.config.embedding_scale {
             Some(factor) => scale(tape, &x, factor),
             None => x,
@@ -129,8 +141,12 @@ impl<B: Ops> Decoder<B> {
 
     /// The head: `[batch, seq, hidden]` before the final norm -> logits `[batch, seq, vocab]`.
     pub fn logits(&self, tape: &Tape<B>, hidden: &Var<B>) -> Var<B> {
-        let x = self.final_norm.forward(tape, hidden);
-        let logits = linear(tape, &x, self.head_weight(), None);
+        self.head_logits(tape, &self.final_norm.forward(tape, hidden))
+    }
+
+    /// Logits of what a final norm made: `[batch, seq, hidden]` -> `[batch, seq, vocab]`.
+    fn head_logits(&self, tape: &Tape<B>, x: &Var<B>) -> Var<B> {
+        let logits = linear(tape, x, self.head_weight(), None);
         match self.config.final_logit_softcap {
             Some(cap) => softcap(tape, &logits, cap),
             None => logits,
@@ -142,6 +158,61 @@ impl<B: Ops> Decoder<B> {
         let tape = Tape::inference();
         let hidden = self.hidden_states(&tape, ctx);
         self.logits(&tape, &hidden).into_value()
+    }
+
+    /// Logits of the multi-token prediction modules, without recording gradients: `[batch, seq, vocab]` each. Row `t` of
+    /// module `k` (from 0) predicts token `t + k + 2`; the last `k + 1` rows of each sequence lack the tokens that they
+    /// would be told, and mean nothing.
+    pub fn mtp_logits(&self, ctx: &ForwardContext<'_, B>) -> Vec<Float<B>> {
+        let tape = Tape::inference();
+        let hidden = self.hidden_states(&tape, ctx);
+        let hidden = self.final_norm.forward(&tape, &hidden);
+        let views = self.mtp_views(&tape, &hidden, ctx);
+        let logits = views.iter().map(|view| self.head_logits(&tape, view));
+        logits.map(Var::into_value).collect()
+    }
+
+    /// What each multi-token prediction module makes of the model's own view after its final norm.
+    fn mtp_views(
+        &self,
+        tape: &Tape<B>,
+        hidden: &Var<B>,
+        ctx: &ForwardContext<'_, B>,
+    ) -> Vec<Var<B>> {
+        let mut views: Vec<Var<B>> = Vec::with_capacity(self.mtp.len());
+        let mut ids = ctx.input_ids().clone();
+        for module in &self.mtp {
+            ids = moved_up::<B>(ids);
+            let next = self.embedded(tape, &ids);
+            let view = module.forward(tape, views.last().unwrap_or(hidden), &next, ctx);
+            views.push(view);
+        }
+        views
+    }
+
+    /// The loss of each token under the head: `[batch * seq]`. x: `[batch, seq, hidden]` after a final norm.
+    fn token_losses(
+        &self,
+        tape: &Tape<B>,
+        x: &Var<B>,
+        ids: &Int<B>,
+        gradient: Option<Float<B>>,
+        ctx: &ForwardContext<'_, B>,
+    ) -> Var<B> {
+        let x = reshape(
+            tape,
+            x,
+            &[ctx.batch() * ctx.seq(), self.config.hidden_size],
+        );
+        let spec = CrossEntropySpec {
+            logit_softcap: self.config.final_logit_softcap,
+            ..CrossEntropySpec::default()
+        };
+        let head = self.head_weight();
+        match gradient {
+            Some(known) => linear_cross_entropy_weighted(tape, &x, head, ids, known, spec),
+            None => linear_cross_entropy(tape, &x, head, ids, spec),
+        }
     }
 
     /// Logits of the last token of each row, without recording gradients: `[batch, 1, vocab]`. What generation needs;
@@ -180,20 +251,26 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
         targets: &Targets<B>,
         ctx: &ForwardContext<'_, B>,
     ) -> Var<B> {
-        let x = self.final_norm.forward(tape, input);
-        let x = reshape(
-            tape,
-            &x,
-            &[ctx.batch() * ctx.seq(), self.config.hidden_size],
-        );
-        let spec = CrossEntropySpec {
-            logit_softcap: self.config.final_logit_softcap,
-            ..CrossEntropySpec::default()
-        };
-        let (head, ids) = (self.head_weight(), &targets.ids);
-        match &targets.loss_gradient {
-            Some(known) => linear_cross_entropy_weighted(tape, &x, head, ids, known.clone(), spec),
-            None => linear_cross_entropy(tape, &x, head, ids, spec),
+        let hidden = self.final_norm.forward(tape, input);
+        let gradient = targets.loss_gradient.clone();
+        let losses = self.token_losses(tape, &hidden, &targets.ids, gradient, ctx);
+        let auxiliary = ctx.auxiliary().filter(|_| tape.is_recording());
+        match auxiliary.and_then(|auxiliary| Some((auxiliary, auxiliary.mtp_weight()?))) {
+            Some((auxiliary, weight)) if !self.mtp.is_empty() => {
+                let weight = weight / self.mtp.len() as f64;
+                let mut ids = targets.ids.clone();
+                let mut ahead = Vec::with_capacity(self.mtp.len());
+                for view in self.mtp_views(tape, &hidden, ctx) {
+                    ids = next_targets::<B>(ids, [ctx.batch(), ctx.seq()]);
+                    // Seeded with `weight` times the gradient of the losses that it joins.
+                    let known = targets.loss_gradient.clone();
+                    let known = known.map(|known| B::scale(known, weight));
+                    ahead.push(self.token_losses(tape, &view, &ids, known, ctx));
+                }
+                auxiliary.record_mtp(&ahead);
+                joined(tape, losses, ahead, weight)
+            }
+            _ => losses,
         }
     }
 
@@ -205,10 +282,54 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
             layer.collect(&mut params);
         } else {
             self.final_norm.collect(&mut params);
+            if !self.mtp.is_empty() && self.lm_head.is_some() {
+                params.push(self.embedding.clone());
+            }
+            for module in &self.mtp {
+                module.collect(&mut params);
+            }
             params.push(self.head_weight().clone());
         }
         params
     }
+}
+
+/// Each row of ids one place to the left: `[batch, seq]`, the last place of each row filled with its first.
+fn moved_up<B: Ops>(ids: Int<B>) -> Int<B> {
+    let ids = Tensor::<B, 2, IntKind>::from_primitive(ids);
+    let [_, seq] = ids.dims();
+    if seq == 1 {
+        return ids.into_primitive();
+    }
+    let (first, rest) = (ids.clone().narrow(1, 0, 1), ids.narrow(1, 1, seq - 1));
+    Tensor::cat(vec![rest, first], 1).into_primitive()
+}
+
+/// Targets one token further ahead: `[batch * seq]`. None where a row ends, and none across the end of a document, where
+/// the target so far is none.
+fn next_targets<B: Ops>(targets: Int<B>, [batch, seq]: [usize; 2]) -> Int<B> {
+    let targets = Tensor::<B, 1, IntKind>::from_primitive(targets).reshape([batch, seq]);
+    let none = targets.clone().equal_elem(IGNORED_TARGET);
+    let end = targets.clone().narrow(1, 0, 1).full_like(IGNORED_TARGET);
+    let next = if seq == 1 {
+        end
+    } else {
+        Tensor::cat(vec![targets.narrow(1, 1, seq - 1), end], 1)
+    };
+    let next = next.mask_fill(none, IGNORED_TARGET);
+    next.reshape([batch * seq]).into_primitive()
+}
+
+/// `losses` unchanged, and `weight` times the losses `ahead` in what is minimised.
+fn joined<B: Ops>(tape: &Tape<B>, losses: Var<B>, ahead: Vec<Var<B>>, weight: f64) -> Var<B> {
+    let parents: Vec<&Var<B>> = std::iter::once(&losses).chain(&ahead).collect();
+    let others = ahead.len();
+    tape.record(losses.value(), &parents, move |dy| {
+        let ahead = std::iter::repeat_with(|| Some(B::scale(dy.clone(), weight)));
+        let mut gradients = vec![Some(dy.clone())];
+        gradients.extend(ahead.take(others));
+        gradients
+    })
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@
 //! # Ok::<(), bridge_models::Error>(())
 //! ```
 
+mod auxiliary;
 mod context;
 mod decoder;
 mod error;
@@ -31,6 +32,10 @@ mod segmented;
 pub mod verify;
 pub mod weights;
 
+pub use auxiliary::{
+    AuxiliaryLosses, AuxiliaryOptions, AuxiliaryReport, BalanceScope, ExpertLoad,
+    update_correction_biases,
+};
 pub use context::{
     DecoderCache, ForwardContext, IGNORED_TARGET, Positions, RecurrentState, Targets,
 };

@@ -36,6 +36,7 @@ mod burn_fn;
 mod cache;
 mod causal_conv1d;
 mod chunks;
+mod clamped_swiglu;
 mod cross_entropy;
 mod data;
 mod elementwise;
@@ -47,6 +48,7 @@ mod l2_norm;
 mod layer_norm;
 mod linear;
 mod linear_cross_entropy;
+mod moe;
 mod ops;
 mod param;
 mod primitive;
@@ -66,11 +68,12 @@ pub use attention::{AttentionGrads, AttentionOutput, AttentionRule, AttentionSpe
 pub use burn_fn::{TrackedTensor, burn_fn};
 pub use cache::KvCache;
 pub use causal_conv1d::{ConvGrads, ConvSpec, causal_conv1d, causal_conv1d_with_history};
+pub use clamped_swiglu::{SwigluClamp, clamped_swiglu};
 pub use cross_entropy::{CrossEntropyOutput, CrossEntropySpec, TARGET_ELSEWHERE, cross_entropy};
 pub use data::{
     float_from_bytes, float_from_f32, float_zeros, int_from_i64, to_f32_vec, to_i64_vec, to_scalar,
 };
-pub use elementwise::{add, add_bias, cast, mul, scale, softcap, sub};
+pub use elementwise::{add, add_bias, cast, mul, scale, scale_rows, softcap, sub};
 pub use embedding::{embedding, embedding_as};
 pub use gated_delta_rule::{DeltaRuleInputs, gated_delta_rule, gated_delta_rule_with_state};
 pub use gated_rms_norm::{GatedNormGrads, GatedNormSpec, gated_rms_norm};
@@ -82,13 +85,18 @@ pub use linear_cross_entropy::{
     LossGradRequest, LossGrads, linear_cross_entropy, linear_cross_entropy_weighted,
     tokens_per_piece,
 };
+pub use moe::{
+    BalanceLoss, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups, RouterLossSpec, RouterLosses,
+    RouterOutput, RouterScore, RouterSpec, Routing, SortedExperts, grouped_linear, permute, route,
+    unpermute, with_router_losses,
+};
 pub use ops::Ops;
 pub use param::{GradReduction, Param, ParamShard};
 pub use primitive::{Float, Int};
 pub use reduce::sum;
 pub use rms_norm::{NormSpec, rms_norm};
 pub use rotary::{RotaryDirection, RotaryStyle, RotaryTable, rotary};
-pub use shape::{concat, matmul, reshape, slice, transpose};
+pub use shape::{concat, matmul, repeat, reshape, slice, transpose};
 pub use ssd_scan::{ScanSpec, SsdGrads, SsdInputs, ssd_scan, ssd_scan_with_state};
 pub use tape::{Tape, Var};
 pub use time_step::{log_decay, time_step};

@@ -7,6 +7,7 @@ use crate::adamw::{self, AdamWStep};
 use crate::attention::{self, AttentionGrads, AttentionOutput, AttentionRule};
 use crate::cache;
 use crate::causal_conv1d::{self, ConvGrads, ConvSpec};
+use crate::clamped_swiglu::{self, SwigluClamp};
 use crate::cross_entropy::{self, CrossEntropyOutput, CrossEntropySpec};
 use crate::elementwise;
 use crate::embedding;
@@ -17,6 +18,9 @@ use crate::l2_norm;
 use crate::layer_norm;
 use crate::linear;
 use crate::linear_cross_entropy::{self, LossGradRequest, LossGrads};
+use crate::moe::{
+    ExpertOffsets, RouterOutput, RouterSpec, SortedExperts, grouped_linear, permute, router,
+};
 use crate::primitive::{self, Float, Int};
 use crate::reduce;
 use crate::rms_norm::{self, NormSpec};
@@ -181,6 +185,122 @@ pub trait Ops: Backend {
         activation: Activation,
     ) -> (Float<Self>, Float<Self>) {
         activation::portable_gated_backward::<Self>(gate, up, dy, activation)
+    }
+
+    /// `y = glu(min(gate, limit)) * (clamp(up) + 1)`, elementwise; see [`clamped_swiglu`](crate::clamped_swiglu()).
+    fn clamped_swiglu_forward(
+        gate: Float<Self>,
+        up: Float<Self>,
+        clamp: SwigluClamp,
+    ) -> Float<Self> {
+        clamped_swiglu::portable::<Self>(gate, up, clamp)
+    }
+
+    /// Returns (dgate, dup).
+    fn clamped_swiglu_backward(
+        gate: Float<Self>,
+        up: Float<Self>,
+        dy: Float<Self>,
+        clamp: SwigluClamp,
+    ) -> (Float<Self>, Float<Self>) {
+        clamped_swiglu::portable_backward::<Self>(gate, up, dy, clamp)
+    }
+
+    /// Chooses each token's experts. logits: [tokens, E], correction_bias: `[E]` -> weights [tokens, k] fp32 and
+    /// experts [tokens, k].
+    fn router_forward(
+        logits: Float<Self>,
+        correction_bias: Option<Float<Self>>,
+        spec: &RouterSpec,
+    ) -> RouterOutput<Self> {
+        router::portable::<Self>(logits, correction_bias, spec)
+    }
+
+    /// `dlogits` like the logits, from the experts that were chosen and `dweights` [tokens, k].
+    fn router_backward(
+        logits: Float<Self>,
+        experts: Int<Self>,
+        dweights: Float<Self>,
+        spec: &RouterSpec,
+    ) -> Float<Self> {
+        router::portable_backward::<Self>(logits, experts, dweights, spec)
+    }
+
+    /// Sorts assignments by expert, stably. experts: [tokens, k]; a value outside `0..num_experts` means none and goes
+    /// to the end.
+    fn sort_by_expert(experts: Int<Self>, num_experts: usize) -> SortedExperts<Self> {
+        permute::portable_sort::<Self>(experts, num_experts)
+    }
+
+    /// `rows[i] = x[order[i] / k]`, times `weights[order[i]]` if given. x: [tokens, h], order: `[n]`,
+    /// weights: [tokens, k] -> [n, h].
+    fn permute_rows(
+        x: Float<Self>,
+        order: Int<Self>,
+        weights: Option<Float<Self>>,
+        top_k: usize,
+    ) -> Float<Self> {
+        permute::portable_permute::<Self>(x, order, weights, top_k)
+    }
+
+    /// `y[t] = sum over s of rows[inverse[t, s]]`, times `weights[t, s]` if given, over the rows before the last of
+    /// `offsets`. rows: [n, h], inverse, weights: [tokens, k], offsets: `[E + 1]` -> [tokens, h].
+    fn unpermute_rows(
+        rows: Float<Self>,
+        inverse: Int<Self>,
+        weights: Option<Float<Self>>,
+        offsets: Int<Self>,
+    ) -> Float<Self> {
+        permute::portable_unpermute::<Self>(rows, inverse, weights, offsets)
+    }
+
+    /// `dweights[t, s] = rows[inverse[t, s]] . dy[t]`, 0 for rows that are not used. rows: [n, h], inverse: [tokens, k],
+    /// dy: [tokens, h] -> [tokens, k] fp32.
+    fn unpermute_weight_grad(
+        rows: Float<Self>,
+        inverse: Int<Self>,
+        dy: Float<Self>,
+        offsets: Int<Self>,
+    ) -> Float<Self> {
+        permute::portable_weight_grad::<Self>(rows, inverse, dy, offsets)
+    }
+
+    /// `y = x W[e]^T + b[e]` for the rows of each expert. x: [n, in], weight: [E, out, in], bias: [E, out] -> [n, out].
+    fn grouped_linear_forward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        bias: Option<Float<Self>>,
+        offsets: &ExpertOffsets<Self>,
+    ) -> Float<Self> {
+        grouped_linear::portable::<Self>(x, weight, bias, offsets)
+    }
+
+    /// `dx = dy W[e]`. dy: [n, out], weight: [E, out, in] -> [n, in].
+    fn grouped_linear_backward_input(
+        dy: Float<Self>,
+        weight: Float<Self>,
+        offsets: &ExpertOffsets<Self>,
+    ) -> Float<Self> {
+        grouped_linear::portable_backward_input::<Self>(dy, weight, offsets)
+    }
+
+    /// `dW[e] += dy^T x` in fp32. x: [n, in], dy: [n, out] -> [E, out, in].
+    fn grouped_linear_accumulate_weight_grad(
+        x: Float<Self>,
+        dy: Float<Self>,
+        offsets: &ExpertOffsets<Self>,
+        slot: GradSlot<Self>,
+    ) -> Float<Self> {
+        grouped_linear::portable_accumulate_weight_grad::<Self>(x, dy, offsets, slot)
+    }
+
+    /// `db[e] += sum of the rows of dy` in fp32. dy: [n, out] -> [E, out].
+    fn grouped_linear_accumulate_bias_grad(
+        dy: Float<Self>,
+        offsets: &ExpertOffsets<Self>,
+        slot: GradSlot<Self>,
+    ) -> Float<Self> {
+        grouped_linear::portable_accumulate_bias_grad::<Self>(dy, offsets, slot)
     }
 
     /// Loss per token from logits. logits: [tokens, vocab], targets: `[tokens]` -> loss and log-sum-exp, both `[tokens]`

@@ -73,6 +73,11 @@ fn twenty_steps_of_a_dense_model_match_pytorch() {
 }
 
 #[test]
+fn twenty_steps_of_a_mixture_of_experts_match_pytorch() {
+    twenty_steps_match_pytorch("qwen3_moe");
+}
+
+#[test]
 fn twenty_steps_of_a_hybrid_model_match_pytorch() {
     twenty_steps_match_pytorch("nemotron_h");
 }

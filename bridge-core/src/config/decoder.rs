@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{GatedDeltaNetConfig, MAX_LAYERS, Mamba2Config, RopeConfig, RopeScaling};
+use super::{
+    GatedDeltaNetConfig, MAX_LAYERS, Mamba2Config, MlaConfig, MoeConfig, RopeConfig, RopeScaling,
+};
 use crate::error::{Error, Problems, Result};
 
 /// A decoder-only transformer. Words are those of Hugging Face's `config.json`; behaviour comes from a field, never
@@ -41,6 +43,15 @@ pub struct DecoderConfig {
     /// Normalisation of queries and keys before the rotary embedding.
     #[serde(default)]
     pub qk_norm: Option<QkNorm>,
+    /// Whether each query head has a learned logit that takes part in the softmax and has no value (gpt-oss).
+    #[serde(default)]
+    pub attention_sinks: bool,
+    /// Latent attention in place of plain projections, in every attention layer (DeepSeek).
+    #[serde(default)]
+    pub mla: Option<MlaConfig>,
+    /// The experts of layers with [`Ffn::Moe`].
+    #[serde(default)]
+    pub moe: Option<MoeConfig>,
     /// Rotary embedding of layers with [`LayerRope::Global`]; `None` where the model has none.
     #[serde(default)]
     pub rope: Option<RopeConfig>,
@@ -54,6 +65,10 @@ pub struct DecoderConfig {
     pub rope_style: RopeStyle,
     /// What each layer is made of; `num_hidden_layers` entries.
     pub layers: Vec<LayerConfig>,
+    /// Number of multi-token prediction modules after the last layer, each of which predicts one token further ahead
+    /// (DeepSeek-V3, GLM-4.5). They are trained with a loss of their own, and generation does not use them.
+    #[serde(default)]
+    pub num_mtp_layers: usize,
     /// Whether the output head is the embedding matrix.
     pub tie_word_embeddings: bool,
     /// Factor on the embeddings (Gemma: sqrt(hidden_size)).
@@ -239,6 +254,14 @@ impl LayerConfig {
         }
     }
 
+    /// A layer with full causal attention and the model's mixture of experts.
+    pub fn moe() -> Self {
+        Self {
+            ffn: Ffn::Moe,
+            ..Self::dense()
+        }
+    }
+
     /// The attention of this layer, if its mixer is attention.
     pub fn attention(&self) -> Option<&AttentionLayer> {
         match &self.mixer {
@@ -304,6 +327,8 @@ pub enum Ffn {
     Linear,
     /// Nothing, not even a norm.
     None,
+    /// The mixture of experts of [`DecoderConfig::moe`].
+    Moe,
 }
 
 /// What may differ between the dense MLPs of one model.
@@ -319,7 +344,8 @@ pub struct MlpLayer {
 const MAX_WIDTH: usize = 1 << 21;
 
 impl DecoderConfig {
-    /// Width of all query heads together: rows of the q projection, columns of the output projection.
+    /// Width of all query heads together: rows of the q projection, and columns of the output projection unless values
+    /// have a width of their own.
     pub fn query_size(&self) -> usize {
         self.num_attention_heads.saturating_mul(self.head_dim)
     }
@@ -336,8 +362,18 @@ impl DecoderConfig {
             .unwrap_or(self.num_key_value_heads)
     }
 
-    /// How many elements of each head are rotated: `head_dim * partial_rotary_factor`, rounded down.
+    /// Width of all heads' outputs together: columns of the output projection.
+    pub fn attention_output_size(&self) -> usize {
+        let head = self.mla.as_ref().map_or(self.head_dim, |mla| mla.v_head_dim);
+        self.num_attention_heads.saturating_mul(head)
+    }
+
+    /// How many elements of each head are rotated: `head_dim * partial_rotary_factor`, rounded down; in latent
+    /// attention, those set apart for it.
     pub fn rotary_dim(&self) -> usize {
+        if let Some(mla) = &self.mla {
+            return mla.qk_rope_head_dim;
+        }
         (self.head_dim as f64 * self.partial_rotary_factor) as usize
     }
 
@@ -368,7 +404,40 @@ impl DecoderConfig {
             ("num_key_value_heads*head_dim", self.key_value_size()),
             ("head_dim", self.head_dim),
         ];
-        let equal = candidates.into_iter().filter(|(_, value)| *value == extent);
+        let moe = self.moe.as_ref().map(|moe| {
+            let shared = moe.shared_intermediate_size.unwrap_or(0);
+            [
+                ("number of experts", moe.num_experts),
+                ("intermediate size of experts", moe.intermediate_size),
+                ("intermediate size of the shared expert", shared),
+            ]
+        });
+        let mla = self.mla.as_ref().map(|mla| {
+            let (nope, rope, value) = (
+                mla.qk_nope_head_dim,
+                mla.qk_rope_head_dim,
+                mla.v_head_dim,
+            );
+            let key_value = self.num_attention_heads.saturating_mul(nope + value);
+            [
+                ("q_lora_rank", mla.q_lora_rank.unwrap_or(0)),
+                ("kv_lora_rank", mla.kv_lora_rank),
+                ("kv_lora_rank+qk_rope_head_dim", mla.kv_lora_rank + rope),
+                (
+                    "num_attention_heads*(qk_nope_head_dim+v_head_dim)",
+                    key_value,
+                ),
+                (
+                    "num_attention_heads*v_head_dim",
+                    self.attention_output_size(),
+                ),
+            ]
+        });
+        let candidates = candidates
+            .into_iter()
+            .chain(moe.into_iter().flatten())
+            .chain(mla.into_iter().flatten());
+        let equal = candidates.filter(|(_, value)| *value == extent && extent > 0);
         equal
             .map(|(name, value)| format!("{name}={value}"))
             .collect()
@@ -431,6 +500,26 @@ impl DecoderConfig {
                 "num_hidden_layers is {}, but {} layers are described",
                 self.num_hidden_layers,
                 self.layers.len()
+            ));
+        }
+        if let Some(mla) = &self.mla {
+            mla.problems(self.head_dim, &mut problems);
+            if kv_heads != heads {
+                problems.push(format!(
+                    "num_key_value_heads={kv_heads} in latent attention, expected num_attention_heads={heads}"
+                ));
+            }
+            if self.qk_norm.is_some() {
+                problems.push("latent attention does not go with a norm on queries and keys".to_owned());
+            }
+        }
+        if let Some(moe) = &self.moe {
+            moe.problems(&mut problems);
+        }
+        if self.num_mtp_layers > MAX_LAYERS {
+            problems.push(format!(
+                "{} multi-token prediction modules, expected at most {MAX_LAYERS}",
+                self.num_mtp_layers
             ));
         }
         self.rope_problems(&mut problems);
@@ -506,6 +595,11 @@ impl DecoderConfig {
             };
             if let Some(field) = missing {
                 problems.push(format!("layer {index} uses {field}, which is not set"));
+            }
+            if layer.ffn == Ffn::Moe && self.moe.is_none() {
+                problems.push(format!(
+                    "layer {index} is a mixture of experts, which are not described"
+                ));
             }
             let width = self.mlp_intermediate_size(index);
             if matches!(layer.ffn, Ffn::Mlp(_)) && !(1..=MAX_WIDTH).contains(&width) {

@@ -3,6 +3,8 @@
 
 mod decoder;
 mod hf_json;
+mod mla;
+mod moe;
 mod plain;
 mod reader;
 mod recurrent;
@@ -15,6 +17,10 @@ pub use decoder::{
     NormConfig, NormKind, QkNorm, RopeStyle,
 };
 pub use hf_json::{HfConfig, MAX_CONFIG_BYTES};
+pub use mla::MlaConfig;
+pub use moe::{
+    ClampedSwiglu, GroupScoring, MoeConfig, RouterConfig, RouterGroups, RouterScoring,
+};
 pub use reader::{ConfigReader, MAX_LAYERS};
 pub use recurrent::{GatedDeltaNetConfig, Mamba2Config};
 pub use rope::{Frequencies, RopeConfig, RopeScaling};

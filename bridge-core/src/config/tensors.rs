@@ -1,6 +1,6 @@
 //! The canonical tensors that a [`DecoderConfig`] implies.
 
-use super::{DecoderConfig, Ffn, LayerConfig, Mixer, QkNorm};
+use super::{DecoderConfig, Ffn, LayerConfig, Mixer, MlaConfig, MoeConfig, QkNorm};
 use crate::bridge::CanonicalTensor;
 use crate::layout::{Place, ShardRule};
 
@@ -12,7 +12,8 @@ impl DecoderConfig {
             multiple: 1,
         };
         let table = [self.vocab_size, self.hidden_size];
-        let embedding_place = if self.tie_word_embeddings {
+        // Multi-token prediction embeds tokens beside the head.
+        let embedding_place = if self.tie_word_embeddings || self.num_mtp_layers > 0 {
             Place::FirstAndLast
         } else {
             Place::First
@@ -24,10 +25,33 @@ impl DecoderConfig {
             self.layer_tensors(&format!("layers.{index}"), layer, inner, &mut tensors);
         }
         self.norm_tensors("final_norm", &mut tensors);
+        for index in 0..self.num_mtp_layers {
+            self.mtp_tensors(&format!("mtp.{index}"), &mut tensors);
+        }
         if !self.tie_word_embeddings {
             tensors.push(CanonicalTensor::new("lm_head.weight", table, vocab()));
         }
         tensors
+    }
+
+    /// What a multi-token prediction module's own layer is made of: the same as the last one.
+    pub fn mtp_layer(&self) -> LayerConfig {
+        self.layers.last().cloned().unwrap_or_else(LayerConfig::dense)
+    }
+
+    fn mtp_tensors(&self, prefix: &str, tensors: &mut Vec<CanonicalTensor>) {
+        let hidden = self.hidden_size;
+        for norm in ["embedding_norm", "hidden_norm"] {
+            self.norm_tensors(&format!("{prefix}.{norm}"), tensors);
+        }
+        tensors.push(CanonicalTensor::new(
+            format!("{prefix}.proj.weight"),
+            [hidden, 2 * hidden],
+            ShardRule::Replicated,
+        ));
+        let inner = self.mlp_intermediate_size(self.layers.len().saturating_sub(1));
+        self.layer_tensors(&format!("{prefix}.layer"), &self.mtp_layer(), inner, tensors);
+        self.norm_tensors(&format!("{prefix}.final_norm"), tensors);
     }
 
     fn layer_tensors(
@@ -43,8 +67,14 @@ impl DecoderConfig {
         }
         match mixer {
             Mixer::Attention(own) => {
-                let kv_heads = own.num_key_value_heads.unwrap_or(self.num_key_value_heads);
-                self.attention_tensors(&format!("{prefix}.attention"), kv_heads, tensors);
+                let (name, kv_heads) = (
+                    format!("{prefix}.attention"),
+                    own.num_key_value_heads.unwrap_or(self.num_key_value_heads),
+                );
+                match &self.mla {
+                    None => self.attention_tensors(&name, kv_heads, tensors),
+                    Some(mla) => self.mla_tensors(&name, mla, tensors),
+                }
             }
             Mixer::Mamba2 => {
                 if let Some(mamba2) = &self.mamba2 {
@@ -67,6 +97,11 @@ impl DecoderConfig {
         }
         match ffn {
             Ffn::Mlp(_) => self.mlp_tensors(&format!("{prefix}.mlp"), inner, tensors),
+            Ffn::Moe => {
+                if let Some(moe) = &self.moe {
+                    self.moe_tensors(&format!("{prefix}.mlp"), moe, tensors);
+                }
+            }
             Ffn::Linear => self.linear_tensor(&format!("{prefix}.mlp_linear"), tensors),
             Ffn::None => {}
         }
@@ -140,10 +175,25 @@ impl DecoderConfig {
                 rule,
             ));
         }
-        let output = ShardRule::Heads { dim: 1, heads };
+        if self.attention_sinks {
+            tensors.push(CanonicalTensor::new(
+                format!("{name}.sinks"),
+                [heads],
+                ShardRule::Heads { dim: 0, heads },
+            ));
+        }
+        self.attention_output_tensors(name, tensors);
+    }
+
+    fn attention_output_tensors(&self, name: &str, tensors: &mut Vec<CanonicalTensor>) {
+        let hidden = self.hidden_size;
+        let output = ShardRule::Heads {
+            dim: 1,
+            heads: self.num_attention_heads,
+        };
         tensors.push(CanonicalTensor::new(
             format!("{name}.o_proj.weight"),
-            [hidden, query],
+            [hidden, self.attention_output_size()],
             output,
         ));
         if self.attention_output_bias {
@@ -182,5 +232,86 @@ impl DecoderConfig {
         }
         push("up", [inner, hidden], 0);
         push("down", [hidden, inner], 1);
+    }
+
+    /// The projections into a latent vector are whole on every rank, those out of it cut by heads.
+    fn mla_tensors(&self, name: &str, mla: &MlaConfig, tensors: &mut Vec<CanonicalTensor>) {
+        let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
+        let mut push = |part: &str, shape: &[usize], rule: ShardRule| {
+            tensors.push(CanonicalTensor::new(format!("{name}.{part}"), shape, rule));
+        };
+        let by_head = || ShardRule::Heads { dim: 0, heads };
+        let into_latent = |push: &mut dyn FnMut(&str, &[usize], ShardRule), part: &str, rows| {
+            push(
+                &format!("{part}.weight"),
+                &[rows, hidden],
+                ShardRule::Replicated,
+            );
+            if self.attention_bias {
+                push(&format!("{part}.bias"), &[rows], ShardRule::Replicated);
+            }
+        };
+        match mla.q_lora_rank {
+            None => push("q_proj.weight", &[self.query_size(), hidden], by_head()),
+            Some(rank) => {
+                into_latent(&mut push, "q_a_proj", rank);
+                push("q_a_norm.weight", &[rank], ShardRule::Replicated);
+                push("q_b_proj.weight", &[self.query_size(), rank], by_head());
+            }
+        }
+        let rank = mla.kv_lora_rank;
+        into_latent(&mut push, "kv_a_proj", rank + mla.qk_rope_head_dim);
+        push("kv_a_norm.weight", &[rank], ShardRule::Replicated);
+        let rows = heads * (mla.qk_nope_head_dim + mla.v_head_dim);
+        push("kv_b_proj.weight", &[rows, rank], by_head());
+        self.attention_output_tensors(name, tensors);
+    }
+
+    /// The experts' matrices are stacked: one tensor for all of a layer's `gate_proj`s, and so on.
+    fn moe_tensors(&self, name: &str, moe: &MoeConfig, tensors: &mut Vec<CanonicalTensor>) {
+        let (hidden, experts, inner) = (self.hidden_size, moe.num_experts, moe.intermediate_size);
+        let mut push = |part: &str, shape: &[usize], rule: ShardRule| {
+            tensors.push(CanonicalTensor::new(format!("{name}.{part}"), shape, rule));
+        };
+        push("router.weight", &[experts, hidden], ShardRule::Replicated);
+        if moe.router.bias {
+            push("router.bias", &[experts], ShardRule::Replicated);
+        }
+        if moe.router.correction_bias {
+            push("router.correction_bias", &[experts], ShardRule::Replicated);
+        }
+        // Expert tensor parallelism cuts the inner width: rows of gate and up, columns of down, whose bias is added
+        // once, after the sum.
+        let stacked = |inner| ShardRule::StackedExperts { inner };
+        let mut projection = |proj: &str, rows: usize, cols: usize, cut: usize| {
+            push(
+                &format!("experts.{proj}_proj.weight"),
+                &[experts, rows, cols],
+                stacked(Some(cut)),
+            );
+            if moe.expert_projection_bias {
+                let cut = (cut == 1).then_some(1);
+                push(
+                    &format!("experts.{proj}_proj.bias"),
+                    &[experts, rows],
+                    stacked(cut),
+                );
+            }
+        };
+        if self.gated_mlp {
+            projection("gate", inner, hidden, 1);
+        }
+        projection("up", inner, hidden, 1);
+        projection("down", hidden, inner, 2);
+        if let Some(shared) = moe.shared_intermediate_size {
+            self.mlp_tensors(&format!("{name}.shared_expert"), shared, tensors);
+            if moe.shared_expert_gate {
+                tensors.push(CanonicalTensor::new(
+                    format!("{name}.shared_expert_gate.weight"),
+                    [1, hidden],
+                    ShardRule::Replicated,
+                ));
+            }
+        }
     }
 }

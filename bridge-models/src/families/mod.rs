@@ -15,18 +15,26 @@ use bridge_core::{DecoderConfig, Registry};
 
 use crate::error::{Error, Result};
 
+pub mod deepseek_v2;
+pub mod deepseek_v3;
 pub mod gemma;
 pub mod gemma2;
 pub mod gemma3;
+pub mod glm4_moe;
+pub mod gpt_oss;
 mod keys;
 pub mod llama;
 pub mod llama_nemotron;
 mod maps;
 pub mod mistral;
+mod moe_keys;
+mod moe_maps;
 pub mod nemotron;
 pub mod nemotron_h;
+pub mod olmoe;
 pub mod qwen2;
 pub mod qwen3;
+pub mod qwen3_moe;
 mod qwen_windows;
 mod sizes;
 mod spec;
@@ -48,6 +56,12 @@ pub static FAMILIES: &[&FamilySpec] = &[
     &nemotron::SPEC,
     &llama_nemotron::SPEC,
     &nemotron_h::SPEC,
+    &qwen3_moe::SPEC,
+    &olmoe::SPEC,
+    &deepseek_v2::SPEC,
+    &deepseek_v3::SPEC,
+    &glm4_moe::SPEC,
+    &gpt_oss::SPEC,
 ];
 
 /// The registry of every family, for conversion and for finding out what a folder holds.

@@ -35,6 +35,8 @@ pub struct Attention<B: Ops> {
     scale: f64,
     window: Option<usize>,
     softcap: Option<f64>,
+    /// `[heads]`: logits that take part in the softmax and have no value.
+    sinks: Option<Param<B>>,
 }
 
 #[derive(Debug, Clone)]
@@ -94,6 +96,11 @@ impl<B: Ops> Attention<B> {
             [hidden, query],
             config.attention_output_bias,
         )?;
+        let sinks = if config.attention_sinks {
+            Some(params.param(&format!("{name}.sinks"), &[config.num_attention_heads])?)
+        } else {
+            None
+        };
         let rope = match own.rope {
             LayerRope::Global => config.rope.clone(),
             LayerRope::Local => config.rope_local.clone(),
@@ -120,6 +127,7 @@ impl<B: Ops> Attention<B> {
             scale: config.attention_scale(),
             window: own.window,
             softcap: config.attention_softcap,
+            sinks,
         })
     }
 
@@ -156,6 +164,7 @@ impl<B: Ops> Attention<B> {
             .with_scale(self.scale)
             .with_window(self.window)
             .with_softcap(self.softcap)
+            .with_sinks(self.sinks.clone())
             .with_cu_seqlens(ctx.cu_seqlens().cloned());
         let output = match ctx.cache() {
             None => attention(tape, &q, &k, &v, &spec),
@@ -213,6 +222,7 @@ impl<B: Ops> Attention<B> {
         for norm in [&self.q_norm, &self.k_norm].into_iter().flatten() {
             norm.collect(params);
         }
+        params.extend(self.sinks.clone());
         self.o_proj.collect(params);
     }
 }

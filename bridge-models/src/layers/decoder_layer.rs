@@ -5,7 +5,7 @@ use bridge_core::DecoderConfig;
 use bridge_core::config::{Ffn, LayerConfig, Mixer};
 use bridge_ops::{Ops, Param, Tape, Var, add};
 
-use super::{Attention, GatedDeltaNet, Linear, Mamba2, Mlp, Norm};
+use super::{Attention, GatedDeltaNet, LatentAttention, Linear, Mamba2, Mlp, Moe, Norm};
 use crate::context::ForwardContext;
 use crate::error::{Error, Result};
 use crate::weights::ParamBuilder;
@@ -29,6 +29,7 @@ struct Residual<B: Ops, P> {
 #[derive(Debug, Clone)]
 enum TokenMixer<B: Ops> {
     Attention(Attention<B>),
+    Latent(LatentAttention<B>),
     Mamba2(Mamba2<B>),
     GatedDeltaNet(GatedDeltaNet<B>),
     Linear(Linear<B>),
@@ -38,6 +39,7 @@ enum TokenMixer<B: Ops> {
 #[derive(Debug, Clone)]
 enum FeedForward<B: Ops> {
     Mlp(Mlp<B>),
+    Moe(Moe<B>),
     Linear(Linear<B>),
 }
 
@@ -114,7 +116,7 @@ impl<B: Ops> DecoderLayer<B> {
             x = mixer.forward(tape, &x, |part, x| part.forward(tape, x, ctx));
         }
         if let Some(ffn) = &self.ffn {
-            x = ffn.forward(tape, &x, |part, x| part.forward(tape, x));
+            x = ffn.forward(tape, &x, |part, x| part.forward(tape, x, ctx));
         }
         x
     }
@@ -181,10 +183,14 @@ impl<B: Ops> TokenMixer<B> {
         let (config, layer) = (site.config, site.layer);
         let name = |part: &str| format!("{}.{part}", site.prefix);
         match (&site.own.mixer, &config.mamba2, &config.gated_delta_net) {
-            (Mixer::Attention(own), ..) => {
-                Attention::build(params, &name("attention"), config, layer, own)
-                    .map(Self::Attention)
-            }
+            (Mixer::Attention(own), ..) => match &config.mla {
+                None => Attention::build(params, &name("attention"), config, layer, own)
+                    .map(Self::Attention),
+                Some(mla) => {
+                    LatentAttention::build(params, &name("attention"), config, layer, own, mla)
+                        .map(Self::Latent)
+                }
+            },
             (Mixer::Mamba2, Some(own), _) => {
                 Mamba2::build(params, &name("mamba"), config, layer, own).map(Self::Mamba2)
             }
@@ -206,6 +212,7 @@ impl<B: Ops> TokenMixer<B> {
     fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
         match self {
             Self::Attention(attention) => attention.forward(tape, x, ctx),
+            Self::Latent(attention) => attention.forward(tape, x, ctx),
             Self::Mamba2(mamba) => mamba.forward(tape, x, ctx),
             Self::GatedDeltaNet(delta_net) => delta_net.forward(tape, x, ctx),
             Self::Linear(linear) => linear.forward(tape, x),
@@ -215,6 +222,7 @@ impl<B: Ops> TokenMixer<B> {
     fn collect(&self, params: &mut Vec<Param<B>>) {
         match self {
             Self::Attention(attention) => attention.collect(params),
+            Self::Latent(attention) => attention.collect(params),
             Self::Mamba2(mamba) => mamba.collect(params),
             Self::GatedDeltaNet(delta_net) => delta_net.collect(params),
             Self::Linear(linear) => linear.collect(params),
@@ -226,13 +234,16 @@ impl<B: Ops> FeedForward<B> {
     fn build(params: &mut ParamBuilder<'_, B>, site: Site<'_>) -> Result<Self> {
         let config = site.config;
         let name = |part: &str| format!("{}.{part}", site.prefix);
-        match &site.own.ffn {
-            Ffn::Mlp(own) => {
+        match (&site.own.ffn, &config.moe) {
+            (Ffn::Mlp(own), _) => {
                 let inner = own.intermediate_size.unwrap_or(config.intermediate_size);
                 Mlp::build(params, &name("mlp"), config, inner).map(Self::Mlp)
             }
-            Ffn::Linear => square(params, &name("mlp_linear"), config).map(Self::Linear),
-            other => Err(Error::UnsupportedLayer {
+            (Ffn::Moe, Some(moe)) => {
+                Moe::build(params, &name("mlp"), config, moe).map(Self::Moe)
+            }
+            (Ffn::Linear, _) => square(params, &name("mlp_linear"), config).map(Self::Linear),
+            (other, _) => Err(Error::UnsupportedLayer {
                 layer: site.layer,
                 part: "feed-forward part",
                 found: format!("{other:?}"),
@@ -240,9 +251,10 @@ impl<B: Ops> FeedForward<B> {
         }
     }
 
-    fn forward(&self, tape: &Tape<B>, x: &Var<B>) -> Var<B> {
+    fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
         match self {
             Self::Mlp(mlp) => mlp.forward(tape, x),
+            Self::Moe(moe) => moe.forward(tape, x, ctx),
             Self::Linear(linear) => linear.forward(tape, x),
         }
     }
@@ -250,6 +262,7 @@ impl<B: Ops> FeedForward<B> {
     fn collect(&self, params: &mut Vec<Param<B>>) {
         match self {
             Self::Mlp(mlp) => mlp.collect(params),
+            Self::Moe(moe) => moe.collect(params),
             Self::Linear(linear) => linear.collect(params),
         }
     }

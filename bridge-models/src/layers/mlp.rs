@@ -70,7 +70,8 @@ impl<B: Ops> Mlp<B> {
     }
 }
 
-fn activation_op(activation: bridge_core::config::Activation) -> Activation {
+/// The operation of a config's activation.
+pub(super) fn activation_op(activation: bridge_core::config::Activation) -> Activation {
     use bridge_core::config::Activation as Config;
     match activation {
         Config::Silu => Activation::Silu,

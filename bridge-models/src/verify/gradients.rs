@@ -1,8 +1,9 @@
 //! Comparing gradients, under the names and in the form that a checkpoint stores their weights.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use bridge_core::plan::Plan;
+use bridge_core::convert::HfModel;
+use bridge_core::mapping::Mapping;
 use bridge_ops::{Ops, to_f32_vec};
 
 use super::{Reference, Tolerances, VerifyReport};
@@ -12,7 +13,7 @@ use crate::error::{Error, Result};
 /// Compares the gradients in the slots of `model`'s weights with the reference.
 pub(super) fn compare<B: Ops>(
     model: &Decoder<B>,
-    plan: &Plan,
+    folder: &HfModel,
     reference: &Reference,
     tolerances: &Tolerances,
     report: &mut VerifyReport,
@@ -20,11 +21,12 @@ pub(super) fn compare<B: Ops>(
     if reference.gradients.is_empty() && reference.full_gradients.is_empty() {
         return Ok(());
     }
-    check_names(plan, reference)?;
+    let mapping = mapping(folder, reference)?;
+    check_names(&mapping, folder, model, reference)?;
     let canonical = gradients(model);
     let mut worst: Option<(f64, &str)> = None;
     for (name, expected) in &reference.gradients {
-        let found = foreign_gradient(plan, &canonical, name);
+        let found = foreign_gradient(&mapping, &canonical, name);
         if found.len() != expected.numel {
             let problem = format!(
                 "gradient `{name}` has {} elements, the weight {}",
@@ -53,7 +55,7 @@ pub(super) fn compare<B: Ops>(
         report.compare(what, difference, tolerances.gradient);
     }
     for (name, expected) in &reference.full_gradients {
-        let found = foreign_gradient(plan, &canonical, name);
+        let found = foreign_gradient(&mapping, &canonical, name);
         if found.len() != expected.len() {
             let problem = format!(
                 "gradient `{name}` has {} elements, the weight {}",
@@ -97,9 +99,28 @@ fn gradients<B: Ops>(model: &Decoder<B>) -> HashMap<String, Vec<f32>> {
     model.params().into_iter().map(gradient).collect()
 }
 
-/// The reference must speak of exactly the weights that the checkpoint holds.
-fn check_names(plan: &Plan, reference: &Reference) -> Result<()> {
-    let mapping = plan.mapping();
+/// How gradients are stored: as the checkpoint's own tensors, or, where these are quantized, as those of the model's
+/// usual form, since a quantized weight has no gradient.
+fn mapping(folder: &HfModel, reference: &Reference) -> Result<Mapping> {
+    let plan = folder.plan();
+    if !plan.is_quantized() {
+        return Ok(plan.mapping().clone());
+    }
+    let bridge = folder.bridge();
+    let resolved = bridge
+        .weights(&plan.config)
+        .resolve(&bridge.tensors(&plan.config));
+    resolved.map_err(|problems| Error::reference(&reference.path, problems.to_string()))
+}
+
+/// The reference must speak of exactly the weights that the checkpoint holds and the loss depends on: neither numbers that
+/// the optimizer does not train nor multi-token prediction, which has a loss of its own, have a gradient.
+fn check_names<B: Ops>(
+    mapping: &Mapping,
+    folder: &HfModel,
+    model: &Decoder<B>,
+    reference: &Reference,
+) -> Result<()> {
     let names = reference
         .gradients
         .keys()
@@ -116,7 +137,18 @@ fn check_names(plan: &Plan, reference: &Reference) -> Result<()> {
     if reference.gradients.is_empty() {
         return Ok(());
     }
-    let stored = plan.tensors.iter().flat_map(|tensor| &tensor.foreign);
+    let untrained: HashSet<String> = model
+        .params()
+        .into_iter()
+        .filter(|param| !param.requires_grad() || param.name().starts_with("mtp."))
+        .map(|param| param.name().to_owned())
+        .collect();
+    let trained = folder
+        .plan()
+        .tensors
+        .iter()
+        .filter(|tensor| !untrained.contains(&tensor.canonical));
+    let stored = trained.flat_map(|tensor| &tensor.foreign);
     match stored
         .into_iter()
         .find(|name| !reference.gradients.contains_key(*name))
@@ -130,8 +162,11 @@ fn check_names(plan: &Plan, reference: &Reference) -> Result<()> {
 }
 
 /// The gradient of a stored tensor: the elements of its canonical tensors' gradients, arranged as they are stored.
-fn foreign_gradient(plan: &Plan, canonical: &HashMap<String, Vec<f32>>, name: &str) -> Vec<f32> {
-    let mapping = plan.mapping();
+fn foreign_gradient(
+    mapping: &Mapping,
+    canonical: &HashMap<String, Vec<f32>>,
+    name: &str,
+) -> Vec<f32> {
     let index = mapping.foreign_index(name).expect("names were checked");
     let mut gradient = vec![0.0; mapping.foreign[index].shape.iter().product()];
     for piece in mapping.pieces_of_foreign(index) {

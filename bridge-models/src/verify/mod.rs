@@ -100,7 +100,7 @@ pub fn verify<B: Ops>(
             if options.gradients {
                 gradients::compare(
                     &model,
-                    folder.plan(),
+                    &folder,
                     &reference,
                     &options.tolerances,
                     &mut report,
@@ -144,25 +144,55 @@ fn compare_logits<B: Ops>(
         );
         return Err(Error::reference(&reference.path, problem));
     }
-    let differences = found
-        .iter()
-        .zip(&expected.logits)
-        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs());
-    // A NaN must not get lost in a maximum.
-    let worst = differences.fold(0.0, |worst: f64, d| {
-        if d.is_nan() || worst.is_nan() {
-            f64::NAN
-        } else {
-            worst.max(d)
-        }
-    });
+    let worst = largest_difference(&found, &expected.logits);
     report.logits_max_abs_diff = Some(worst);
     report.compare(
         "logits, largest absolute difference",
         worst,
         tolerances.logits,
     );
+    if let Some(expected_mtp) = &expected.mtp_logits {
+        let found = model.mtp_logits(&ctx).into_iter().next();
+        let Some(found) = found.map(to_f32_vec::<B>) else {
+            let problem = "has logits of multi-token prediction, for which the model has no module";
+            return Err(Error::reference(&reference.path, problem));
+        };
+        // The last row of each sequence is not told the token after it.
+        let (seq, vocab) = (expected.seq, model.config().vocab_size);
+        let told = found
+            .chunks(seq * vocab)
+            .flat_map(|row| &row[..(seq - 1) * vocab]);
+        let told: Vec<f32> = told.copied().collect();
+        if told.len() != expected_mtp.len() {
+            let problem = format!(
+                "mtp_logits have {} elements, expected {}",
+                expected_mtp.len(),
+                told.len()
+            );
+            return Err(Error::reference(&reference.path, problem));
+        }
+        report.compare(
+            "logits of multi-token prediction, largest absolute difference",
+            largest_difference(&told, expected_mtp),
+            tolerances.logits,
+        );
+    }
     Ok(())
+}
+
+/// The largest absolute difference of two lists; NaN if any is.
+fn largest_difference(found: &[f32], expected: &[f32]) -> f64 {
+    let differences = found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs());
+    differences.fold(0.0, |worst: f64, d| {
+        if d.is_nan() || worst.is_nan() {
+            f64::NAN
+        } else {
+            worst.max(d)
+        }
+    })
 }
 
 fn compare_loss<B: Ops>(

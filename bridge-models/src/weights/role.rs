@@ -26,11 +26,14 @@ pub enum ParamRole {
 }
 
 impl ParamRole {
-    /// The role of the weight called `name`, from the canonical naming scheme: `...bias`, `...norm.weight`,
-    /// `embedding.weight`, `...{o,out,down}_proj.weight`, and those of recurrent layers. Any other vector counts as a norm's scale, any other tensor as a
-    /// matrix.
+    /// The role of the weight called `name`, from the canonical naming scheme: `...bias`, `...sinks`, `...norm.weight`,
+    /// `embedding.weight`, `...{o,out,down}_proj.weight`, and those of recurrent layers. Any other vector counts as a
+    /// norm's scale, any other tensor as a matrix.
     pub fn of(name: &str, shape: &[usize]) -> Self {
-        if name.ends_with(".bias") {
+        if [".bias", ".correction_bias", ".sinks"]
+            .iter()
+            .any(|end| name.ends_with(end))
+        {
             ParamRole::Bias
         } else if name.ends_with(".gated_norm.weight") {
             ParamRole::GatedNormScale
@@ -117,6 +120,23 @@ mod tests {
                 &[4, 6],
                 ParamRole::OutputProjection,
             ),
+            ("layers.0.attention.sinks", &[4], ParamRole::Bias),
+            (
+                "layers.0.mlp.router.correction_bias",
+                &[4],
+                ParamRole::Bias,
+            ),
+            (
+                "layers.0.mlp.experts.gate_proj.bias",
+                &[2, 4],
+                ParamRole::Bias,
+            ),
+            (
+                "layers.0.mlp.experts.down_proj.weight",
+                &[2, 4, 6],
+                ParamRole::OutputProjection,
+            ),
+            ("layers.0.mlp.router.weight", &[2, 4], ParamRole::Matrix),
             ("my.gain", &[4], ParamRole::NormScale),
         ] {
             assert_eq!(ParamRole::of(name, shape), role, "{name}");
