@@ -80,6 +80,7 @@ pub fn import(
         .map(|(piece, index)| model.transfer(*index, &whole(&tensors[*index].shape), piece))
         .collect();
     transfer::run(&transfers, &file, options.resources(), progress)?;
+    drop(transfers);
     check_tied(&model, options, progress)?;
     file.finish()?;
     let dir = writer.finish(1, 0)?;

@@ -9,7 +9,7 @@ use crate::families::keys::{
 use crate::families::spec::{ConfigKey, constant, flag, number, size};
 
 pub(super) fn base() -> DecoderConfig {
-    let mut config = DecoderConfig::plain();
+    let mut config = plain_decoder();
     config.norm.unit_offset = true;
     config.activation = Activation::GeluTanh;
     config

@@ -5,13 +5,13 @@ use bridge_core::config::{Activation, LayerRope};
 
 use crate::families::keys::{
     BOS, CAUSAL_ONLY, EOS, LAYERS, QUERY_SCALAR, ROPE_SCALING, ROPE_THETA, SCALED_HIDDEN_SIZE,
-    read_softcap,
+    plain_decoder, read_softcap,
 };
 use crate::families::spec::{ConfigKey, activation, constant, flag, number, size};
 use crate::families::windows::{layer_types, set_windows, sliding_layers, window, window_of};
 
 pub(super) fn base() -> DecoderConfig {
-    let mut config = DecoderConfig::plain();
+    let mut config = plain_decoder();
     config.norm.unit_offset = true;
     config.attention_output_norm = true;
     config.mlp_output_norm = true;

@@ -20,7 +20,7 @@ const LOCAL_THETA: f64 = 10_000.0;
 const PATTERN: usize = 6;
 
 pub(super) fn base() -> DecoderConfig {
-    let mut config = DecoderConfig::plain();
+    let mut config = plain_decoder();
     config.norm.unit_offset = true;
     config.attention_output_norm = true;
     config.mlp_output_norm = true;

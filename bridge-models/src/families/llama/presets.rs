@@ -96,7 +96,7 @@ pub(super) const ALL: &[Preset] = &[
 ];
 
 fn llama2(dims: Size) -> DecoderConfig {
-    let mut config = dims.of(DecoderConfig::plain());
+    let mut config = dims.of(plain_decoder());
     config.vocab_size = 32_000;
     config.max_position_embeddings = 4096;
     config.norm.eps = 1e-5;
@@ -124,7 +124,7 @@ const SIZE_8B: Size = Size::new(4096, 14_336, 32, 32, 8, 128);
 const SIZE_70B: Size = Size::new(8192, 28_672, 80, 64, 8, 128);
 
 fn llama3(dims: Size) -> DecoderConfig {
-    let mut config = dims.of(DecoderConfig::plain());
+    let mut config = dims.of(plain_decoder());
     config.vocab_size = 128_256;
     config.max_position_embeddings = 8192;
     config.norm.eps = 1e-5;
@@ -224,7 +224,7 @@ pub fn llama31_nemotron_nano_4b() -> DecoderConfig {
 }
 
 fn smollm2(dims: Size, theta: f64) -> DecoderConfig {
-    let mut config = dims.of(DecoderConfig::plain());
+    let mut config = dims.of(plain_decoder());
     config.vocab_size = 49_152;
     config.max_position_embeddings = 8192;
     config.norm.eps = 1e-5;
@@ -259,7 +259,7 @@ pub fn smollm2_1_7b() -> DecoderConfig {
 /// A toy with all dimensions different and small, for tests.
 pub fn tiny() -> DecoderConfig {
     let dims = Size::new(48, 80, 3, 6, 2, 16);
-    let mut config = dims.of(DecoderConfig::plain());
+    let mut config = dims.of(plain_decoder());
     config.vocab_size = 131;
     config.max_position_embeddings = 96;
     config.norm.eps = 1e-5;

@@ -3,12 +3,12 @@
 use bridge_core::DecoderConfig;
 use bridge_core::config::{Activation, LayerRope};
 
-use crate::families::keys::{BOS, EOS, HEAD_DIM, LAYERS, ROPE_SCALING, ROPE_THETA};
+use crate::families::keys::{BOS, EOS, HEAD_DIM, LAYERS, ROPE_SCALING, ROPE_THETA, plain_decoder};
 use crate::families::spec::{ConfigKey, activation, constant, flag, number, size};
 use crate::families::windows::{set_windows, window_of};
 
 pub(super) fn base() -> DecoderConfig {
-    DecoderConfig::plain()
+    plain_decoder()
 }
 
 pub(super) const MAP: &[ConfigKey] = &[

@@ -4,7 +4,7 @@ use bridge_core::DecoderConfig;
 use bridge_core::config::{Activation, NormConfig, NormKind};
 
 use crate::families::keys::{
-    BOS, EOS, HEAD_DIM, KEY_VALUE_HEADS, LAYERS, ROPE_SCALING, read_rope,
+    BOS, EOS, HEAD_DIM, KEY_VALUE_HEADS, LAYERS, ROPE_SCALING, plain_decoder, read_rope,
 };
 use crate::families::spec::{ConfigKey, activation, constant, flag, number, size};
 
@@ -20,7 +20,7 @@ pub(super) fn base() -> DecoderConfig {
             bias: true,
         },
         gated_mlp: false,
-        ..DecoderConfig::plain()
+        ..plain_decoder()
     }
 }
 

@@ -3,7 +3,7 @@
 use bridge_core::DecoderConfig;
 use bridge_core::config::{Activation, QkNorm};
 
-use crate::families::keys::{BOS, EOS, LAYERS, ROPE_SCALING, ROPE_THETA};
+use crate::families::keys::{BOS, EOS, LAYERS, ROPE_SCALING, ROPE_THETA, plain_decoder};
 use crate::families::qwen_windows::{
     LAYER_TYPES, MAX_WINDOW_LAYERS, SLIDING_WINDOW, USE_SLIDING_WINDOW,
 };
@@ -12,7 +12,7 @@ use crate::families::spec::{ConfigKey, activation, constant, flag, number, size}
 pub(super) fn base() -> DecoderConfig {
     DecoderConfig {
         qk_norm: Some(QkNorm::PerHead),
-        ..DecoderConfig::plain()
+        ..plain_decoder()
     }
 }
 
