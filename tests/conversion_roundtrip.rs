@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use bridge_core::{Error, LayoutSpec};
-use bridge_core::convert::{ConvertOptions, ExportOptions, export, import, roundtrip};
+use bridge_core::convert::{ConvertOptions, ExportOptions, HfModel, export, import, roundtrip};
 use bridge_core::dtype::DType;
+use bridge_core::quant::QuantScheme;
+use bridge_core::{Error, LayoutSpec};
 use bridge_models::registry;
 use bridge_tests::{FAMILIES, fixture};
 use serde_json::Value;
@@ -194,4 +195,38 @@ fn bf16(value: f32) -> [u8; 2] {
     let bits = value.to_bits();
     let half = 0x7fff + (bits >> 16 & 1);
     (((bits + half) >> 16) as u16).to_le_bytes()
+}
+
+#[test]
+fn mxfp4_can_be_taken_apart_and_put_together() {
+    let scratch = tempfile::tempdir().expect("a temporary folder");
+    let source = fixture("gpt_oss_mxfp4");
+    let options = ExportOptions {
+        dtype: Some(DType::BF16),
+        ..ExportOptions::default()
+    };
+    let plain = there_and_back(&source, scratch.path(), &options);
+    let stored = tensors(&plain);
+    // Not quantized, the experts are stored transposed, as in published bf16 files.
+    let name = "model.layers.0.mlp.experts.gate_up_proj";
+    assert_eq!(stored[name].1, serde_json::json!([6, 64, 64]));
+    assert!(!stored.contains_key(&format!("{name}_blocks")));
+
+    let options = ExportOptions {
+        quantize: Some(QuantScheme::Mxfp4),
+        ..ExportOptions::default()
+    };
+    let second = tempfile::tempdir().expect("a temporary folder");
+    let packed = there_and_back(&plain, second.path(), &options);
+    assert!(tensors(&packed).contains_key(&format!("{name}_blocks")));
+    let open =
+        |dir: &Path| HfModel::open(dir, &registry(), &LayoutSpec::default()).expect("a model");
+    let (before, after) = (open(&source), open(&packed));
+    for tensor in &before.plan().tensors {
+        let read = |model: &HfModel| model.read(&tensor.canonical).expect("a tensor");
+        if tensor.op == "dequantized" {
+            // Scales may differ from the source's; what they stand for does not.
+            assert!(read(&before) == read(&after), "{}", tensor.canonical);
+        }
+    }
 }

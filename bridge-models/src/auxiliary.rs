@@ -226,7 +226,11 @@ pub fn update_correction_biases<B: Ops>(params: &[Param<B>], load: &[ExpertLoad]
             .map(|count| {
                 // The sign of zero is zero here.
                 let under = mean - count;
-                if under == 0.0 { 0.0 } else { under.signum() * rate as f32 }
+                if under == 0.0 {
+                    0.0
+                } else {
+                    under.signum() * rate as f32
+                }
             })
             .collect();
         let (shape, dtype) = (bias.shape(), bias.dtype());
@@ -321,7 +325,10 @@ mod tests {
             }
         }
         let last = "layers.2.mlp.experts.down_proj.weight";
-        assert_eq!(step(&model, Some(options(1.0, 1.0)), last).0, step(&model, None, last).0);
+        assert_eq!(
+            step(&model, Some(options(1.0, 1.0)), last).0,
+            step(&model, None, last).0
+        );
     }
 
     #[test]

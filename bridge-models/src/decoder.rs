@@ -199,11 +199,7 @@ impl<B: Ops> Decoder<B> {
         gradient: Option<Float<B>>,
         ctx: &ForwardContext<'_, B>,
     ) -> Var<B> {
-        let x = reshape(
-            tape,
-            x,
-            &[ctx.batch() * ctx.seq(), self.config.hidden_size],
-        );
+        let x = reshape(tape, x, &[ctx.batch() * ctx.seq(), self.config.hidden_size]);
         let spec = CrossEntropySpec {
             logit_softcap: self.config.final_logit_softcap,
             ..CrossEntropySpec::default()

@@ -93,7 +93,9 @@ pub fn repeat<B: Ops>(tape: &Tape<B>, x: &Var<B>, dim: usize, times: usize) -> V
     let mut repeated = shape;
     repeated[dim] = times;
     let output = B::float_expand(x.value(), repeated.into());
-    tape.record(output, &[x], move |dy| vec![Some(B::float_sum_dim(dy, dim))])
+    tape.record(output, &[x], move |dy| {
+        vec![Some(B::float_sum_dim(dy, dim))]
+    })
 }
 
 /// Swaps two dimensions.

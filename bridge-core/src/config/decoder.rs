@@ -364,7 +364,10 @@ impl DecoderConfig {
 
     /// Width of all heads' outputs together: columns of the output projection.
     pub fn attention_output_size(&self) -> usize {
-        let head = self.mla.as_ref().map_or(self.head_dim, |mla| mla.v_head_dim);
+        let head = self
+            .mla
+            .as_ref()
+            .map_or(self.head_dim, |mla| mla.v_head_dim);
         self.num_attention_heads.saturating_mul(head)
     }
 
@@ -413,11 +416,7 @@ impl DecoderConfig {
             ]
         });
         let mla = self.mla.as_ref().map(|mla| {
-            let (nope, rope, value) = (
-                mla.qk_nope_head_dim,
-                mla.qk_rope_head_dim,
-                mla.v_head_dim,
-            );
+            let (nope, rope, value) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim);
             let key_value = self.num_attention_heads.saturating_mul(nope + value);
             [
                 ("q_lora_rank", mla.q_lora_rank.unwrap_or(0)),
@@ -510,7 +509,9 @@ impl DecoderConfig {
                 ));
             }
             if self.qk_norm.is_some() {
-                problems.push("latent attention does not go with a norm on queries and keys".to_owned());
+                problems.push(
+                    "latent attention does not go with a norm on queries and keys".to_owned(),
+                );
             }
         }
         if let Some(moe) = &self.moe {

@@ -18,9 +18,7 @@ pub use decoder::{
 };
 pub use hf_json::{HfConfig, MAX_CONFIG_BYTES};
 pub use mla::MlaConfig;
-pub use moe::{
-    ClampedSwiglu, GroupScoring, MoeConfig, RouterConfig, RouterGroups, RouterScoring,
-};
+pub use moe::{ClampedSwiglu, GroupScoring, MoeConfig, RouterConfig, RouterGroups, RouterScoring};
 pub use reader::{ConfigReader, MAX_LAYERS};
 pub use recurrent::{GatedDeltaNetConfig, Mamba2Config};
 pub use rope::{Frequencies, RopeConfig, RopeScaling};

@@ -176,10 +176,7 @@ impl MoeConfig {
         }
         let clamp = self.clamped_swiglu;
         for (key, value) in [
-            (
-                "routed_scaling_factor",
-                Some(self.router.scaling_factor),
-            ),
+            ("routed_scaling_factor", Some(self.router.scaling_factor)),
             ("swiglu_alpha", clamp.map(|clamp| clamp.alpha)),
             ("swiglu_limit", clamp.map(|clamp| clamp.limit)),
         ] {

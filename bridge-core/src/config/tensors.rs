@@ -36,7 +36,10 @@ impl DecoderConfig {
 
     /// What a multi-token prediction module's own layer is made of: the same as the last one.
     pub fn mtp_layer(&self) -> LayerConfig {
-        self.layers.last().cloned().unwrap_or_else(LayerConfig::dense)
+        self.layers
+            .last()
+            .cloned()
+            .unwrap_or_else(LayerConfig::dense)
     }
 
     fn mtp_tensors(&self, prefix: &str, tensors: &mut Vec<CanonicalTensor>) {
@@ -50,7 +53,12 @@ impl DecoderConfig {
             ShardRule::Replicated,
         ));
         let inner = self.mlp_intermediate_size(self.layers.len().saturating_sub(1));
-        self.layer_tensors(&format!("{prefix}.layer"), &self.mtp_layer(), inner, tensors);
+        self.layer_tensors(
+            &format!("{prefix}.layer"),
+            &self.mtp_layer(),
+            inner,
+            tensors,
+        );
         self.norm_tensors(&format!("{prefix}.final_norm"), tensors);
     }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::companions::{Companions, SkippedFile};
-use super::config_edit::replace_values;
+use super::config_edit::{add_value, replace_values};
 use super::source_record::{CARRIED_DIR, SourceRecord};
 use super::transfer::{self, Quantization, Segment, Sink, Transfer};
 use super::{ConvertOptions, HF_DIR, Progress};
@@ -18,7 +18,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Problems, Result};
 use crate::mapping::{View, ViewPair};
 use crate::plan::{ExportPlan, TensorHeader, plan_export};
-use crate::quant::{Quantized, fold};
+use crate::quant::{QuantScheme, Quantized, fold, quantizable};
 use crate::registry::Registry;
 
 /// What an export writes.
@@ -26,6 +26,9 @@ use crate::registry::Registry;
 pub struct ExportOptions {
     /// Type to write weights as; `None` keeps the stored ones, and quantizes again what the source had quantized.
     pub dtype: Option<DType>,
+    /// Scheme to quantize weights by, whatever the source's was: FP8 for the matrices of layers, MXFP4 for the experts of
+    /// families that are published so. Not together with `dtype`.
+    pub quantize: Option<QuantScheme>,
     /// Most bytes of tensors per file; `None` keeps the files of the source, or takes
     /// [`DEFAULT_MAX_SHARD_BYTES`] where there was none.
     pub max_shard_bytes: Option<u64>,
@@ -95,7 +98,19 @@ pub(super) fn export_opened(
             TensorHeader::new(name.as_str(), tensor.dtype, tensor.shape.as_slice())
         })
         .collect();
-    let quantized = quantized_source(&config, source_headers.as_deref())?;
+    if options.quantize.is_some() && options.dtype.is_some() {
+        return Err(Error::InvalidArgument(
+            "an export is either quantized or of another dtype, not both".to_owned(),
+        ));
+    }
+    let from_source = quantized_source(&config, source_headers.as_deref())?;
+    let quantized = match options.quantize {
+        None => from_source.clone(),
+        Some(scheme) => {
+            let map = bridge.weights(&typed);
+            quantizable(scheme, &map, &bridge.tensors(&typed), bridge.name())?
+        }
+    };
     let plan = plan_export(
         bridge,
         &typed,
@@ -118,7 +133,7 @@ pub(super) fn export_opened(
     let (mut transfers, quantizations) = transfers(native, &plan, carried.as_ref())?;
     if let Some(carried) = &carried {
         // Scales are written with their codes, or not at all.
-        let scales: HashSet<&str> = quantized
+        let scales: HashSet<&str> = from_source
             .values()
             .map(|stored| stored.scales.name.as_str())
             .collect();
@@ -130,8 +145,13 @@ pub(super) fn export_opened(
         }
         _ => None,
     };
-    let (config_bytes, changed_dtype) =
-        export_config(&config, source.as_ref(), &specs, !quantizations.is_empty());
+    let (config_bytes, changed_dtype) = export_config(
+        &config,
+        source.as_ref(),
+        &specs,
+        &quantizations,
+        options.quantize,
+    );
 
     let writer = ShardedWriter::create(
         out,
@@ -247,7 +267,8 @@ fn transfers<'a>(
             Some(stored) => {
                 let scales = carried.and_then(|carried| {
                     let info = carried.get(&stored.scales.name)?;
-                    let fits = info.shape == stored.scales.shape && info.dtype == stored.scales.dtype;
+                    let fits =
+                        info.shape == stored.scales.shape && info.dtype == stored.scales.dtype;
                     fits.then(|| (carried.reader(info), info.offset))
                 });
                 quantizations.push(Quantization {
@@ -350,7 +371,8 @@ fn export_config(
     config: &HfConfig,
     source: Option<&Checkpoint>,
     specs: &[TensorSpec],
-    quantized: bool,
+    quantizations: &[Quantization<'_>],
+    scheme: Option<QuantScheme>,
 ) -> (Vec<u8>, Option<DType>) {
     let written = main_dtype(specs.iter().map(|spec| (spec.dtype, spec.shape.as_slice())));
     let had = match source {
@@ -363,9 +385,17 @@ fn export_config(
         None => config.reader().dtype(),
     };
     let mut json = config.raw().to_vec();
-    // What is not quantized any more must not say that it is.
-    if !quantized && let Some(edited) = replace_values(&json, &["quantization_config"], "null") {
-        json = edited;
+    // What is not quantized any more must not say that it is, and the other way round.
+    let settings = match scheme {
+        Some(scheme) => Some(scheme.settings().to_string()),
+        None => quantizations.is_empty().then(|| "null".to_owned()),
+    };
+    if let Some(settings) = settings {
+        match replace_values(&json, &["quantization_config"], &settings) {
+            Some(edited) => json = edited,
+            None if scheme.is_some() => json = add_value(&json, "quantization_config", &settings),
+            None => {}
+        }
     }
     let name = match written {
         Some(DType::F64) => "\"float64\"",

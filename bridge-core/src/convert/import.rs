@@ -161,7 +161,12 @@ fn carry_ignored(model: &HfModel, dir: &Path, options: &ConvertOptions) -> Resul
         .ignored
         .iter()
         .map(|tensor| tensor.name.as_str())
-        .chain(model.plan().quantized_parts().map(|stored| stored.scales.name.as_str()))
+        .chain(
+            model
+                .plan()
+                .quantized_parts()
+                .map(|stored| stored.scales.name.as_str()),
+        )
         .collect();
     let infos: Vec<_> = names
         .iter()

@@ -38,7 +38,9 @@ fn write_hf(root: &Path) -> PathBuf {
     let mut tensors: BTreeMap<String, (DType, Vec<usize>, Vec<u8>)> = BTreeMap::new();
     let mut state = 1u64;
     let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         (state >> 40) as u32
     };
     for tensor in &plan.mapping().foreign {
@@ -54,8 +56,8 @@ fn write_hf(root: &Path) -> PathBuf {
             tensors.insert(format!("{name}_scale_inv"), (DType::F32, blocks, scales));
             tensors.insert(name.clone(), (DType::F8E4M3, shape.clone(), codes));
         } else {
-            let values = (0..numel)
-                .flat_map(|_| bf16::from_f32(next() as f32 / 1e7 - 0.8).to_le_bytes());
+            let values =
+                (0..numel).flat_map(|_| bf16::from_f32(next() as f32 / 1e7 - 0.8).to_le_bytes());
             let values = values.collect();
             tensors.insert(name.clone(), (DType::BF16, shape.clone(), values));
         }
@@ -150,7 +152,10 @@ fn an_export_may_be_plain_bf16_and_then_says_so() {
         ..ExportOptions::default()
     };
     export(&native, &out, &registry(), &options, &()).unwrap();
-    let (source, plain) = (Checkpoint::open(&hf).unwrap(), Checkpoint::open(&out).unwrap());
+    let (source, plain) = (
+        Checkpoint::open(&hf).unwrap(),
+        Checkpoint::open(&out).unwrap(),
+    );
     let scales = |tensors: &Checkpoint| {
         let names = tensors.tensors().iter();
         names.filter(|t| t.name.ends_with("_scale_inv")).count()
@@ -170,4 +175,65 @@ fn an_export_may_be_plain_bf16_and_then_says_so() {
     assert_eq!(config.json()["torch_dtype"], "bfloat16");
     // And what it says can be read again.
     HfModel::open(&out, &registry(), &LayoutSpec::default()).unwrap();
+}
+
+#[test]
+fn a_plain_model_may_be_written_in_fp8_and_comes_back_close() {
+    let root = tempfile::tempdir().unwrap();
+    let hf = write_hf(root.path());
+    let (native, plain) = (root.path().join("native"), root.path().join("plain"));
+    import(&hf, &native, &registry(), &ConvertOptions::default(), &()).unwrap();
+    let options = ExportOptions {
+        dtype: Some(DType::BF16),
+        ..ExportOptions::default()
+    };
+    export(&native, &plain, &registry(), &options, &()).unwrap();
+
+    let (again, small) = (root.path().join("again"), root.path().join("small"));
+    import(&plain, &again, &registry(), &ConvertOptions::default(), &()).unwrap();
+    let options = ExportOptions {
+        quantize: Some(crate::quant::QuantScheme::FP8),
+        ..ExportOptions::default()
+    };
+    export(&again, &small, &registry(), &options, &()).unwrap();
+    let config = HfConfig::load(&small).unwrap();
+    assert_eq!(
+        config.json()["quantization_config"]["weight_block_size"],
+        json!([128, 128])
+    );
+    let open = |dir: &Path| HfModel::open(dir, &registry(), &LayoutSpec::default()).unwrap();
+    let (before, after) = (open(&plain), open(&small));
+    assert!(!before.plan().is_quantized() && after.plan().is_quantized());
+    let values = |model: &HfModel, name: &str| -> Vec<f32> {
+        let bytes = model.read(name).unwrap();
+        let values = bytes.as_chunks::<2>().0.iter();
+        values.map(|b| bf16::from_le_bytes(*b).to_f32()).collect()
+    };
+    for tensor in &before.plan().tensors {
+        let name = tensor.canonical.as_str();
+        let (old, new) = (values(&before, name), values(&after, name));
+        let largest = old.iter().fold(0f32, |a, x| a.max(x.abs()));
+        for (old, new) in old.iter().zip(&new) {
+            // Half a step of a 3-bit mantissa, or of the smallest codes.
+            let limit = (old.abs() / 16.0).max(largest / 448.0 / 1024.0) * 1.01;
+            let limit = if name.contains("_proj") { limit } else { 0.0 };
+            assert!((old - new).abs() <= limit, "{name}: {old} became {new}");
+        }
+    }
+    let both = ExportOptions {
+        dtype: Some(DType::F32),
+        ..options
+    };
+    let nowhere = root.path().join("nowhere");
+    let error = export(&again, &nowhere, &registry(), &both, &()).unwrap_err();
+    assert!(error.is_input() && !nowhere.exists());
+    let mxfp4 = ExportOptions {
+        quantize: Some(crate::quant::QuantScheme::Mxfp4),
+        ..ExportOptions::default()
+    };
+    let error = export(&again, &nowhere, &registry(), &mxfp4, &()).unwrap_err();
+    assert!(
+        error.to_string().contains("it is a form of gpt-oss"),
+        "{error}"
+    );
 }

@@ -2,8 +2,8 @@
 //! within a memory budget.
 
 use std::ops::{Deref, Range};
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::Progress;
 use super::strided::{self, Paired};
@@ -361,7 +361,8 @@ pub(super) fn run_quantized(
         let job = &jobs[*transfer];
         let mut out = std::mem::take(&mut buffers.out);
         out.resize(2 * elements.len(), 0);
-        job.values.gather(elements.clone(), &mut out, buffers, chunk)?;
+        job.values
+            .gather(elements.clone(), &mut out, buffers, chunk)?;
         let values: Vec<bf16> = out
             .as_chunks::<2>()
             .0
@@ -389,9 +390,7 @@ pub(super) fn run_quantized(
         };
         let mut band = Band::default();
         quantize_band(job.scheme, &values, job.cols, stored.as_deref(), &mut band).map_err(
-            |problem| {
-                Error::InvalidArgument(format!("tensor `{}` {problem}", job.values.name))
-            },
+            |problem| Error::InvalidArgument(format!("tensor `{}` {problem}", job.values.name)),
         )?;
         sink.write(job.targets[0], codes_at as u64, &band.codes)?;
         sink.write(job.targets[1], scales_at as u64, &band.scales)?;

@@ -267,16 +267,20 @@ impl WeightMap {
         self
     }
 
+    /// The alternative whose sign ends with `suffix`.
+    pub(crate) fn form_with_suffix(&self, suffix: &str) -> Option<WeightMap> {
+        self.alternatives
+            .iter()
+            .find(|(sign, _)| sign.to_string().ends_with(suffix))
+            .map(|(_, map)| map.clone())
+    }
+
     /// The map for a checkpoint with tensors of these names: the first alternative whose sign is among them, or this.
-    pub(crate) fn for_stored<'n>(
-        self,
-        names: impl Iterator<Item = &'n str> + Clone,
-    ) -> WeightMap {
-        let found = self.alternatives.iter().position(|(sign, _)| {
-            names
-                .clone()
-                .any(|name| sign.matches(name).is_some())
-        });
+    pub(crate) fn for_stored<'n>(self, names: impl Iterator<Item = &'n str> + Clone) -> WeightMap {
+        let found = self
+            .alternatives
+            .iter()
+            .position(|(sign, _)| names.clone().any(|name| sign.matches(name).is_some()));
         match found {
             Some(index) => {
                 let (_, map) = self.alternatives[index].clone();

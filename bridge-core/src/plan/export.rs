@@ -78,8 +78,10 @@ pub fn plan_export(
         .flatten()
         .map(|header| header.name.as_str())
         .collect();
-    let (canonical, mapping) =
-        resolve(bridge, config, "the model's config", names.iter().copied())?;
+    // The form is that of what is written, whatever the source's was.
+    let stored_as = quantized.values().map(|stored| stored.values.name.as_str());
+    let form = stored_as.chain(names.iter().copied());
+    let (canonical, mapping) = resolve(bridge, config, "the model's config", form)?;
     let had = |name: &str| names.contains(name) || quantized.contains_key(name);
     let had: Option<&dyn Fn(&str) -> bool> = source.is_some().then_some(&had);
     let mut problems = Problems::new();

@@ -318,7 +318,15 @@ fn exports_name_what_is_missing_and_write_tied_weights_as_the_source_had_them() 
     let names = |had: Option<&[&str]>| -> Vec<String> {
         let header = |name: &&str| TensorHeader::new(*name, DType::F32, [131, 48]);
         let source = had.map(|names| names.iter().map(header).collect::<Vec<_>>());
-        let plan = plan_export(&TestBridge, &typed, &stored, None, source.as_deref(), &Default::default()).unwrap();
+        let plan = plan_export(
+            &TestBridge,
+            &typed,
+            &stored,
+            None,
+            source.as_deref(),
+            &Default::default(),
+        )
+        .unwrap();
         let heads = plan.headers().map(|header| header.name);
         heads
             .filter(|name| name.contains("embed") || name.contains("head"))
@@ -329,10 +337,7 @@ fn exports_name_what_is_missing_and_write_tied_weights_as_the_source_had_them() 
         names(Some(&["model.embed_tokens.weight"])),
         ["model.embed_tokens.weight"]
     );
-    assert_eq!(
-        names(Some(&["lm_head.weight"])),
-        ["lm_head.weight"]
-    );
+    assert_eq!(names(Some(&["lm_head.weight"])), ["lm_head.weight"]);
     assert_eq!(
         names(Some(&["model.embed_tokens.weight", "lm_head.weight"])),
         ["model.embed_tokens.weight", "lm_head.weight"]
@@ -340,11 +345,26 @@ fn exports_name_what_is_missing_and_write_tied_weights_as_the_source_had_them() 
     // A source that knows neither name still gets the weight written.
     assert_eq!(names(Some(&[])), ["model.embed_tokens.weight"]);
 
-    let cast = plan_export(&TestBridge, &typed, &stored, Some(DType::BF16), None, &Default::default()).unwrap();
+    let cast = plan_export(
+        &TestBridge,
+        &typed,
+        &stored,
+        Some(DType::BF16),
+        None,
+        &Default::default(),
+    )
+    .unwrap();
     assert!(cast.headers().all(|header| header.dtype == DType::BF16));
-    let error = plan_export(&TestBridge, &typed, &stored[1..], Some(DType::I8), None, &Default::default())
-        .unwrap_err()
-        .to_string();
+    let error = plan_export(
+        &TestBridge,
+        &typed,
+        &stored[1..],
+        Some(DType::I8),
+        None,
+        &Default::default(),
+    )
+    .unwrap_err()
+    .to_string();
     assert_eq!(
         error,
         "cannot export as test: 2 problems\n  - tensor `embedding.weight` of shape [131, 48] is missing from the \

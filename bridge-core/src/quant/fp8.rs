@@ -22,7 +22,11 @@ pub(super) fn value(code: u8) -> f32 {
     let normal = f32::from_bits((magnitude << 20) + (120 << 23));
     let subnormal = magnitude as f32 * (1.0 / 512.0);
     let positive = if magnitude < 8 { subnormal } else { normal };
-    let positive = if magnitude == 0x7f { f32::NAN } else { positive };
+    let positive = if magnitude == 0x7f {
+        f32::NAN
+    } else {
+        positive
+    };
     f32::from_bits(positive.to_bits() | (u32::from(code & 0x80) << 24))
 }
 

@@ -20,12 +20,14 @@ mod write;
 
 use std::collections::{HashMap, HashSet};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::bridge::CanonicalTensor;
 use crate::checkpoint::quote;
 use crate::config::HfConfig;
 use crate::dtype::DType;
-use crate::error::Problems;
+use crate::error::{Error, Problems, Result};
+use crate::mapping::WeightMap;
 use crate::plan::TensorHeader;
 
 pub(crate) use reader::DequantizingReader;
@@ -43,6 +45,35 @@ pub enum QuantScheme {
     },
     /// E2M1 codes with a power of two for every 32 along the last dimension.
     Mxfp4,
+}
+
+impl QuantScheme {
+    /// FP8 in blocks of 128 x 128, as DeepSeek-V3 is published.
+    pub const FP8: Self = Self::Fp8Block {
+        rows: 128,
+        cols: 128,
+    };
+
+    /// `quantization_config` of a model that is quantized so.
+    pub(crate) fn settings(self) -> Value {
+        match self {
+            Self::Fp8Block { rows, cols } => json!({
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "weight_block_size": [rows, cols],
+            }),
+            Self::Mxfp4 => json!({
+                "modules_to_not_convert": [
+                    "model.layers.*.self_attn",
+                    "model.layers.*.mlp.router",
+                    "model.embed_tokens",
+                    "lm_head",
+                ],
+                "quant_method": "mxfp4",
+            }),
+        }
+    }
 }
 
 /// Values in one block of MXFP4.
@@ -185,6 +216,71 @@ fn shapes(scheme: QuantScheme, stored: &[usize]) -> Result<(Vec<usize>, Vec<usiz
             "has shape {stored:?}, which the scheme {scheme:?} does not have"
         )),
     }
+}
+
+/// What can be quantized by `scheme` of the tensors that `map` writes, by name: with FP8 the projections of layers, with
+/// MXFP4 what the map has an own form for.
+///
+/// # Errors
+/// If the family has nothing of the kind.
+pub(crate) fn quantizable(
+    scheme: QuantScheme,
+    map: &WeightMap,
+    tensors: &[CanonicalTensor],
+    family: &str,
+) -> Result<HashMap<String, Quantized>> {
+    let packed = match scheme {
+        QuantScheme::Fp8Block { .. } => None,
+        QuantScheme::Mxfp4 => map.form_with_suffix("_blocks"),
+    };
+    let mapping = packed.as_ref().unwrap_or(map).resolve(tensors);
+    let mapping = mapping.map_err(|problems| Error::Plan {
+        what: format!("the weight map of {family} does not fit the model"),
+        problems,
+    })?;
+    let mut found = HashMap::new();
+    for tensor in &mapping.foreign {
+        let (name, shape) = (&tensor.name, &tensor.shape);
+        let part =
+            |name: String, dtype: DType, shape: Vec<usize>| StoredPart { name, dtype, shape };
+        let quantized = match (scheme, shape.as_slice()) {
+            (QuantScheme::Fp8Block { rows, cols }, [out, inner])
+                if name.contains("_proj")
+                    && name.ends_with(".weight")
+                    && !name.contains("eh_proj") =>
+            {
+                let blocks = vec![out.div_ceil(rows), inner.div_ceil(cols)];
+                Quantized {
+                    scheme,
+                    values: part(name.clone(), DType::F8E4M3, shape.clone()),
+                    scales: part(format!("{name}_scale_inv"), DType::F32, blocks),
+                }
+            }
+            (QuantScheme::Mxfp4, [experts, rows, cols])
+                if packed.is_some() && cols.is_multiple_of(MXFP4_BLOCK) =>
+            {
+                let blocks = vec![*experts, *rows, cols / MXFP4_BLOCK];
+                let codes = blocks.iter().copied().chain([MXFP4_BLOCK / 2]).collect();
+                Quantized {
+                    scheme,
+                    values: part(format!("{name}_blocks"), DType::U8, codes),
+                    scales: part(format!("{name}_scales"), DType::U8, blocks),
+                }
+            }
+            _ => continue,
+        };
+        found.insert(name.clone(), quantized);
+    }
+    if found.is_empty() {
+        return Err(Error::InvalidArgument(format!(
+            "a model of family {family} has no weights that are written in {}",
+            match scheme {
+                QuantScheme::Fp8Block { .. } => "fp8",
+                QuantScheme::Mxfp4 => "mxfp4; it is a form of gpt-oss",
+            }
+        )));
+    }
+    Ok(found)
 }
 
 /// The scheme that `quantization_config` names. An unknown one is a finding.

@@ -58,7 +58,10 @@ pub(super) fn encode(values: &[bf16; 32], stored: Option<u8>) -> Option<([u8; 16
     let largest = values
         .iter()
         .map(|x| x.to_f32().abs())
-        .fold(0.0, |a: f32, b| if b.is_nan() { f32::NAN } else { a.max(b) });
+        .fold(
+            0.0,
+            |a: f32, b| if b.is_nan() { f32::NAN } else { a.max(b) },
+        );
     if !largest.is_finite() {
         return None;
     }

@@ -21,7 +21,10 @@ fn every_code_of_e4m3_has_its_value_and_comes_back() {
         let exact = crate::dtype::float8_value(DType::F8E4M3, code).unwrap();
         let found = fp8::value(code);
         assert_eq!(found.to_bits() & 0x8000_0000, exact.to_bits() & 0x8000_0000);
-        assert!(found == exact || (found.is_nan() && exact.is_nan()), "{code:#x}");
+        assert!(
+            found == exact || (found.is_nan() && exact.is_nan()),
+            "{code:#x}"
+        );
         assert_eq!(fp8::encode(found), code);
     }
     for (x, code) in [
@@ -78,7 +81,9 @@ fn what_is_read_at_any_offset_is_the_dequantized_tensor_and_quantizes_back_to_th
     let numbers = |count: usize, seed: u64| -> Vec<u8> {
         let mut state = seed;
         let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             (state >> 33) as u8
         };
         (0..count).map(|_| next()).collect()
@@ -125,22 +130,40 @@ fn check(
     let folded = fold(&config(settings(scheme)), &headers, &mut problems);
     assert!(problems.is_empty() && folded.len() == 1, "{problems}");
     let tensor = &folded[0];
-    assert_eq!((tensor.header.name.as_str(), tensor.header.dtype), ("w", DType::BF16));
+    assert_eq!(
+        (tensor.header.name.as_str(), tensor.header.dtype),
+        ("w", DType::BF16)
+    );
     let numel: usize = tensor.header.shape.iter().product();
-    let reader =
-        DequantizingReader::new(&checkpoint, tensor.quantized.as_ref().unwrap()).unwrap();
+    let reader = DequantizingReader::new(&checkpoint, tensor.quantized.as_ref().unwrap()).unwrap();
     assert_eq!(reader.len(), 2 * numel as u64);
-    for (start, end) in [(0, numel), (1, numel), (7, 8), (31, 65), (numel - 1, numel), (5, 5)] {
+    for (start, end) in [
+        (0, numel),
+        (1, numel),
+        (7, 8),
+        (31, 65),
+        (numel - 1, numel),
+        (5, 5),
+    ] {
         let mut bytes = vec![0; 2 * (end - start)];
         reader.read_exact_at(2 * start as u64, &mut bytes).unwrap();
         for (i, pair) in bytes.as_chunks::<2>().0.iter().enumerate() {
-            assert_eq!(u16::from_le_bytes(*pair), expected(start + i), "element {}", start + i);
+            assert_eq!(
+                u16::from_le_bytes(*pair),
+                expected(start + i),
+                "element {}",
+                start + i
+            );
         }
     }
     let mut byte = [0];
     reader.read_exact_at(3, &mut byte).unwrap();
     assert_eq!(byte[0], expected(1).to_le_bytes()[1]);
-    assert!(reader.read_exact_at(2 * numel as u64 - 1, &mut [0; 2]).is_err());
+    assert!(
+        reader
+            .read_exact_at(2 * numel as u64 - 1, &mut [0; 2])
+            .is_err()
+    );
 
     let values: Vec<bf16> = (0..numel).map(|i| bf16::from_bits(expected(i))).collect();
     let (mut band, mut found_codes, mut found_scales) = (Band::default(), vec![], vec![]);
@@ -182,7 +205,10 @@ fn changed_blocks_get_a_scale_of_their_own_and_stay_close() {
             for (value, found) in rows.iter().zip(bytes.as_chunks::<2>().0) {
                 let found = bf16::from_le_bytes(*found).to_f32();
                 let (value, limit) = (value.to_f32(), 0.65 * close);
-                assert!((value - found).abs() <= limit, "{scheme:?}: {value} became {found}");
+                assert!(
+                    (value - found).abs() <= limit,
+                    "{scheme:?}: {value} became {found}"
+                );
             }
         }
     }
@@ -209,7 +235,11 @@ fn check_refused(settings: Value, headers: &[(&str, DType, &[usize])], expected:
 fn misfits_are_named() {
     let fp8 = settings(FP8);
     check_refused(json!({"quant_method": "gptq"}), &[], "quantized (`gptq`)");
-    check_refused(json!({"quant_method": "fp8"}), &[], "without weight_block_size");
+    check_refused(
+        json!({"quant_method": "fp8"}),
+        &[],
+        "without weight_block_size",
+    );
     check_refused(
         fp8.clone(),
         &[("w", DType::F8E4M3, &[8, 6])],
@@ -217,17 +247,26 @@ fn misfits_are_named() {
     );
     check_refused(
         fp8.clone(),
-        &[("w", DType::F8E4M3, &[8, 6]), ("w_scale_inv", DType::F32, &[2, 2])],
+        &[
+            ("w", DType::F8E4M3, &[8, 6]),
+            ("w_scale_inv", DType::F32, &[2, 2]),
+        ],
         "is F32 [2, 2], expected F32 [2, 1]",
     );
     check_refused(
         fp8,
-        &[("w", DType::F8E4M3, &[8]), ("w_scale_inv", DType::F32, &[2])],
+        &[
+            ("w", DType::F8E4M3, &[8]),
+            ("w_scale_inv", DType::F32, &[2]),
+        ],
         "has shape [8]",
     );
     check_refused(
         settings(QuantScheme::Mxfp4),
-        &[("w_blocks", DType::U8, &[8, 2, 15]), ("w_scales", DType::U8, &[8, 2])],
+        &[
+            ("w_blocks", DType::U8, &[8, 2, 15]),
+            ("w_scales", DType::U8, &[8, 2]),
+        ],
         "has shape [8, 2, 15]",
     );
 }

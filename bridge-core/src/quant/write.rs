@@ -72,11 +72,17 @@ fn fresh_fp8(block: &[bf16], codes: &mut [u8]) -> Result<f32, String> {
     for value in block {
         let magnitude = value.to_f32().abs();
         if !magnitude.is_finite() {
-            return Err("holds a value that is not finite, of which no scale can be made".to_owned());
+            return Err(
+                "holds a value that is not finite, of which no scale can be made".to_owned(),
+            );
         }
         largest = largest.max(magnitude);
     }
-    let scale = if largest == 0.0 { 1.0 } else { largest / fp8::MAX };
+    let scale = if largest == 0.0 {
+        1.0
+    } else {
+        largest / fp8::MAX
+    };
     // The smallest magnitudes have a scale that is no normal number, or none at all.
     let scale = scale.max(f32::MIN_POSITIVE);
     for (code, value) in codes.iter_mut().zip(block) {

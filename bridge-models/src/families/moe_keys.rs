@@ -71,10 +71,16 @@ macro_rules! scaling_factor {
         $crate::families::spec::ConfigKey {
             key: "routed_scaling_factor",
             read: |keys, config| {
-                $crate::families::moe_keys::moe(config).router.scaling_factor =
-                    keys.number_or("routed_scaling_factor", $default);
+                $crate::families::moe_keys::moe(config)
+                    .router
+                    .scaling_factor = keys.number_or("routed_scaling_factor", $default);
             },
-            write: |config| config.moe.as_ref().map(|moe| moe.router.scaling_factor.into()),
+            write: |config| {
+                config
+                    .moe
+                    .as_ref()
+                    .map(|moe| moe.router.scaling_factor.into())
+            },
         }
     };
 }
@@ -85,8 +91,7 @@ pub(super) const NUM_EXPERTS: ConfigKey = ConfigKey {
     key: "num_experts",
     read: |keys, config| {
         let count = keys.size_opt("num_experts");
-        moe(config).num_experts =
-            count.unwrap_or_else(|| keys.size_or("num_local_experts", 128));
+        moe(config).num_experts = count.unwrap_or_else(|| keys.size_or("num_local_experts", 128));
     },
     write: |config| config.moe.as_ref().map(|moe| moe.num_experts.into()),
 };

@@ -111,10 +111,7 @@ fn with_mtp(config: &DecoderConfig, map: WeightMap) -> WeightMap {
         ];
         all = all.then(layer);
         for (own, stored) in pairs {
-            all = all.copy(
-                &format!("mtp.{index}.{own}"),
-                &format!("{foreign}{stored}"),
-            );
+            all = all.copy(&format!("mtp.{index}.{own}"), &format!("{foreign}{stored}"));
         }
         all = all
             .tied(&own_embedding, "embedding.weight", true)

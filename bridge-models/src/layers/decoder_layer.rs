@@ -239,9 +239,7 @@ impl<B: Ops> FeedForward<B> {
                 let inner = own.intermediate_size.unwrap_or(config.intermediate_size);
                 Mlp::build(params, &name("mlp"), config, inner).map(Self::Mlp)
             }
-            (Ffn::Moe, Some(moe)) => {
-                Moe::build(params, &name("mlp"), config, moe).map(Self::Moe)
-            }
+            (Ffn::Moe, Some(moe)) => Moe::build(params, &name("mlp"), config, moe).map(Self::Moe),
             (Ffn::Linear, _) => square(params, &name("mlp_linear"), config).map(Self::Linear),
             (other, _) => Err(Error::UnsupportedLayer {
                 layer: site.layer,

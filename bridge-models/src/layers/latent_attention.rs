@@ -15,8 +15,8 @@ use bridge_core::config::{
     AttentionLayer, LayerRope, MlaConfig, NormConfig, NormKind, RopeConfig, RopeStyle,
 };
 use bridge_ops::{
-    AttentionSpec, Ops, Param, Tape, Var, attention, cast, concat, matmul, repeat, reshape,
-    rotary, slice, transpose,
+    AttentionSpec, Ops, Param, Tape, Var, attention, cast, concat, matmul, repeat, reshape, rotary,
+    slice, transpose,
 };
 
 use super::{Linear, Norm};
@@ -145,9 +145,7 @@ impl<B: Ops> LatentAttention<B> {
         let q_rope = self.rotated(tape, slice(tape, &q, 3, nope..nope + rotated), ctx);
 
         let kv = self.kv_a_proj.forward(tape, x); // [batch, seq, rank + rotated]
-        let latent = self
-            .kv_a_norm
-            .forward(tape, &slice(tape, &kv, 2, 0..rank));
+        let latent = self.kv_a_norm.forward(tape, &slice(tape, &kv, 2, 0..rank));
         let k_rope = slice(tape, &kv, 2, rank..rank + rotated);
         let k_rope = reshape(tape, &k_rope, &[batch, seq, 1, rotated]);
         let k_rope = self.rotated(tape, k_rope, ctx);

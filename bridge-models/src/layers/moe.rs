@@ -112,7 +112,8 @@ impl<B: Ops> Moe<B> {
         let bias = self.correction_bias.as_ref().map(Param::value);
         let mut routing = route(tape, &logits, bias, &self.spec);
         if let Some(auxiliary) = ctx.auxiliary().filter(|_| tape.is_recording()) {
-            routing.weights = auxiliary.attach(tape, &self.name, &self.spec, &logits, &routing, ctx);
+            routing.weights =
+                auxiliary.attach(tape, &self.name, &self.spec, &logits, &routing, ctx);
         }
         let order = ExpertOrder::new(routing.experts, self.num_experts);
         let rows = permute(tape, &tokens, &order); // [tokens * k, hidden]

@@ -121,11 +121,7 @@ mod tests {
                 ParamRole::OutputProjection,
             ),
             ("layers.0.attention.sinks", &[4], ParamRole::Bias),
-            (
-                "layers.0.mlp.router.correction_bias",
-                &[4],
-                ParamRole::Bias,
-            ),
+            ("layers.0.mlp.router.correction_bias", &[4], ParamRole::Bias),
             (
                 "layers.0.mlp.experts.gate_proj.bias",
                 &[2, 4],

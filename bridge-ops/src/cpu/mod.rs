@@ -209,9 +209,8 @@ impl Ops for Flex {
         correction_bias: Option<FlexTensor>,
         spec: &RouterSpec,
     ) -> RouterOutput<Self> {
-        moe::route(&logits, correction_bias.as_ref(), spec).unwrap_or_else(|| {
-            crate::moe::router::portable::<Self>(logits, correction_bias, spec)
-        })
+        moe::route(&logits, correction_bias.as_ref(), spec)
+            .unwrap_or_else(|| crate::moe::router::portable::<Self>(logits, correction_bias, spec))
     }
 
     fn router_backward(
@@ -226,9 +225,8 @@ impl Ops for Flex {
     }
 
     fn sort_by_expert(experts: FlexTensor, num_experts: usize) -> SortedExperts<Self> {
-        moe::sort(&experts, num_experts).unwrap_or_else(|| {
-            crate::moe::permute::portable_sort::<Self>(experts, num_experts)
-        })
+        moe::sort(&experts, num_experts)
+            .unwrap_or_else(|| crate::moe::permute::portable_sort::<Self>(experts, num_experts))
     }
 
     fn permute_rows(

@@ -149,11 +149,12 @@ fn leave_best_groups(choice: &mut [f32], rule: &RouterGroups) {
     let mut worth: Vec<f32> = choice
         .chunks(size)
         .map(|group| {
-            let (first, second) = group
-                .iter()
-                .fold((f32::NEG_INFINITY, f32::NEG_INFINITY), |(a, b), &x| {
-                    if x > a { (x, a) } else { (a, b.max(x)) }
-                });
+            let (first, second) =
+                group
+                    .iter()
+                    .fold((f32::NEG_INFINITY, f32::NEG_INFINITY), |(a, b), &x| {
+                        if x > a { (x, a) } else { (a, b.max(x)) }
+                    });
             match rule.score {
                 GroupScore::Max => first,
                 GroupScore::SumOfTopTwo if size == 1 => first,
@@ -255,9 +256,8 @@ pub(super) fn sort(experts: &FlexTensor, num_experts: usize) -> Option<SortedExp
     let shape = dims(experts);
     let sorted = sort_on_host(&integers(experts)?, num_experts);
     fast_path::took("sort_by_expert");
-    let int = |values: &[i64], shape: &[usize]| {
-        int_from_i64::<Flex>(values, shape, &Default::default())
-    };
+    let int =
+        |values: &[i64], shape: &[usize]| int_from_i64::<Flex>(values, shape, &Default::default());
     Some(SortedExperts {
         order: int(&sorted.order, &[sorted.order.len()]),
         inverse: int(&sorted.inverse, &shape),

@@ -30,12 +30,8 @@ pub fn grouped_linear<B: Ops>(
     offsets: &ExpertOffsets<B>,
 ) -> Var<B> {
     check(&x.shape(), weight, bias, offsets.num_experts());
-    let output = B::grouped_linear_forward(
-        x.value(),
-        weight.value(),
-        bias.map(Param::value),
-        offsets,
-    );
+    let output =
+        B::grouped_linear_forward(x.value(), weight.value(), bias.map(Param::value), offsets);
     let params: Vec<&Param<B>> = std::iter::once(weight).chain(bias).collect();
     let (weight, bias, offsets) = (weight.clone(), bias.cloned(), offsets.clone());
     let input_tracked = x.is_tracked();
@@ -46,9 +42,8 @@ pub fn grouped_linear<B: Ops>(
                 B::grouped_linear_accumulate_bias_grad(dy.clone(), &offsets, slot)
             });
         }
-        let dx = input_tracked.then(|| {
-            B::grouped_linear_backward_input(dy.clone(), weight.value(), &offsets)
-        });
+        let dx = input_tracked
+            .then(|| B::grouped_linear_backward_input(dy.clone(), weight.value(), &offsets));
         if let Some(input) = input {
             weight.accumulate_with(|slot| {
                 B::grouped_linear_accumulate_weight_grad(input, dy, &offsets, slot)

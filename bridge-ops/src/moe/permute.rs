@@ -69,7 +69,10 @@ impl<B: Ops> ExpertOffsets<B> {
 
     /// Rows of each expert, on the host.
     pub fn counts(&self) -> Vec<usize> {
-        self.host().windows(2).map(|pair| pair[1] - pair[0]).collect()
+        self.host()
+            .windows(2)
+            .map(|pair| pair[1] - pair[0])
+            .collect()
     }
 }
 
@@ -215,7 +218,11 @@ pub(crate) struct HostOrder {
 
 /// A counting sort.
 pub(crate) fn sort_on_host(experts: &[i64], num_experts: usize) -> HostOrder {
-    let bucket = |expert: i64| usize::try_from(expert).unwrap_or(num_experts).min(num_experts);
+    let bucket = |expert: i64| {
+        usize::try_from(expert)
+            .unwrap_or(num_experts)
+            .min(num_experts)
+    };
     let mut starts = vec![0usize; num_experts + 2];
     for &expert in experts {
         starts[bucket(expert) + 1] += 1;

@@ -150,9 +150,7 @@ pub(crate) fn portable<B: Ops>(
     };
     let (_, experts) = choice.topk_with_indices(spec.top_k, 1);
     let weights = match (spec.score, spec.normalize) {
-        (RouterScore::Softmax, true) => {
-            activation::softmax(logits.gather(1, experts.clone()), 1)
-        }
+        (RouterScore::Softmax, true) => activation::softmax(logits.gather(1, experts.clone()), 1),
         (RouterScore::Sigmoid, true) => {
             let chosen = scores.gather(1, experts.clone());
             let sum = chosen.clone().sum_dim(1).add_scalar(SUM_FLOOR);
@@ -184,12 +182,9 @@ fn within_groups<B: Ops>(choice: Tensor<B, 2>, rule: &RouterGroups) -> Tensor<B,
     }
     .reshape([tokens, rule.groups]);
     let (best, chosen) = worth.clone().topk_with_indices(rule.top_groups, 1);
-    let searched = worth.zeros_like().scatter(
-        1,
-        chosen,
-        best.ones_like(),
-        IndexingUpdateOp::Add,
-    );
+    let searched = worth
+        .zeros_like()
+        .scatter(1, chosen, best.ones_like(), IndexingUpdateOp::Add);
     let outside = searched
         .equal_elem(0.0)
         .reshape([tokens, rule.groups, 1])

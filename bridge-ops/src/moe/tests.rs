@@ -56,12 +56,8 @@ fn routing_kernels_agree_with_portable_bodies() {
             assert_eq!(experts, to_i64_vec::<Flex>(expected.experts), "{spec:?}");
             assert_close("weights", &found.weights, &expected.weights, ROUNDING);
             let dweights = random(&[37, 3], 7);
-            let dlogits = Flex::router_backward(
-                logits(37),
-                found.experts.clone(),
-                dweights.clone(),
-                &spec,
-            );
+            let dlogits =
+                Flex::router_backward(logits(37), found.experts.clone(), dweights.clone(), &spec);
             let expected =
                 router::portable_backward::<Flex>(logits(37), found.experts, dweights, &spec);
             assert_close("dlogits", &dlogits, &expected, ROUNDING);
@@ -153,7 +149,8 @@ fn rows_are_sorted_by_expert_and_found_again() {
     );
     assert_eq!(order().offsets().host(), [0, 3, 5, 5, 8]);
     assert_eq!(order().offsets().counts(), [3, 2, 0, 3]);
-    let portable = permute::portable_sort::<Flex>(int_from_i64::<Flex>(&ASSIGNED, &[5, 2], &DEVICE), 4);
+    let portable =
+        permute::portable_sort::<Flex>(int_from_i64::<Flex>(&ASSIGNED, &[5, 2], &DEVICE), 4);
     assert_eq!(
         to_i64_vec::<Flex>(portable.order),
         [1, 2, 7, 3, 5, 0, 4, 9, 6, 8]
@@ -211,8 +208,7 @@ fn permuting_kernels_agree_with_portable_bodies_and_ignore_unused_rows() {
             weights.clone(),
             offsets.clone(),
         );
-        let expected =
-            permute::portable_unpermute::<Flex>(rows.clone(), inverse, weights, offsets);
+        let expected = permute::portable_unpermute::<Flex>(rows.clone(), inverse, weights, offsets);
         assert_close("unpermuted", &found, &expected, ROUNDING);
     }
     let dy = random(&[5, 7], 8);
@@ -239,11 +235,7 @@ fn grouped_products_match_autodiff() {
                 grouped_linear(tape, &x[0], &p[0], Some(&p[1]), &offsets)
             },
             |x, p| {
-                let (x, w, b) = (
-                    x[0].tensor::<2>(),
-                    p[0].tensor::<3>(),
-                    p[1].tensor::<2>(),
-                );
+                let (x, w, b) = (x[0].tensor::<2>(), p[0].tensor::<3>(), p[1].tensor::<2>());
                 let mut start = 0;
                 let mut parts = Vec::new();
                 for (expert, &count) in counts.iter().enumerate().filter(|(_, c)| **c > 0) {
@@ -298,7 +290,12 @@ fn grouped_kernels_agree_with_portable_bodies() {
             let found = Flex::grouped_linear_backward_input(dy.clone(), weight.clone(), &offsets);
             let expected =
                 grouped_linear::portable_backward_input::<Flex>(dy.clone(), weight, &offsets);
-            assert_close("dx", &part(&found, inner), &part(&expected, inner), ROUNDING);
+            assert_close(
+                "dx",
+                &part(&found, inner),
+                &part(&expected, inner),
+                ROUNDING,
+            );
             let sum = random(&[experts, out, inner], 5);
             let slots: [fn(Float<Flex>) -> GradSlot<Flex>; 3] =
                 [|_| GradSlot::Empty, GradSlot::Stale, GradSlot::Sum];
@@ -430,5 +427,11 @@ fn grouped_shapes_are_checked() {
     let weight = Param::<Flex>::new("w", random(&[2, 4, 5], 1));
     let tape = Tape::inference();
     let offsets = ExpertOffsets::from_counts(&[1, 2], &DEVICE);
-    grouped_linear(&tape, &tape.constant(random(&[3, 6], 2)), &weight, None, &offsets);
+    grouped_linear(
+        &tape,
+        &tape.constant(random(&[3, 6], 2)),
+        &weight,
+        None,
+        &offsets,
+    );
 }

@@ -79,7 +79,11 @@ const TOPK_METHOD: ConfigKey = ConfigKey {
     },
     write: |config| {
         let grouped = config.moe.as_ref()?.router.groups.is_some();
-        Some(json!(if grouped { "group_limited_greedy" } else { "greedy" }))
+        Some(json!(if grouped {
+            "group_limited_greedy"
+        } else {
+            "greedy"
+        }))
     },
 };
 

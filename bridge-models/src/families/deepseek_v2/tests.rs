@@ -24,11 +24,19 @@ fn the_scale_of_scores_grows_with_mscale_all_dim() {
 #[test]
 fn what_the_class_cannot_say_is_refused() {
     for (key, value, expected) in [
-        ("topk_method", json!("noaux_tc"), "expected greedy or group_limited_greedy"),
+        (
+            "topk_method",
+            json!("noaux_tc"),
+            "expected greedy or group_limited_greedy",
+        ),
         ("scoring_func", json!("sigmoid"), "expected softmax"),
         ("norm_topk_prob", json!(true), "only false is supported"),
         ("moe_layer_freq", json!(2), "moe_layer_freq is 2"),
-        ("n_group", json!(3), "n_group=3 does not divide the 8 experts"),
+        (
+            "n_group",
+            json!(3),
+            "n_group=3 does not divide the 8 experts",
+        ),
         ("num_key_value_heads", json!(2), "in latent attention"),
     ] {
         let mut json = written(&SPEC, &presets::tiny());

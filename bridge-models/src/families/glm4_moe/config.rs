@@ -66,7 +66,9 @@ const FIRST_DENSE: ConfigKey = ConfigKey {
 const USE_QK_NORM: ConfigKey = ConfigKey {
     key: "use_qk_norm",
     read: |keys, config| {
-        config.qk_norm = keys.flag_or("use_qk_norm", false).then_some(QkNorm::PerHead);
+        config.qk_norm = keys
+            .flag_or("use_qk_norm", false)
+            .then_some(QkNorm::PerHead);
     },
     write: |config| Some((config.qk_norm == Some(QkNorm::PerHead)).into()),
 };

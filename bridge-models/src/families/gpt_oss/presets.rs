@@ -30,7 +30,9 @@ pub(super) const ALL: &[Preset] = &[
 fn gpt_oss(dims: Size, experts: usize, per_token: usize, window: usize) -> DecoderConfig {
     let mut config = dims.of(base());
     config.layers = vec![LayerConfig::dense(); config.num_hidden_layers];
-    let sliding: Vec<bool> = (0..config.layers.len()).map(|layer| layer % 2 == 0).collect();
+    let sliding: Vec<bool> = (0..config.layers.len())
+        .map(|layer| layer % 2 == 0)
+        .collect();
     set_windows(&mut config, &sliding, window, LayerRope::Global);
     set_first_dense(&mut config, 0);
     let mut moe = config.moe.take().unwrap_or_else(MoeConfig::plain);

@@ -3,7 +3,9 @@
 use bridge_core::DecoderConfig;
 use bridge_core::config::{Activation, MoeConfig, QkNorm};
 
-use crate::families::keys::{BOS, EOS, HEAD_DIM, KEY_VALUE_HEADS, LAYERS, ROPE_SCALING, ROPE_THETA};
+use crate::families::keys::{
+    BOS, EOS, HEAD_DIM, KEY_VALUE_HEADS, LAYERS, ROPE_SCALING, ROPE_THETA,
+};
 use crate::families::moe_keys::{moe, moe_size, normalize, set_first_dense};
 use crate::families::spec::{ConfigKey, activation, constant, flag, number, size};
 
