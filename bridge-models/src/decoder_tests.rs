@@ -10,7 +10,7 @@ use burn_flex::Flex;
 use super::*;
 use crate::context::Positions;
 use crate::families::llama::presets::tiny;
-use crate::families::{llama_nemotron, nemotron_h};
+use crate::families::{deepseek_v2, gpt_oss, llama_nemotron, nemotron_h, qwen3_moe};
 use crate::run::loss_and_gradients;
 use crate::{Init, RandomInit};
 
@@ -75,7 +75,22 @@ fn varied() -> Vec<(&'static str, DecoderConfig)> {
         ("gated", gated),
         ("thinned out", llama_nemotron::presets::tiny()),
         ("state space", nemotron_h::presets::tiny()),
+        (
+            "latent attention",
+            every_expert(deepseek_v2::presets::tiny()),
+        ),
+        ("sinks and biases", every_expert(gpt_oss::presets::tiny())),
+        ("experts", every_expert(qwen3_moe::presets::tiny())),
     ]
+}
+
+/// The model with all its experts at work on every token, so that the loss has no jumps where a choice changes.
+fn every_expert(mut config: DecoderConfig) -> DecoderConfig {
+    if let Some(moe) = &mut config.moe {
+        moe.num_experts_per_tok = moe.num_experts;
+        moe.router.groups = None;
+    }
+    config
 }
 
 fn build(config: &DecoderConfig) -> Decoder<Flex> {
