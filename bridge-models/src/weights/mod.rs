@@ -10,7 +10,7 @@ mod role;
 mod source;
 
 pub use export::{WeightBytes, export_weights, param_bytes, stored_dtype};
-pub use hf::{HfWeights, load_hf};
+pub use hf::{HfWeights, load_hf, load_hf_parallel};
 pub use init::{Init, RandomInit};
 pub use native::{NativeWeights, load_native, native_config};
 pub use new_folder::write_hf_folder;

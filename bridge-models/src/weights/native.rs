@@ -1,5 +1,8 @@
 //! Loading a model from a native checkpoint.
 
+use std::ops::Range;
+
+use bridge_core::checkpoint::Region;
 use bridge_core::checkpoint::native::{Group, NativeCheckpoint};
 use bridge_core::convert::HF_DIR;
 use bridge_core::{DecoderConfig, HfConfig, ModelBridge, Problems, Registry};
@@ -24,6 +27,17 @@ impl<'a> NativeWeights<'a> {
 
 impl<B: Ops> WeightSource<B> for NativeWeights<'_> {
     fn weight(&mut self, name: &str, shape: &[usize], device: &B::Device) -> Result<Float<B>> {
+        let whole: Vec<Range<usize>> = shape.iter().map(|extent| 0..*extent).collect();
+        WeightSource::<B>::slice(self, name, shape, &whole, device)
+    }
+
+    fn slice(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        ranges: &[Range<usize>],
+        device: &B::Device,
+    ) -> Result<Float<B>> {
         let origin = || self.checkpoint.dir().display().to_string();
         let Some(stored) = self.checkpoint.index().model.get(name) else {
             return Err(Error::MissingWeight {
@@ -41,14 +55,16 @@ impl<B: Ops> WeightSource<B> for NativeWeights<'_> {
                 expected,
             });
         }
+        let held: Vec<usize> = ranges.iter().map(Range::len).collect();
+        let first: Vec<usize> = ranges.iter().map(|range| range.start).collect();
         let bytes = self
             .checkpoint
-            .read(Group::Model, name)
+            .read_region(Group::Model, name, &Region::new(first, held.clone()))
             .map_err(bridge_core::Error::from)?;
         held_tensor::<B>(
             self.policy,
             name,
-            shape,
+            &held,
             stored.dtype,
             bytes,
             device,
