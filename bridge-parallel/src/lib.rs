@@ -30,6 +30,7 @@
 pub mod comm;
 mod context;
 mod error;
+mod expert;
 mod groups;
 mod sequence;
 mod tensor;
@@ -43,6 +44,7 @@ pub use comm::tcp::{JobOptions, TcpTransport};
 pub use comm::{Communicator, Group, Pending, ReduceOp, SingleRank, Transport, run_threads};
 pub use context::ParallelContext;
 pub use error::{Error, Result};
+pub use expert::ExpertParallel;
 pub use groups::{Axis, group_ranks};
 pub use sequence::{ContextParallel, CpCommType, SequenceShard, context_attention};
 pub use tensor::{

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use bridge_core::CanonicalTensor;
 use bridge_core::layout::{ShardRule, local_slice};
 use bridge_ops::{DType, Float, FloatDType, GradReduction, Ops, Param, ParamShard};
-use bridge_parallel::{ContextParallel, CpCommType, ParallelContext, TensorRegion};
+use bridge_parallel::{
+    ContextParallel, CpCommType, ExpertParallel, ParallelContext, TensorRegion,
+};
 use burn::tensor::{Slice, TensorMetadata};
 
 use crate::error::{Error, Result};
@@ -123,6 +125,14 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
         match &self.shards {
             Some(shards) => ContextParallel::new(&shards.ctx, shards.cp_comm_type),
             None => ContextParallel::single(),
+        }
+    }
+
+    /// How a layer reaches the experts of other ranks.
+    pub fn expert_parallel(&self) -> ExpertParallel<B> {
+        match &self.shards {
+            Some(shards) => ExpertParallel::new(&shards.ctx),
+            None => ExpertParallel::single(),
         }
     }
 
