@@ -1,12 +1,17 @@
 //! At every layout the models compute what the reference implementation computes on one rank: logits, loss, every
 //! gradient. Ranks are threads.
 
+use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bridge_core::LayoutSpec;
-use bridge_models::registry;
-use bridge_models::verify::{LayoutOptions, Tolerances, VerifyOptions, verify_layout};
-use bridge_parallel::CpCommType;
+use bridge_core::convert::HfModel;
+use bridge_models::generate::{GenerateOptions, generate_parallel};
+use bridge_models::verify::{LayoutOptions, Reference, Tolerances, VerifyOptions, verify_layout};
+use bridge_models::weights::load_hf_parallel;
+use bridge_models::{DtypePolicy, ParallelOptions, registry};
+use bridge_parallel::{CpCommType, ParallelContext};
 use bridge_tests::fixture;
 use burn_flex::Flex;
 
@@ -31,6 +36,32 @@ const DENSE: [&str; 11] = [
     "nemotron",
     "qwen2",
     "qwen3",
+];
+
+/// Families with experts.
+const EXPERTS: [&str; 6] = [
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "olmoe",
+    "qwen3_moe",
+];
+
+/// What divides experts, alone and among other axes.
+const EXPERT_LAYOUTS: [&str; 12] = [
+    "tp=2",
+    "tp=2 sp",
+    "ep=2 dp=2",
+    "ep=4 dp=4",
+    "ep=2 cp=2",
+    "etp=2 dp=2",
+    "ep=2 etp=2 dp=4",
+    "ep=2 tp=2 etp=1",
+    "ep=2 tp=2 etp=1 sp",
+    "ep=2 tp=2 etp=2 dp=2 sp",
+    "ep=2 tp=2 cp=2 dp=2 sp",
+    "ep=2 tp=2 pp=2 sp",
 ];
 
 /// Layouts as the command line writes them, with the way of talking for context parallelism.
@@ -127,6 +158,66 @@ fn every_dense_family_agrees_at_every_layout() {
             // One key-value head is not divided among heads of several ranks by all-to-all, unless they share it.
             agrees(family, text);
         }
+    }
+}
+
+#[test]
+fn families_with_experts_agree() {
+    for family in EXPERTS {
+        for text in EXPERT_LAYOUTS {
+            agrees(family, text);
+        }
+    }
+}
+
+#[test]
+fn recurrent_layers_agree() {
+    for text in ["tp=2", "tp=2 sp", "pp=2", "dp=2", "tp=2 pp=2 dp=2 sp"] {
+        agrees("nemotron_h", text);
+    }
+}
+
+/// Heads divided among ranks, each with a cache of its own.
+#[test]
+fn greedy_texts_are_those_of_one_rank() {
+    for (family, tp) in [
+        ("llama3_1", 2),
+        ("llama3_1", 8),
+        ("gemma2", 4),
+        ("qwen3_moe", 2),
+    ] {
+        let dir = fixture(family);
+        let greedy = Reference::load(&dir)
+            .expect("a reference")
+            .greedy
+            .expect("a text");
+        let folder = HfModel::open(&dir, &registry(), &LayoutSpec::tp_pp(tp, 1)).expect("a model");
+        let options = GenerateOptions {
+            max_new_tokens: greedy.token_ids.len(),
+            ..GenerateOptions::default()
+        };
+        let load = move |ctx: &Arc<ParallelContext<Flex>>| {
+            load_hf_parallel(
+                &folder,
+                DtypePolicy::Float32,
+                ctx,
+                &ParallelOptions::default(),
+            )
+        };
+        let mut seen = Vec::new();
+        let text = generate_parallel(
+            LayoutSpec::tp_pp(tp, 1),
+            load,
+            &greedy.prompt,
+            &options,
+            &mut |token| {
+                seen.push(token);
+                ControlFlow::Continue(())
+            },
+        );
+        let text = text.unwrap_or_else(|error| panic!("{family} at tp={tp}: {error}"));
+        assert_eq!(text.token_ids, greedy.token_ids, "{family} at tp={tp}");
+        assert_eq!(seen, greedy.token_ids);
     }
 }
 

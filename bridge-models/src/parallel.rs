@@ -66,7 +66,9 @@ pub fn check_layout(
             // Latent attention has keys and values for every head.
             let kv_heads = match &config.mla {
                 Some(_) => config.num_attention_heads,
-                None => own.num_key_value_heads.unwrap_or(config.num_key_value_heads),
+                None => own
+                    .num_key_value_heads
+                    .unwrap_or(config.num_key_value_heads),
             };
             let heads = config.num_attention_heads / layout.tp;
             let kv_heads = (kv_heads / layout.tp).max(1);

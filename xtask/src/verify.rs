@@ -41,7 +41,12 @@ pub(crate) struct Args {
     #[command(flatten)]
     layout: LayoutFlags,
     /// How attention reaches other context-parallel ranks: p2p, all_gather or a2a.
-    #[arg(long, value_name = "NAME", default_value = "p2p", help_heading = "Layout")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "p2p",
+        help_heading = "Layout"
+    )]
     cp_comm_type: CpCommType,
 }
 

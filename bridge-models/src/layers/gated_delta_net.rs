@@ -158,7 +158,11 @@ impl<B: Ops> GatedDeltaNet<B> {
             gate_first: false,
         };
         let o = gated_rms_norm(tape, &o, &z, &self.gated_norm, norm);
-        let o = reshape(tape, &o, &[batch, seq, self.value_heads * own.value_head_dim]);
+        let o = reshape(
+            tape,
+            &o,
+            &[batch, seq, self.value_heads * own.value_head_dim],
+        );
         self.out_proj.forward(tape, &o)
     }
 

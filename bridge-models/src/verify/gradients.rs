@@ -95,7 +95,10 @@ pub(super) fn gradients<B: Ops>(model: &Decoder<B>) -> HashMap<String, Vec<f32>>
             .map_or_else(|| vec![0.0; param.numel()], to_f32_vec::<B>);
         (param.name().to_owned(), values)
     };
-    let trained = model.params().into_iter().filter(bridge_ops::Param::requires_grad);
+    let trained = model
+        .params()
+        .into_iter()
+        .filter(bridge_ops::Param::requires_grad);
     trained.map(gradient).collect()
 }
 
@@ -137,8 +140,7 @@ fn check_names(
     if reference.gradients.is_empty() {
         return Ok(());
     }
-    let is_trained =
-        |name: &String| canonical.contains_key(name) && !name.starts_with("mtp.");
+    let is_trained = |name: &String| canonical.contains_key(name) && !name.starts_with("mtp.");
     let trained = folder
         .plan()
         .tensors

@@ -7,9 +7,7 @@ use std::sync::Arc;
 use bridge_core::CanonicalTensor;
 use bridge_core::layout::{ShardRule, local_slice};
 use bridge_ops::{DType, Float, FloatDType, GradReduction, Ops, Param, ParamShard};
-use bridge_parallel::{
-    ContextParallel, CpCommType, ExpertParallel, ParallelContext, TensorRegion,
-};
+use bridge_parallel::{ContextParallel, CpCommType, ExpertParallel, ParallelContext, TensorRegion};
 use burn::tensor::{Slice, TensorMetadata};
 
 use crate::error::{Error, Result};

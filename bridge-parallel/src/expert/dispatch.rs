@@ -50,7 +50,11 @@ impl<B: Ops> ExpertParallel<B> {
             group: (layout.ep * layout.etp > 1).then(|| ctx.group(Axis::EtpEp).clone()),
             etp: layout.etp,
             // Under sequence parallelism every rank has tokens of its own.
-            copies: if layout.sp { (1, 0) } else { (layout.tp, ctx.coords().tp) },
+            copies: if layout.sp {
+                (1, 0)
+            } else {
+                (layout.tp, ctx.coords().tp)
+            },
         }
     }
 
@@ -64,9 +68,13 @@ impl<B: Ops> ExpertParallel<B> {
         let experts = Tensor::<B, 2, IntKind>::from_primitive(experts);
         let [tokens, top_k] = experts.dims();
         let index = Tensor::<B, 1, IntKind>::arange(0..tokens as i64, &experts.device());
-        let others = index.remainder_scalar(copies as i64).not_equal_elem(own as i64);
+        let others = index
+            .remainder_scalar(copies as i64)
+            .not_equal_elem(own as i64);
         let others = others.unsqueeze_dim::<2>(1).expand([tokens, top_k]);
-        experts.mask_fill(others, num_experts as i64).into_primitive()
+        experts
+            .mask_fill(others, num_experts as i64)
+            .into_primitive()
     }
 
     /// Whether this rank adds what is added to an expert's output once, and not by each rank that has a part of it: the
@@ -172,7 +180,12 @@ fn joined<B: Ops>(parts: Vec<Float<B>>, like: Float<B>) -> Float<B> {
 
 /// For each of `blocks`, `copies` of which lie one after another in `x`, the sum of the copies; `rows` rows in all, the
 /// last ones zeros.
-fn sum_blocks<B: Ops>(x: Float<B>, blocks: &[Range<usize>], copies: usize, rows: usize) -> Float<B> {
+fn sum_blocks<B: Ops>(
+    x: Float<B>,
+    blocks: &[Range<usize>],
+    copies: usize,
+    rows: usize,
+) -> Float<B> {
     let mut parts = Vec::new();
     let mut start = 0;
     for block in blocks.iter().filter(|block| !block.is_empty()) {
@@ -246,11 +259,15 @@ impl Traffic {
     }
 
     fn send_rows(&self) -> Vec<usize> {
-        (0..self.counts.len()).map(|to| self.rows(self.rank, to)).collect()
+        (0..self.counts.len())
+            .map(|to| self.rows(self.rank, to))
+            .collect()
     }
 
     fn recv_rows(&self) -> Vec<usize> {
-        (0..self.counts.len()).map(|from| self.rows(from, self.rank)).collect()
+        (0..self.counts.len())
+            .map(|from| self.rows(from, self.rank))
+            .collect()
     }
 
     /// Rows here that have an expert.
@@ -298,7 +315,10 @@ impl<B: Ops> Clone for ExpertParallel<B> {
 impl<B: Ops> fmt::Debug for ExpertParallel<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ExpertParallel")
-            .field("ranks", &self.group.as_ref().map_or(1, |group| group.size()))
+            .field(
+                "ranks",
+                &self.group.as_ref().map_or(1, |group| group.size()),
+            )
             .field("etp", &self.etp)
             .finish()
     }

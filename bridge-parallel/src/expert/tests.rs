@@ -37,7 +37,12 @@ impl Experts {
         Self {
             up: param("up", &[EXPERTS, INNER, HIDDEN], 1, cut(1)),
             down: param("down", &[EXPERTS, HIDDEN, INNER], 2, cut(2)),
-            down_bias: param("bias", &[EXPERTS, HIDDEN], 3, ShardRule::StackedExperts { inner: None }),
+            down_bias: param(
+                "bias",
+                &[EXPERTS, HIDDEN],
+                3,
+                ShardRule::StackedExperts { inner: None },
+            ),
         }
     }
 
@@ -99,7 +104,13 @@ fn check(layout: LayoutSpec, crowded: bool) {
         let choice = choices(crowded, TOKENS);
 
         let whole = Experts::new(|x, _| x);
-        let [y, dx] = run(&whole, &ExpertParallel::single(), x.clone(), &choice, seed.clone());
+        let [y, dx] = run(
+            &whole,
+            &ExpertParallel::single(),
+            x.clone(),
+            &choice,
+            seed.clone(),
+        );
         let part = |x: Float<Flex>, rule: &ShardRule| {
             let slice = local_slice(rule, &dims(&x), ctx.layout(), ctx.coords())
                 .expect("divides")
@@ -122,17 +133,35 @@ fn check(layout: LayoutSpec, crowded: bool) {
 
         // Gradients of the experts, summed over all data: each data set once.
         let over_data = |grad: Float<Flex>| {
-            let grad = if layout.sp || layout.tp == 1 { grad } else { Flex::scale(grad, 1.0 / layout.tp as f64) };
+            let grad = if layout.sp || layout.tp == 1 {
+                grad
+            } else {
+                Flex::scale(grad, 1.0 / layout.tp as f64)
+            };
             ctx.group(Axis::Stage).all_reduce(grad, ReduceOp::Sum)
         };
         for (own, whole, rule) in [
-            (&own.up, &whole.up, ShardRule::StackedExperts { inner: Some(1) }),
-            (&own.down, &whole.down, ShardRule::StackedExperts { inner: Some(2) }),
-            (&own.down_bias, &whole.down_bias, ShardRule::StackedExperts { inner: None }),
+            (
+                &own.up,
+                &whole.up,
+                ShardRule::StackedExperts { inner: Some(1) },
+            ),
+            (
+                &own.down,
+                &whole.down,
+                ShardRule::StackedExperts { inner: Some(2) },
+            ),
+            (
+                &own.down_bias,
+                &whole.down_bias,
+                ShardRule::StackedExperts { inner: None },
+            ),
         ] {
             let expected = part(over_data(whole.grad().expect("a gradient")), &rule);
             let zeros = || crate::tensors::zeros::<Flex>(&own.shape(), &DEVICE, DType::F32);
-            let mut sum = ctx.group(Axis::Edp).all_reduce(own.grad().unwrap_or_else(zeros), ReduceOp::Sum);
+            let mut sum = ctx
+                .group(Axis::Edp)
+                .all_reduce(own.grad().unwrap_or_else(zeros), ReduceOp::Sum);
             if rule == (ShardRule::StackedExperts { inner: None }) {
                 sum = ctx.group(Axis::Etp).all_reduce(sum, ReduceOp::Sum);
             }
