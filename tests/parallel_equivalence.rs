@@ -165,6 +165,10 @@ fn every_dense_family_agrees_at_every_layout() {
 fn families_with_experts_agree() {
     for family in EXPERTS {
         for text in EXPERT_LAYOUTS {
+            // This one has six experts.
+            if family == "gpt_oss" && text.contains("ep=4") {
+                continue;
+            }
             agrees(family, text);
         }
     }
