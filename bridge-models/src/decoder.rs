@@ -1,32 +1,38 @@
 //! The one decoder: what a [`DecoderConfig`] describes, as weights and a forward pass.
 
+use std::sync::Arc;
+
 use bridge_core::DecoderConfig;
-use bridge_ops::{
-    CrossEntropySpec, Float, Int, Ops, Param, Tape, Var, embedding, linear, linear_cross_entropy,
-    linear_cross_entropy_weighted, reshape, scale, slice, softcap,
-};
+use bridge_core::layout::{PipelineSplit, Place};
+use bridge_ops::{DType, Float, Int, Ops, Param, Tape, Var};
+use bridge_parallel::ParallelContext;
 use burn::tensor::{Int as IntKind, Tensor};
 
 use crate::context::{DecoderCache, ForwardContext, IGNORED_TARGET, Targets};
 use crate::error::{Error, Result};
-use crate::layers::{DecoderLayer, MtpModule, Norm};
-use crate::segmented::SegmentedModel;
+use crate::layers::{DecoderLayer, Embedding, Head, MtpModule};
+use crate::parallel::{ParallelOptions, check_layout};
+use crate::segmented::{Boundary, SegmentedModel};
 use crate::weights::{ParamBuilder, WeightSource};
 
 /// A decoder-only transformer.
 ///
-/// As a [`SegmentedModel`] its segments are the embedding, each layer, and the head.
+/// As a [`SegmentedModel`] its segments are the embedding, each layer, and the head. A rank of a layout holds the segments
+/// of its pipeline stage, and of their weights its part.
 #[derive(Debug, Clone)]
 pub struct Decoder<B: Ops> {
     config: DecoderConfig,
     device: B::Device,
-    embedding: Param<B>,
-    layers: Vec<DecoderLayer<B>>,
-    final_norm: Norm<B>,
-    /// `None` where the embedding matrix is the head as well.
-    lm_head: Option<Param<B>>,
-    /// Multi-token prediction, for training alone.
+    /// Between layers each rank has one of so many parts of its sequences (sequence parallelism).
+    sequence_parts: usize,
+    /// `None` where another pipeline stage has it, as for the layers and the head.
+    embedding: Option<Embedding<B>>,
+    layers: Vec<Option<DecoderLayer<B>>>,
+    head: Option<Head<B>>,
+    /// Multi-token prediction, for training alone, where the head is.
     mtp: Vec<MtpModule<B>>,
+    /// The embedding as multi-token prediction uses it.
+    mtp_embedding: Option<Embedding<B>>,
 }
 
 impl<B: Ops> Decoder<B> {
@@ -40,28 +46,83 @@ impl<B: Ops> Decoder<B> {
         device: &B::Device,
     ) -> Result<Self> {
         config.validate("model config")?;
-        let mut params = ParamBuilder::new(source, device);
-        let table = [config.vocab_size, config.hidden_size];
-        let embedding = params.param("embedding.weight", &table)?;
-        let layers = (0..config.num_hidden_layers)
-            .map(|layer| DecoderLayer::build(&mut params, &config, layer))
-            .collect::<Result<_>>()?;
-        let final_norm = Norm::build(&mut params, "final_norm", config.hidden_size, &config.norm)?;
-        let lm_head = if config.tie_word_embeddings {
-            None
+        let params = ParamBuilder::new(source, device);
+        Self::assemble(config, params, |_| true)
+    }
+
+    /// Builds a rank's part of the model: its pipeline stage, and of that its part of every weight.
+    ///
+    /// # Errors
+    /// As [`build`](Self::build), or if the model cannot be divided as the layout says.
+    pub fn build_parallel(
+        config: DecoderConfig,
+        source: &mut dyn WeightSource<B>,
+        ctx: &Arc<ParallelContext<B>>,
+        options: &ParallelOptions,
+    ) -> Result<Self> {
+        config.validate("model config")?;
+        let tensors = config.tensors();
+        ctx.layout().validate(&tensors, config.num_hidden_layers)?;
+        check_layout(&config, ctx.layout(), options)?;
+        let split = match &options.pipeline {
+            Some(split) => split.clone(),
+            None => PipelineSplit::even(ctx.layout(), config.num_hidden_layers)?,
+        };
+        let stage = ctx.coords().pp;
+        let params = ParamBuilder::parallel(source, ctx, tensors, options.cp_comm_type);
+        Self::assemble(config, params, |place| split.stages(place).contains(&stage))
+    }
+
+    /// Builds the segments in places that `is_here` accepts.
+    fn assemble(
+        config: DecoderConfig,
+        mut params: ParamBuilder<'_, B>,
+        is_here: impl Fn(Place) -> bool,
+    ) -> Result<Self> {
+        let params = &mut params;
+        let embedding = if is_here(Place::First) {
+            Some(Embedding::build(params, &config)?)
         } else {
-            Some(params.param("lm_head.weight", &table)?)
+            None
+        };
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for layer in 0..config.num_hidden_layers {
+            layers.push(if is_here(Place::Layer(layer)) {
+                Some(DecoderLayer::build(params, &config, layer)?)
+            } else {
+                None
+            });
+        }
+        let region = params.region();
+        // The last stage uses the embedding as a tied head, and to predict several tokens.
+        let (ends, tied) = (is_here(Place::Last), config.tie_word_embeddings);
+        let last_embedding = match &embedding {
+            _ if !ends || (!tied && config.num_mtp_layers == 0) => None,
+            Some(embedding) => Some(embedding.clone()),
+            None => Some(Embedding::build(params, &config)?),
+        };
+        let head = if ends {
+            let matrix = last_embedding.as_ref().filter(|_| tied);
+            Some(Head::build(params, &config, matrix.map(|e| &e.weight))?)
+        } else {
+            None
         };
         let mtp = (0..config.num_mtp_layers)
-            .map(|index| MtpModule::build(&mut params, &config, index))
-            .collect::<Result<_>>()?;
+            .filter(|_| ends)
+            .map(|index| MtpModule::build(params, &config, index))
+            .collect::<Result<Vec<_>>>()?;
         Ok(Self {
+            device: params.device().clone(),
+            sequence_parts: if region.is_sequence_parallel() {
+                region.size()
+            } else {
+                1
+            },
             embedding,
             layers,
-            final_norm,
-            lm_head,
+            head,
+            mtp_embedding: last_embedding.filter(|_| !mtp.is_empty()),
             mtp,
-            device: device.clone(),
             config,
         })
     }
@@ -82,8 +143,17 @@ impl<B: Ops> Decoder<B> {
     }
 
     /// The matrix `[vocab, hidden]` that the head multiplies by: its own, or the embedding.
+    ///
+    /// # Panics
+    /// If another pipeline stage has the head.
     pub fn head_weight(&self) -> &Param<B> {
-        self.lm_head.as_ref().unwrap_or(&self.embedding)
+        &self.head().weight
+    }
+
+    fn head(&self) -> &Head<B> {
+        self.head
+            .as_ref()
+            .expect("the last pipeline stage has the head")
     }
 
     /// The longest context in tokens: the model's own, stretched where its rotary embedding stretches with the length.
@@ -106,51 +176,44 @@ impl<B: Ops> Decoder<B> {
     /// # Errors
     /// [`Error::TokenOutOfVocabulary`] for the first one that is not.
     pub fn check_token_ids(&self, ids: &[u32]) -> Result<()> {
-        let vocab_size = self.config.vocab_size;
-        match ids.iter().position(|id| *id as usize >= vocab_size) {
-            None => Ok(()),
-            Some(position) => Err(Error::TokenOutOfVocabulary {
-                id: i64::from(ids[position]),
-                position,
-                vocab_size,
-            }),
-        }
+        check_token_ids(ids, self.config.vocab_size)
     }
 
     /// The embeddings of the context's tokens: `[batch, seq, hidden]`.
+    ///
+    /// # Panics
+    /// If another pipeline stage has the embedding.
     pub fn embed(&self, tape: &Tape<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
-        self.embedded(tape, ctx.input_ids())
+        let embedding = self.embedding.as_ref();
+        embedding
+            .expect("the first pipeline stage has the embedding")
+            .forward(tape, ctx)
     }
 
-    /// The embeddings of `ids` `[batch, seq]`: `[batch, seq, hidden]`.
-    fn embedded(&self, tape: &Tape<B>, ids: &Int<B>) -> Var<B> {
-        let x = embedding(tape, ids, &self.embedding);
-        match self.config.embedding_scale {
-            Some(factor) => scale(tape, &x, factor),
-            None => x,
+    fn layer(&self, layer: usize) -> &DecoderLayer<B> {
+        match &self.layers[layer] {
+            Some(layer) => layer,
+            None => panic!("layer {layer} is in another pipeline stage"),
         }
     }
 
     /// Every segment up to the head: `[batch, seq, hidden]` before the final norm.
+    ///
+    /// # Panics
+    /// If other pipeline stages have some of them.
     pub fn hidden_states(&self, tape: &Tape<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
         let embedded = self.embed(tape, ctx);
-        self.layers
-            .iter()
-            .fold(embedded, |x, layer| layer.forward(tape, &x, ctx))
+        (0..self.layers.len()).fold(embedded, |x, layer| {
+            self.layer(layer).forward(tape, &x, ctx)
+        })
     }
 
     /// The head: `[batch, seq, hidden]` before the final norm -> logits `[batch, seq, vocab]`.
+    ///
+    /// # Panics
+    /// If another pipeline stage has the head.
     pub fn logits(&self, tape: &Tape<B>, hidden: &Var<B>) -> Var<B> {
-        self.head_logits(tape, &self.final_norm.forward(tape, hidden))
-    }
-
-    /// Logits of what a final norm made: `[batch, seq, hidden]` -> `[batch, seq, vocab]`.
-    fn head_logits(&self, tape: &Tape<B>, x: &Var<B>) -> Var<B> {
-        let logits = linear(tape, x, self.head_weight(), None);
-        match self.config.final_logit_softcap {
-            Some(cap) => softcap(tape, &logits, cap),
-            None => logits,
-        }
+        self.head().logits(tape, hidden)
     }
 
     /// Logits of every token in the context, without recording gradients: `[batch, seq, vocab]`.
@@ -166,9 +229,9 @@ impl<B: Ops> Decoder<B> {
     pub fn mtp_logits(&self, ctx: &ForwardContext<'_, B>) -> Vec<Float<B>> {
         let tape = Tape::inference();
         let hidden = self.hidden_states(&tape, ctx);
-        let hidden = self.final_norm.forward(&tape, &hidden);
+        let hidden = self.head().normed(&tape, &hidden);
         let views = self.mtp_views(&tape, &hidden, ctx);
-        let logits = views.iter().map(|view| self.head_logits(&tape, view));
+        let logits = views.iter().map(|view| self.head().logits_of(&tape, view));
         logits.map(Var::into_value).collect()
     }
 
@@ -181,34 +244,16 @@ impl<B: Ops> Decoder<B> {
     ) -> Vec<Var<B>> {
         let mut views: Vec<Var<B>> = Vec::with_capacity(self.mtp.len());
         let mut ids = ctx.input_ids().clone();
-        for module in &self.mtp {
+        for (module, embedding) in self.mtp.iter().zip(std::iter::repeat(&self.mtp_embedding)) {
+            let embedding = embedding
+                .as_ref()
+                .expect("modules are built with the embedding that they use");
             ids = moved_up::<B>(ids);
-            let next = self.embedded(tape, &ids);
+            let next = embedding.look_up(tape, &ids);
             let view = module.forward(tape, views.last().unwrap_or(hidden), &next, ctx);
             views.push(view);
         }
         views
-    }
-
-    /// The loss of each token under the head: `[batch * seq]`. x: `[batch, seq, hidden]` after a final norm.
-    fn token_losses(
-        &self,
-        tape: &Tape<B>,
-        x: &Var<B>,
-        ids: &Int<B>,
-        gradient: Option<Float<B>>,
-        ctx: &ForwardContext<'_, B>,
-    ) -> Var<B> {
-        let x = reshape(tape, x, &[ctx.batch() * ctx.seq(), self.config.hidden_size]);
-        let spec = CrossEntropySpec {
-            logit_softcap: self.config.final_logit_softcap,
-            ..CrossEntropySpec::default()
-        };
-        let head = self.head_weight();
-        match gradient {
-            Some(known) => linear_cross_entropy_weighted(tape, &x, head, ids, known, spec),
-            None => linear_cross_entropy(tape, &x, head, ids, spec),
-        }
     }
 
     /// Logits of the last token of each row, without recording gradients: `[batch, 1, vocab]`. What generation needs;
@@ -216,8 +261,18 @@ impl<B: Ops> Decoder<B> {
     pub fn forward_last(&self, ctx: &ForwardContext<'_, B>) -> Float<B> {
         let tape = Tape::inference();
         let hidden = self.hidden_states(&tape, ctx);
-        let last = slice(&tape, &hidden, 1, ctx.seq() - 1..ctx.seq());
-        self.logits(&tape, &last).into_value()
+        self.head().last_logits(&tape, &hidden).into_value()
+    }
+}
+
+pub(crate) fn check_token_ids(ids: &[u32], vocab_size: usize) -> Result<()> {
+    match ids.iter().position(|id| *id as usize >= vocab_size) {
+        None => Ok(()),
+        Some(position) => Err(Error::TokenOutOfVocabulary {
+            id: i64::from(ids[position]),
+            position,
+            vocab_size,
+        }),
     }
 }
 
@@ -235,7 +290,7 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
     ) -> Var<B> {
         match (index, input) {
             (0, _) => self.embed(tape, ctx),
-            (layer, Some(input)) => self.layers[layer - 1].forward(tape, input, ctx),
+            (layer, Some(input)) => self.layer(layer - 1).forward(tape, input, ctx),
             (layer, None) => panic!("segment {layer} needs the output of segment {}", layer - 1),
         }
     }
@@ -247,9 +302,10 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
         targets: &Targets<B>,
         ctx: &ForwardContext<'_, B>,
     ) -> Var<B> {
-        let hidden = self.final_norm.forward(tape, input);
+        let head = self.head();
+        let hidden = head.normed(tape, input);
         let gradient = targets.loss_gradient.clone();
-        let losses = self.token_losses(tape, &hidden, &targets.ids, gradient, ctx);
+        let losses = head.losses_of(tape, &hidden, &targets.ids, gradient);
         let auxiliary = ctx.auxiliary().filter(|_| tape.is_recording());
         match auxiliary.and_then(|auxiliary| Some((auxiliary, auxiliary.mtp_weight()?))) {
             Some((auxiliary, weight)) if !self.mtp.is_empty() => {
@@ -261,7 +317,7 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
                     // Seeded with `weight` times the gradient of the losses that it joins.
                     let known = targets.loss_gradient.clone();
                     let known = known.map(|known| B::scale(known, weight));
-                    ahead.push(self.token_losses(tape, &view, &ids, known, ctx));
+                    ahead.push(head.losses_of(tape, &view, &ids, known));
                 }
                 auxiliary.record_mtp(&ahead);
                 joined(tape, losses, ahead, weight)
@@ -273,20 +329,51 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
     fn segment_params(&self, index: usize) -> Vec<Param<B>> {
         let mut params = Vec::new();
         if index == 0 {
-            params.push(self.embedding.clone());
+            params.extend(
+                self.embedding
+                    .as_ref()
+                    .map(|embedding| embedding.weight.clone()),
+            );
         } else if let Some(layer) = self.layers.get(index - 1) {
-            layer.collect(&mut params);
-        } else {
-            self.final_norm.collect(&mut params);
-            if !self.mtp.is_empty() && self.lm_head.is_some() {
-                params.push(self.embedding.clone());
+            if let Some(layer) = layer {
+                layer.collect(&mut params);
             }
+        } else if let Some(head) = &self.head {
+            head.norm.collect(&mut params);
+            let embedding = self.mtp_embedding.as_ref();
+            let separate = embedding.filter(|_| !self.config.tie_word_embeddings);
+            params.extend(separate.map(|embedding| embedding.weight.clone()));
             for module in &self.mtp {
                 module.collect(&mut params);
             }
-            params.push(self.head_weight().clone());
+            params.push(head.weight.clone());
         }
         params
+    }
+
+    fn holds_segment(&self, index: usize) -> bool {
+        match index.checked_sub(1) {
+            None => self.embedding.is_some(),
+            Some(layer) => match self.layers.get(layer) {
+                Some(layer) => layer.is_some(),
+                None => self.head.is_some(),
+            },
+        }
+    }
+
+    fn boundary(&self, ctx: &ForwardContext<'_, B>) -> Option<Boundary> {
+        let matrix = self
+            .params()
+            .into_iter()
+            .find(|param| param.shape().len() == 2);
+        Some(Boundary {
+            shape: vec![
+                ctx.batch(),
+                ctx.seq() / self.sequence_parts,
+                self.config.hidden_size,
+            ],
+            dtype: matrix.map_or(DType::F32, |matrix| B::activation_dtype(matrix.dtype())),
+        })
     }
 }
 

@@ -27,6 +27,7 @@ mod error;
 pub mod families;
 pub mod generate;
 pub mod layers;
+mod parallel;
 pub mod run;
 mod segmented;
 pub mod verify;
@@ -43,7 +44,8 @@ pub use decoder::Decoder;
 pub use error::{Error, Result};
 pub use families::registry;
 pub use layers::DecoderLayer;
-pub use segmented::SegmentedModel;
+pub use parallel::{ParallelOptions, check_layout};
+pub use segmented::{Boundary, SegmentedModel};
 pub use weights::{DtypePolicy, Init, ParamRole, RandomInit, WeightSource};
 
 /// `docs/add_a_model.md`, whose code is run with the other documentation tests.

@@ -2,19 +2,23 @@
 
 use std::path::PathBuf;
 
-use bridge_models::verify::{Tolerances, VerifyOptions, VerifyReport};
+use bridge_core::LayoutSpec;
+use bridge_models::verify::{
+    LayoutOptions, Tolerances, VerifyOptions, VerifyReport, verify_layout,
+};
 use bridge_ops::Ops;
+use bridge_parallel::CpCommType;
 use serde_json::to_value;
 
 use crate::backend::{OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
-use crate::flags::{BackendFlags, LayoutFlags, hugging_face_folder};
+use crate::flags::{BackendFlags, BackendName, LayoutFlags, hugging_face_folder};
 use crate::report::Report;
 
 /// Runs a model and compares logits, loss, gradients and greedy text with a reference.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "Example:\n  cargo xtask verify --hf tests/fixtures/llama3_1 --reference tests/fixtures/llama3_1 --grads"
+    after_help = "Example:\n  cargo xtask verify --hf tests/fixtures/llama3_1 --reference tests/fixtures/llama3_1 --grads\n  cargo xtask verify --hf tests/fixtures/llama3_1 --reference tests/fixtures/llama3_1 --grads --tp 2 --cp 2 --sp"
 )]
 pub(crate) struct Args {
     /// Hugging Face folder or hub id (org/name[@revision]).
@@ -36,6 +40,14 @@ pub(crate) struct Args {
     backend: BackendFlags,
     #[command(flatten)]
     layout: LayoutFlags,
+    /// How attention reaches other context-parallel ranks: p2p, all_gather or a2a.
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "p2p",
+        help_heading = "Layout"
+    )]
+    cp_comm_type: CpCommType,
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
@@ -46,9 +58,9 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         )));
     }
     let layout = args.layout.spec();
-    if layout.world_size() != 1 {
+    if layout.world_size() != 1 && args.backend.backend != BackendName::Cpu {
         return Err(Failure::input(format!(
-            "layout {layout}: models run on one rank in this build; leave out the layout flags"
+            "layout {layout}: ranks are threads here, which share one device; leave out --backend, or the layout flags"
         )));
     }
     let folder = hugging_face_folder(&args.hf)?;
@@ -87,6 +99,19 @@ impl OnBackend for Verify {
         };
         let registry = bridge_models::registry();
         let name = args.backend.backend.as_str();
+        let layout = args.layout.spec();
+        if layout != LayoutSpec::default() {
+            let mut divided = LayoutOptions::new(layout);
+            divided.parallel.cp_comm_type = args.cp_comm_type;
+            return Ok(verify_layout::<B>(
+                &registry,
+                &folder,
+                &args.reference,
+                &options,
+                &divided,
+                name,
+            )?);
+        }
         Ok(bridge_models::verify::verify::<B>(
             &registry,
             &folder,

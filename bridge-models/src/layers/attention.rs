@@ -6,6 +6,7 @@ use bridge_core::config::{AttentionLayer, LayerRope, QkNorm, RopeConfig, RopeSty
 use bridge_ops::{
     Activation, AttentionSpec, Ops, Param, Tape, Var, attention, gated_activation, reshape, rotary,
 };
+use bridge_parallel::{ContextParallel, TensorRegion, context_attention};
 
 use super::{Linear, Norm};
 use crate::context::ForwardContext;
@@ -37,6 +38,8 @@ pub struct Attention<B: Ops> {
     softcap: Option<f64>,
     /// `[heads]`: logits that take part in the softmax and have no value.
     sinks: Option<Param<B>>,
+    region: TensorRegion<B>,
+    context_parallel: ContextParallel<B>,
 }
 
 #[derive(Debug, Clone)]
@@ -87,7 +90,9 @@ impl<B: Ops> Attention<B> {
                 bias: false,
                 ..config.norm
             };
-            Norm::build(params, &format!("{name}.{head}_norm"), size, &norm).map(Some)
+            // Shared by all heads, of which each rank has its own.
+            let mut params = params.inside();
+            Norm::build(&mut params, &format!("{name}.{head}_norm"), size, &norm).map(Some)
         };
         let (q_norm, k_norm) = (norm("q", query)?, norm("k", key_value)?);
         let o_proj = Linear::build(
@@ -108,6 +113,11 @@ impl<B: Ops> Attention<B> {
         };
         Ok(Self {
             layer,
+            // As many as this rank has of each.
+            heads: q_proj.weight.shape()[0] / config.head_dim,
+            kv_heads: k_proj.weight.shape()[0] / config.head_dim,
+            region: params.region(),
+            context_parallel: params.context_parallel(),
             q_proj,
             k_proj,
             v_proj,
@@ -121,8 +131,6 @@ impl<B: Ops> Attention<B> {
                 rotary_dim: config.rotary_dim(),
                 style: config.rope_style,
             }),
-            heads: config.num_attention_heads,
-            kv_heads,
             head_dim: config.head_dim,
             scale: config.attention_scale(),
             window: own.window,
@@ -133,6 +141,7 @@ impl<B: Ops> Attention<B> {
 
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
+        let x = &self.region.enter(tape, x);
         let (batch, seq) = (ctx.batch(), ctx.seq());
         let q = self.heads_of(
             tape,
@@ -167,7 +176,7 @@ impl<B: Ops> Attention<B> {
             .with_sinks(self.sinks.clone())
             .with_cu_seqlens(ctx.cu_seqlens().cloned());
         let output = match ctx.cache() {
-            None => attention(tape, &q, &k, &v, &spec),
+            None => context_attention(tape, &q, &k, &v, &spec, &self.context_parallel),
             Some(cache) => {
                 let mut own = cache.layer(self.layer);
                 let offset = own.len();

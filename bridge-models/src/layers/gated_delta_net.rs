@@ -13,6 +13,7 @@ use bridge_ops::{
     gated_delta_rule, gated_delta_rule_with_state, gated_rms_norm, l2_norm, log_decay, reshape,
     time_step,
 };
+use bridge_parallel::TensorRegion;
 
 use super::{Linear, ShortConv};
 use crate::context::ForwardContext;
@@ -46,6 +47,10 @@ pub struct GatedDeltaNet<B: Ops> {
     /// `[value_head_dim]`, shared by all heads. Scales by itself whatever the config says of other norms.
     gated_norm: Param<B>,
     out_proj: Linear<B>,
+    /// As many as this rank has.
+    key_heads: usize,
+    value_heads: usize,
+    region: TensorRegion<B>,
 }
 
 impl<B: Ops> GatedDeltaNet<B> {
@@ -83,10 +88,17 @@ impl<B: Ops> GatedDeltaNet<B> {
         let (q_conv, k_conv, v_conv) = (conv("q", key)?, conv("k", key)?, conv("v", value)?);
         let mut vector = |leaf: &str, size: usize| params.param(&format!("{name}.{leaf}"), &[size]);
         let (dt_bias, a_log) = (vector("dt_bias", heads)?, vector("a_log", heads)?);
-        let gated_norm = vector("gated_norm.weight", own.value_head_dim)?;
+        let gated_norm = {
+            // Shared by all heads, of which each rank has its own.
+            let name = format!("{name}.gated_norm.weight");
+            params.inside().param(&name, &[own.value_head_dim])?
+        };
         let out_proj = Linear::build(params, &format!("{name}.out_proj"), [hidden, value], false)?;
         Ok(Self {
             layer,
+            key_heads: k_proj.weight.shape()[0] / own.key_head_dim,
+            value_heads: a_log.numel(),
+            region: params.region(),
             config: own.clone(),
             norm_eps: config.norm.eps,
             q_proj,
@@ -107,6 +119,7 @@ impl<B: Ops> GatedDeltaNet<B> {
 
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
+        let x = &self.region.enter(tape, x);
         let (batch, seq, own) = (ctx.batch(), ctx.seq(), &self.config);
         let mut past = ctx.cache().map(|cache| cache.recurrent(self.layer));
         let mut convolved = |index: usize, proj: &Linear<B>, conv: &ShortConv<B>| {
@@ -117,8 +130,8 @@ impl<B: Ops> GatedDeltaNet<B> {
         let k = convolved(1, &self.k_proj, &self.k_conv);
         let v = convolved(2, &self.v_proj, &self.v_conv);
 
-        let keys = [batch, seq, own.num_key_heads, own.key_head_dim];
-        let values = [batch, seq, own.num_value_heads, own.value_head_dim];
+        let keys = [batch, seq, self.key_heads, own.key_head_dim];
+        let values = [batch, seq, self.value_heads, own.value_head_dim];
         let dt = time_step(tape, &self.a_proj.forward(tape, x), &self.dt_bias, 0.0);
         let inputs = DeltaRuleInputs {
             q: l2_norm(tape, &reshape(tape, &q, &keys), LENGTH_EPS),
@@ -145,7 +158,11 @@ impl<B: Ops> GatedDeltaNet<B> {
             gate_first: false,
         };
         let o = gated_rms_norm(tape, &o, &z, &self.gated_norm, norm);
-        let o = reshape(tape, &o, &[batch, seq, own.value_size()]);
+        let o = reshape(
+            tape,
+            &o,
+            &[batch, seq, self.value_heads * own.value_head_dim],
+        );
         self.out_proj.forward(tape, &o)
     }
 

@@ -18,6 +18,7 @@ use bridge_ops::{
     AttentionSpec, Ops, Param, Tape, Var, attention, cast, concat, matmul, repeat, reshape, rotary,
     slice, transpose,
 };
+use bridge_parallel::{ContextParallel, TensorRegion, context_attention};
 
 use super::{Linear, Norm};
 use crate::context::ForwardContext;
@@ -39,6 +40,8 @@ pub struct LatentAttention<B: Ops> {
     scale: f64,
     window: Option<usize>,
     softcap: Option<f64>,
+    region: TensorRegion<B>,
+    context_parallel: ContextParallel<B>,
 }
 
 /// Where queries come from.
@@ -84,8 +87,11 @@ impl<B: Ops> LatentAttention<B> {
                 Query::Hidden(Linear::build(params, &part("q_proj"), shape, false)?)
             }
             Some(rank) => Query::Latent {
-                a_proj: Linear::build(params, &part("q_a_proj"), [rank, hidden], bias)?,
-                a_norm: Norm::build(params, &part("q_a_norm"), rank, &norm)?,
+                a_proj: {
+                    let shape = [rank, hidden];
+                    Linear::build(&mut params.inside(), &part("q_a_proj"), shape, bias)?
+                },
+                a_norm: Norm::build(&mut params.inside(), &part("q_a_norm"), rank, &norm)?,
                 b_proj: Linear::build(
                     params,
                     &part("q_b_proj"),
@@ -101,12 +107,18 @@ impl<B: Ops> LatentAttention<B> {
             LayerRope::Local => config.rope_local.clone(),
             LayerRope::None => None,
         };
+        // What leads to the latent is whole on every rank, each of which uses it for its own heads.
+        let inside = &mut params.inside();
+        let kv_a_proj = Linear::build(inside, &part("kv_a_proj"), kv_a, bias)?;
+        let kv_a_norm = Norm::build(inside, &part("kv_a_norm"), rank, &norm)?;
+        let kv_b_proj = Linear::build(params, &part("kv_b_proj"), kv_b, false)?;
         Ok(Self {
             layer,
             query,
-            kv_a_proj: Linear::build(params, &part("kv_a_proj"), kv_a, bias)?,
-            kv_a_norm: Norm::build(params, &part("kv_a_norm"), rank, &norm)?,
-            kv_b_proj: Linear::build(params, &part("kv_b_proj"), kv_b, false)?,
+            kv_a_proj,
+            kv_a_norm,
+            heads: kv_b_proj.weight.shape()[0] / (mla.qk_nope_head_dim + mla.v_head_dim),
+            kv_b_proj,
             o_proj: Linear::build(
                 params,
                 &part("o_proj"),
@@ -114,7 +126,8 @@ impl<B: Ops> LatentAttention<B> {
                 config.attention_output_bias,
             )?,
             sizes: mla.clone(),
-            heads,
+            region: params.region(),
+            context_parallel: params.context_parallel(),
             rope: rope.map(|rope| (rope, config.rope_style)),
             scale: config.attention_scale(),
             window: own.window,
@@ -124,6 +137,7 @@ impl<B: Ops> LatentAttention<B> {
 
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
+        let x = &self.region.enter(tape, x);
         let (batch, seq, heads) = (ctx.batch(), ctx.seq(), self.heads);
         let MlaConfig {
             kv_lora_rank: rank,
@@ -174,7 +188,8 @@ impl<B: Ops> LatentAttention<B> {
         let k = concat(tape, &[slice(tape, &kv, 3, 0..nope), k_rope], 3);
         let v = slice(tape, &kv, 3, nope..nope + value);
         let q = concat(tape, &[q_nope, q_rope], 3);
-        let output = attention(tape, &q, &k, &v, &spec); // [batch, seq, heads, value]
+        // [batch, seq, heads, value]
+        let output = context_attention(tape, &q, &k, &v, &spec, &self.context_parallel);
         let output = reshape(tape, &output, &[batch, seq, heads * value]);
         self.o_proj.forward(tape, &output)
     }

@@ -12,6 +12,7 @@ use bridge_ops::{
     GatedNormSpec, Ops, Param, ScanSpec, SsdInputs, Tape, Var, gated_rms_norm, log_decay, reshape,
     ssd_scan, ssd_scan_with_state, time_step,
 };
+use bridge_parallel::TensorRegion;
 
 use super::{Linear, ShortConv};
 use crate::context::ForwardContext;
@@ -41,6 +42,10 @@ pub struct Mamba2<B: Ops> {
     /// `[heads * head_dim]`.
     gated_norm: Param<B>,
     out_proj: Linear<B>,
+    /// As many as this rank has.
+    heads: usize,
+    groups: usize,
+    region: TensorRegion<B>,
 }
 
 impl<B: Ops> Mamba2<B> {
@@ -86,6 +91,9 @@ impl<B: Ops> Mamba2<B> {
         )?;
         Ok(Self {
             layer,
+            heads: a_log.numel(),
+            groups: b_proj.weight.shape()[0] / own.state_size,
+            region: params.region(),
             config: own.clone(),
             norm_eps: config.norm.eps,
             z_proj,
@@ -106,7 +114,9 @@ impl<B: Ops> Mamba2<B> {
 
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
+        let x = &self.region.enter(tape, x);
         let (batch, seq, own) = (ctx.batch(), ctx.seq(), &self.config);
+        let inner = self.heads * own.head_dim;
         let mut past = ctx.cache().map(|cache| cache.recurrent(self.layer));
         let mut convolved = |index: usize, proj: &Linear<B>, conv: &ShortConv<B>| {
             let history = past.as_mut().map(|past| &mut past.histories[index]);
@@ -118,9 +128,9 @@ impl<B: Ops> Mamba2<B> {
         let dt = self.dt_proj.forward(tape, x);
         let dt = time_step(tape, &dt, &self.dt_bias, own.time_step_min); // [batch, seq, heads]
 
-        let groups = [batch, seq, own.num_groups, own.state_size];
+        let groups = [batch, seq, self.groups, own.state_size];
         let inputs = SsdInputs {
-            x: reshape(tape, &hidden, &[batch, seq, own.num_heads, own.head_dim]),
+            x: reshape(tape, &hidden, &[batch, seq, self.heads, own.head_dim]),
             log_decay: log_decay(tape, &dt, &self.a_log),
             dt,
             b: reshape(tape, &b, &groups),
@@ -136,7 +146,7 @@ impl<B: Ops> Mamba2<B> {
                 y
             }
         };
-        let y = reshape(tape, &y, &[batch, seq, own.inner_size()]);
+        let y = reshape(tape, &y, &[batch, seq, inner]);
         let z = self.z_proj.forward(tape, x);
         let norm = GatedNormSpec {
             eps: self.norm_eps,

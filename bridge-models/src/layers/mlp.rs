@@ -2,6 +2,7 @@
 
 use bridge_core::DecoderConfig;
 use bridge_ops::{Activation, Ops, Param, Tape, Var, activation, gated_activation};
+use bridge_parallel::TensorRegion;
 
 use super::Linear;
 use crate::error::Result;
@@ -14,6 +15,7 @@ pub struct Mlp<B: Ops> {
     up_proj: Linear<B>,
     down_proj: Linear<B>,
     activation: Activation,
+    region: TensorRegion<B>,
 }
 
 impl<B: Ops> Mlp<B> {
@@ -45,11 +47,13 @@ impl<B: Ops> Mlp<B> {
             up_proj: project("up", [inner, hidden])?,
             down_proj: project("down", [hidden, inner])?,
             activation: activation_op(config.activation),
+            region: params.region(),
         })
     }
 
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>) -> Var<B> {
+        let x = &self.region.enter(tape, x);
         let up = self.up_proj.forward(tape, x); // [batch, seq, intermediate]
         let inner = match &self.gate_proj {
             Some(gate_proj) => {

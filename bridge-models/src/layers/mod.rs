@@ -12,6 +12,7 @@ mod mtp;
 mod norm;
 mod rope;
 mod short_conv;
+mod vocabulary;
 
 pub use attention::Attention;
 pub use decoder_layer::DecoderLayer;
@@ -25,3 +26,4 @@ pub use mtp::MtpModule;
 pub use norm::Norm;
 pub use rope::rotary_table;
 pub use short_conv::ShortConv;
+pub use vocabulary::{Embedding, Head};

@@ -8,6 +8,7 @@ use bridge_ops::{
     RouterScore, RouterSpec, SwigluClamp, Tape, Var, activation, add, cast, clamped_swiglu,
     gated_activation, grouped_linear, permute, reshape, route, scale_rows, unpermute,
 };
+use bridge_parallel::{ExpertParallel, TensorRegion};
 
 use super::mlp::activation_op;
 use super::{Linear, Mlp};
@@ -27,6 +28,9 @@ pub struct Moe<B: Ops> {
     shared_expert: Option<Mlp<B>>,
     shared_expert_gate: Option<Linear<B>>,
     num_experts: usize,
+    /// The region to enter and leave, where all its ranks have the same tokens.
+    region: TensorRegion<B>,
+    expert_parallel: ExpertParallel<B>,
 }
 
 /// The routed experts of one layer, their matrices stacked.
@@ -51,6 +55,8 @@ pub struct GroupedLinear<B: Ops> {
     pub weight: Param<B>,
     /// `[experts, out_features]`.
     pub bias: Option<Param<B>>,
+    /// Whether this rank adds the bias: one of those that share an expert does where their outputs are summed.
+    adds_bias: bool,
 }
 
 impl<B: Ops> Moe<B> {
@@ -67,7 +73,8 @@ impl<B: Ops> Moe<B> {
         let hidden = config.hidden_size;
         let router_name = format!("{name}.router");
         let shape = [moe.num_experts, hidden];
-        let router = Linear::build(params, &router_name, shape, moe.router.bias)?;
+        // Each rank of a tensor-parallel group minds its own tokens, also where all of them have all tokens.
+        let router = Linear::build(&mut params.inside(), &router_name, shape, moe.router.bias)?;
         let correction_bias = if moe.router.correction_bias {
             let name = format!("{router_name}.correction_bias");
             let bias = params.param(&name, &[moe.num_experts])?;
@@ -99,6 +106,11 @@ impl<B: Ops> Moe<B> {
             shared_expert,
             shared_expert_gate,
             num_experts: moe.num_experts,
+            region: match params.region() {
+                region if region.is_sequence_parallel() => TensorRegion::single(),
+                region => region,
+            },
+            expert_parallel: params.expert_parallel(),
         })
     }
 
@@ -106,7 +118,8 @@ impl<B: Ops> Moe<B> {
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
         let shape = x.shape();
         let hidden = shape[2];
-        let tokens = reshape(tape, x, &[shape[0] * shape[1], hidden]);
+        let entered = self.region.enter(tape, x);
+        let tokens = reshape(tape, &entered, &[shape[0] * shape[1], hidden]);
         // Close scores decide which weights a token meets, so they are computed in full precision.
         let logits = self.router.forward(tape, &cast(tape, &tokens, DType::F32)); // [tokens, experts]
         let bias = self.correction_bias.as_ref().map(Param::value);
@@ -115,14 +128,15 @@ impl<B: Ops> Moe<B> {
             routing.weights =
                 auxiliary.attach(tape, &self.name, &self.spec, &logits, &routing, ctx);
         }
-        let order = ExpertOrder::new(routing.experts, self.num_experts);
+        let parallel = &self.expert_parallel;
+        let experts = parallel.own_assignments(routing.experts, self.num_experts);
+        let order = ExpertOrder::new(experts, self.num_experts);
         let rows = permute(tape, &tokens, &order); // [tokens * k, hidden]
-        let rows = self.experts.forward(tape, &rows, order.offsets());
-        let y = reshape(
-            tape,
-            &unpermute(tape, &rows, &routing.weights, &order),
-            &shape,
-        );
+        let rows = parallel.dispatch(tape, &rows, order.offsets(), |rows, offsets| {
+            self.experts.forward(tape, rows, offsets)
+        });
+        let y = unpermute(tape, &rows, &routing.weights, &order);
+        let y = self.region.leave(tape, &reshape(tape, &y, &shape));
         match &self.shared_expert {
             Some(shared) => add(tape, &y, &self.shared(tape, x, shared)),
             None => y,
@@ -229,12 +243,18 @@ impl<B: Ops> GroupedLinear<B> {
         } else {
             None
         };
-        Ok(Self { weight, bias })
+        let summed = weight.shape()[2] != in_features;
+        Ok(Self {
+            adds_bias: !summed || params.expert_parallel().adds_output_bias(),
+            weight,
+            bias,
+        })
     }
 
     /// `rows`: `[rows, in_features]`, sorted by expert -> `[rows, out_features]`.
     pub fn forward(&self, tape: &Tape<B>, rows: &Var<B>, offsets: &ExpertOffsets<B>) -> Var<B> {
-        grouped_linear(tape, rows, &self.weight, self.bias.as_ref(), offsets)
+        let bias = self.bias.as_ref().filter(|_| self.adds_bias);
+        grouped_linear(tape, rows, &self.weight, bias, offsets)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Comparing gradients, under the names and in the form that a checkpoint stores their weights.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use bridge_core::convert::HfModel;
 use bridge_core::mapping::Mapping;
@@ -10,9 +10,9 @@ use super::{Reference, Tolerances, VerifyReport};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 
-/// Compares the gradients in the slots of `model`'s weights with the reference.
-pub(super) fn compare<B: Ops>(
-    model: &Decoder<B>,
+/// Compares gradients, whole and by canonical name, with the reference.
+pub(super) fn compare(
+    canonical: &HashMap<String, Vec<f32>>,
     folder: &HfModel,
     reference: &Reference,
     tolerances: &Tolerances,
@@ -22,11 +22,10 @@ pub(super) fn compare<B: Ops>(
         return Ok(());
     }
     let mapping = mapping(folder, reference)?;
-    check_names(&mapping, folder, model, reference)?;
-    let canonical = gradients(model);
+    check_names(&mapping, folder, canonical, reference)?;
     let mut worst: Option<(f64, &str)> = None;
     for (name, expected) in &reference.gradients {
-        let found = foreign_gradient(&mapping, &canonical, name);
+        let found = foreign_gradient(&mapping, canonical, name);
         if found.len() != expected.numel {
             let problem = format!(
                 "gradient `{name}` has {} elements, the weight {}",
@@ -55,7 +54,7 @@ pub(super) fn compare<B: Ops>(
         report.compare(what, difference, tolerances.gradient);
     }
     for (name, expected) in &reference.full_gradients {
-        let found = foreign_gradient(&mapping, &canonical, name);
+        let found = foreign_gradient(&mapping, canonical, name);
         if found.len() != expected.len() {
             let problem = format!(
                 "gradient `{name}` has {} elements, the weight {}",
@@ -88,15 +87,19 @@ fn norm(values: &[f32]) -> f64 {
         .sqrt()
 }
 
-/// The gradient of every weight, by canonical name. A weight that the loss does not depend on has none: zeros.
-fn gradients<B: Ops>(model: &Decoder<B>) -> HashMap<String, Vec<f32>> {
+/// The gradient of every trained weight, by canonical name. A weight that the loss does not depend on has none: zeros.
+pub(super) fn gradients<B: Ops>(model: &Decoder<B>) -> HashMap<String, Vec<f32>> {
     let gradient = |param: bridge_ops::Param<B>| {
         let values = param
             .take_grad()
             .map_or_else(|| vec![0.0; param.numel()], to_f32_vec::<B>);
         (param.name().to_owned(), values)
     };
-    model.params().into_iter().map(gradient).collect()
+    let trained = model
+        .params()
+        .into_iter()
+        .filter(bridge_ops::Param::requires_grad);
+    trained.map(gradient).collect()
 }
 
 /// How gradients are stored: as the checkpoint's own tensors, or, where these are quantized, as those of the model's
@@ -115,10 +118,10 @@ fn mapping(folder: &HfModel, reference: &Reference) -> Result<Mapping> {
 
 /// The reference must speak of exactly the weights that the checkpoint holds and the loss depends on: neither numbers that
 /// the optimizer does not train nor multi-token prediction, which has a loss of its own, have a gradient.
-fn check_names<B: Ops>(
+fn check_names(
     mapping: &Mapping,
     folder: &HfModel,
-    model: &Decoder<B>,
+    canonical: &HashMap<String, Vec<f32>>,
     reference: &Reference,
 ) -> Result<()> {
     let names = reference
@@ -137,17 +140,12 @@ fn check_names<B: Ops>(
     if reference.gradients.is_empty() {
         return Ok(());
     }
-    let untrained: HashSet<String> = model
-        .params()
-        .into_iter()
-        .filter(|param| !param.requires_grad() || param.name().starts_with("mtp."))
-        .map(|param| param.name().to_owned())
-        .collect();
+    let is_trained = |name: &String| canonical.contains_key(name) && !name.starts_with("mtp.");
     let trained = folder
         .plan()
         .tensors
         .iter()
-        .filter(|tensor| !untrained.contains(&tensor.canonical));
+        .filter(|tensor| is_trained(&tensor.canonical));
     let stored = trained.flat_map(|tensor| &tensor.foreign);
     match stored
         .into_iter()

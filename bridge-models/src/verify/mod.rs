@@ -1,6 +1,7 @@
 //! Comparison of a model with reference numbers: logits, loss, every gradient, greedy text.
 
 mod gradients;
+mod layout;
 mod reference;
 mod report;
 
@@ -13,11 +14,12 @@ use bridge_core::convert::HfModel;
 use bridge_core::{LayoutSpec, Registry};
 use bridge_ops::{Ops, to_f32_vec};
 
+pub use layout::{LayoutOptions, verify_layout};
 pub use reference::{GradientStats, GreedyReference, LogitsReference, Reference};
 pub use report::{Comparison, VerifyReport};
 
 use crate::context::{ForwardContext, IGNORED_TARGET};
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, check_token_ids};
 use crate::error::{Error, Result};
 use crate::generate::{GenerateOptions, generate};
 use crate::run::loss_and_gradients;
@@ -99,7 +101,7 @@ pub fn verify<B: Ops>(
             )?;
             if options.gradients {
                 gradients::compare(
-                    &model,
+                    &gradients::gradients(&model),
                     &folder,
                     &reference,
                     &options.tolerances,
@@ -127,17 +129,28 @@ fn compare_logits<B: Ops>(
     tolerances: &Tolerances,
     report: &mut VerifyReport,
 ) -> Result<()> {
-    check_ids(model, reference, expected)?;
+    let vocab_size = model.config().vocab_size;
+    check_ids(vocab_size, reference, expected)?;
     let ctx = ForwardContext::new(
         &expected.input_ids,
         [expected.batch, expected.seq],
         model.device(),
     );
     let found = to_f32_vec::<B>(model.forward(&ctx));
+    record_logits(&found, vocab_size, reference, expected, tolerances, report)
+}
+
+fn record_logits(
+    found: &[f32],
+    vocab_size: usize,
+    reference: &Reference,
+    expected: &LogitsReference,
+    tolerances: &Tolerances,
+    report: &mut VerifyReport,
+) -> Result<()> {
     if found.len() != expected.logits.len() {
-        let vocab = model.config().vocab_size;
         let problem = format!(
-            "logits have {} elements, expected {} x {} x {vocab}",
+            "logits have {} elements, expected {} x {} x {vocab_size}",
             expected.logits.len(),
             expected.batch,
             expected.seq
@@ -203,22 +216,18 @@ fn compare_loss<B: Ops>(
     tolerances: &Tolerances,
     report: &mut VerifyReport,
 ) -> Result<()> {
-    let targets = shifted(inputs);
-    if let Some(bad) = targets
-        .iter()
-        .find(|t| **t != IGNORED_TARGET && !in_vocabulary(**t, model))
-    {
-        return Err(Error::reference(
-            &reference.path,
-            format!("label {bad} lies outside the vocabulary"),
-        ));
-    }
+    let targets = checked_targets(model.config().vocab_size, reference, inputs)?;
     let ctx = ForwardContext::new(
         &inputs.input_ids,
         [inputs.batch, inputs.seq],
         model.device(),
     );
     let found = loss_and_gradients(model, &ctx, &targets).mean_loss();
+    record_loss(found, expected, tolerances, report);
+    Ok(())
+}
+
+fn record_loss(found: f64, expected: f64, tolerances: &Tolerances, report: &mut VerifyReport) {
     report.loss = Some(found);
     report.loss_reference = Some(expected);
     report.compare(
@@ -226,7 +235,26 @@ fn compare_loss<B: Ops>(
         (found - expected).abs(),
         tolerances.loss,
     );
-    Ok(())
+}
+
+/// What each token is to predict, all of it in the vocabulary.
+fn checked_targets(
+    vocab_size: usize,
+    reference: &Reference,
+    inputs: &LogitsReference,
+) -> Result<Vec<i64>> {
+    let targets = shifted(inputs);
+    let known = |id: i64| usize::try_from(id).is_ok_and(|id| id < vocab_size);
+    match targets
+        .iter()
+        .find(|t| **t != IGNORED_TARGET && !known(**t))
+    {
+        None => Ok(targets),
+        Some(bad) => Err(Error::reference(
+            &reference.path,
+            format!("label {bad} lies outside the vocabulary"),
+        )),
+    }
 }
 
 /// Each token's label is the one after it; the last of a row has none.
@@ -237,17 +265,8 @@ fn shifted(inputs: &LogitsReference) -> Vec<i64> {
         .collect()
 }
 
-fn in_vocabulary<B: Ops>(id: i64, model: &Decoder<B>) -> bool {
-    usize::try_from(id).is_ok_and(|id| id < model.config().vocab_size)
-}
-
-fn check_ids<B: Ops>(
-    model: &Decoder<B>,
-    reference: &Reference,
-    inputs: &LogitsReference,
-) -> Result<()> {
-    let check = model.check_token_ids(&inputs.input_ids);
-    check.map_err(|error| {
+fn check_ids(vocab_size: usize, reference: &Reference, inputs: &LogitsReference) -> Result<()> {
+    check_token_ids(&inputs.input_ids, vocab_size).map_err(|error| {
         Error::reference(
             &reference.path,
             format!("input_ids: {error}; is this the model's own?"),

@@ -1,5 +1,7 @@
 //! Fresh weights that depend on the seed and the weight's name alone.
 
+use std::ops::Range;
+
 use bridge_ops::{Float, Ops, float_from_f32};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -97,6 +99,32 @@ impl RandomInit {
             .collect()
     }
 
+    /// The elements of a weight within `ranges`, one per dimension, in row-major order.
+    fn region(&self, name: &str, shape: &[usize], ranges: &[Range<usize>]) -> Vec<f32> {
+        // Dimensions from `split` on are whole, so what lies in one index of the dimensions before is one run.
+        let whole = |dim: &usize| ranges[*dim] == (0..shape[*dim]);
+        let split = shape.len() - (0..shape.len()).rev().take_while(whole).count();
+        let Some(cut) = split.checked_sub(1) else {
+            return self.elements(name, shape, 0..shape.iter().product());
+        };
+        let inner: usize = shape[split..].iter().product();
+        let outer = ranges[..cut].iter().map(Range::len).product::<usize>();
+        let mut values = Vec::with_capacity(ranges.iter().map(Range::len).product());
+        for index in 0..outer {
+            // The index of this run in the dimensions before `cut`, from the last one up.
+            let (mut rest, mut row, mut stride) = (index, 0, 1);
+            for dim in (0..cut).rev() {
+                row += (ranges[dim].start + rest % ranges[dim].len()) * stride;
+                rest /= ranges[dim].len();
+                stride *= shape[dim];
+            }
+            let start = (row * shape[cut] + ranges[cut].start) * inner;
+            let run = start..start + ranges[cut].len() * inner;
+            values.extend(self.elements(name, shape, run));
+        }
+        values
+    }
+
     fn key(&self, name: &str) -> u64 {
         // FNV-1a, then mixed with the seed. Names are few and short; what matters is that the function never changes.
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
@@ -110,6 +138,18 @@ impl<B: Ops> WeightSource<B> for RandomInit {
     fn weight(&mut self, name: &str, shape: &[usize], device: &B::Device) -> Result<Float<B>> {
         let values = self.elements(name, shape, 0..shape.iter().product());
         Ok(float_from_f32::<B>(&values, shape, device))
+    }
+
+    fn slice(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        ranges: &[Range<usize>],
+        device: &B::Device,
+    ) -> Result<Float<B>> {
+        let held: Vec<usize> = ranges.iter().map(Range::len).collect();
+        let values = self.region(name, shape, ranges);
+        Ok(float_from_f32::<B>(&values, &held, device))
     }
 }
 
@@ -181,6 +221,32 @@ mod tests {
         let whole = init(7).elements(name, &shape, 0..80 * 48);
         for range in [0..1, 1..2, 3..1000, 17..18, 1000..3840, 3839..3840, 5..5] {
             assert_eq!(init(7).elements(name, &shape, range.clone()), whole[range]);
+        }
+    }
+
+    #[test]
+    fn any_region_of_a_weight_equals_that_region_of_the_whole() {
+        let (name, shape) = ("layers.0.mlp.experts.up_proj.weight", [3, 5, 7]);
+        let whole = init(7).elements(name, &shape, 0..105);
+        for ranges in [
+            [0..3, 0..5, 0..7],
+            [1..3, 0..5, 0..7],
+            [0..3, 2..4, 0..7],
+            [0..2, 1..5, 3..6],
+        ] {
+            let mut expected = Vec::new();
+            for i in ranges[0].clone() {
+                for j in ranges[1].clone() {
+                    for k in ranges[2].clone() {
+                        expected.push(whole[(i * 5 + j) * 7 + k]);
+                    }
+                }
+            }
+            assert_eq!(
+                init(7).region(name, &shape, &ranges),
+                expected,
+                "{ranges:?}"
+            );
         }
     }
 
