@@ -21,6 +21,9 @@
 mod backend;
 mod conv;
 mod cublaslt;
+mod cudnn;
+mod cudnn_attention;
+mod cudnn_graph;
 mod device;
 mod elementwise;
 mod error;
@@ -45,7 +48,10 @@ pub use error::{Error, Result};
 pub use library::Library;
 pub use matmul::{allow_tf32, tune};
 pub use nvrtc::{SOURCES, compile};
-pub use ops::{AdamWTensor, AttentionPath, adamw_step_many, sum_squares_many};
+pub use ops::{
+    AdamWTensor, AttentionCalls, AttentionPath, adamw_step_many, attention_calls,
+    attention_refusals, force_attention_path, set_deterministic_attention, sum_squares_many,
+};
 pub use pool::MemoryStats;
 pub use probe::{GpuInfo, LibraryInfo, Report, probe};
 pub use tensor::CudaTensor;

@@ -23,7 +23,10 @@ use crate::elementwise::cast;
 use crate::tensor::CudaTensor;
 
 pub use adamw::{AdamWTensor, adamw_step_many, sum_squares_many};
-pub use attention::AttentionPath;
+pub use attention::{
+    AttentionCalls, AttentionPath, attention_calls, attention_refusals, force_attention_path,
+    set_deterministic_attention,
+};
 
 impl Ops for Cuda {
     fn linear_forward(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>) -> CudaTensor {
