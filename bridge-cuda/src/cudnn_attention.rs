@@ -102,6 +102,13 @@ impl Problem {
         }
     }
 
+    /// Whether the kernel compiled for this problem serves other lengths. Backward engines cannot do that, and forward a
+    /// kernel compiled for lengths that fill whole tiles gave wrong results for others (cuDNN 9.19 on an H100); packed
+    /// documents always check their lengths.
+    fn shares_kernels(&self, pass: Pass) -> bool {
+        self.packed && pass == Pass::Forward
+    }
+
     fn family(&self) -> Family {
         (
             self.element,
@@ -460,7 +467,7 @@ type Kept = std::result::Result<Arc<Served>, String>;
 #[derive(Default)]
 struct Plans {
     by_problem: HashMap<(Pass, Problem), Kept>,
-    /// Compiled kernels of the forward pass, which serve every length. The backward engines cannot do that.
+    /// Compiled kernels that serve problems of every length.
     kernels: HashMap<Family, Option<Descriptor>>,
 }
 
@@ -524,10 +531,9 @@ impl Dnn {
             Err(reason)
         } else {
             let target = Target::Handle(self.handle);
-            let cache = match pass {
-                Pass::Forward => Some(plans.kernels.entry(problem.family()).or_default()),
-                Pass::Backward { .. } => None,
-            };
+            let cache = problem
+                .shares_kernels(pass)
+                .then(|| plans.kernels.entry(problem.family()).or_default());
             self.gpu
                 .bind()
                 .and_then(|()| plan(self.api, pass, problem, target, cache))

@@ -114,34 +114,50 @@ fn products(b: &Bench) {
 }
 
 fn attention(b: &Bench) {
-    for (batch, seq, heads, kv, d, dv, window) in [
-        (4, 2048, 32, 32, 64, 64, None),
-        (2, 4096, 32, 32, 128, 128, None),
-        (4, 4096, 32, 8, 64, 64, None),
-        (1, 8192, 32, 8, 128, 128, None),
-        (2, 8192, 32, 8, 64, 64, None),
-        (1, 8192, 32, 8, 128, 128, Some(1024)),
-        (1, 4096, 16, 4, 256, 256, None),
-        (1, 4096, 32, 32, 192, 128, None),
+    // The last two numbers: window, and length of packed documents; 0 is none.
+    for (batch, seq, heads, kv, d, dv, window, document) in [
+        (4, 2048, 32, 32, 64, 64, 0, 0),
+        (2, 4096, 32, 32, 128, 128, 0, 0),
+        (4, 4096, 32, 8, 64, 64, 0, 0),
+        (1, 8192, 32, 8, 128, 128, 0, 0),
+        (2, 8192, 32, 8, 64, 64, 0, 0),
+        (1, 4096, 16, 4, 256, 256, 0, 0),
+        (1, 4096, 32, 32, 192, 128, 0, 0),
+        (1, 8192, 32, 8, 128, 128, 1024, 0),
+        (4, 4000, 32, 8, 64, 64, 0, 0),
+        (4, 4096, 32, 8, 64, 64, 0, 512),
+        (1, 8192, 32, 8, 128, 128, 0, 1000),
     ] {
-        let shape = match window {
-            None => format!("attention b{batch} s{seq} h{heads}/{kv} d{d}/{dv}"),
-            Some(window) => format!("attention b{batch} s{seq} h{heads}/{kv} d{d} w{window}"),
-        };
+        let mut shape = format!("attention b{batch} s{seq} h{heads}/{kv} d{d}/{dv}");
+        if window > 0 {
+            shape += &format!(" w{window}");
+        }
+        if document > 0 {
+            shape += &format!(" docs{document}");
+        }
         if !b.wanted(&shape) {
             continue;
         }
-        // Half of the scores are seen; of a window, about its width for every query.
-        let scores = match window {
-            None => (seq * seq) as f64 / 2.0,
-            Some(window) => (window * seq - window * window / 2) as f64,
+        // Half of the scores are seen; of a window, about its width for every query; of a document, half of its own.
+        let scores = match (window, document) {
+            (0, 0) => (seq * seq) as f64 / 2.0,
+            (0, length) => (seq * length) as f64 / 2.0,
+            (window, _) => (window * seq - window * window / 2) as f64,
         };
         let flop = 2.0 * (batch * heads) as f64 * scores * (d + dv) as f64;
         let q = b.bf16(&[batch, seq, heads, d]);
         let (k, v) = (b.bf16(&[batch, seq, kv, d]), b.bf16(&[batch, seq, kv, dv]));
         let dout = b.bf16(&[batch, seq, heads, dv]);
         let mut rule = AttentionSpec::<Cuda>::causal().rule;
-        rule.window = window;
+        rule.window = (window > 0).then_some(window);
+        if document > 0 {
+            let rows = (0..batch).flat_map(|row| {
+                (0..seq)
+                    .step_by(document)
+                    .map(move |start| row * seq + start)
+            });
+            rule.cu_seqlens = Some(rows.chain([batch * seq]).collect());
+        }
         let mut paths = vec![(AttentionPath::Cudnn, "cudnn")];
         if d == dv && (d == 64 || d == 128) {
             paths.push((AttentionPath::TensorCores, "own"));

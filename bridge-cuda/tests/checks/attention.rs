@@ -217,6 +217,8 @@ fn attention_cudnn<B: Ops>(c: &mut Context<B>) {
         attend(c, 330, [1, 130, 77, 4, 2, d, d], &both_ways, false);
         attend(c, 340, [2, 64, 256, 2, 2, d, d], &both_ways, false);
     }
+    // A length with a plan of its own.
+    attend(c, 345, [1, 512, 512, 2, 1, 64, 64], &causal::<B>(), false);
     // The same kernels serve other lengths and strides.
     attend(c, 350, [3, 77, 77, 2, 2, 64, 64], &causal::<B>(), false);
     let by_head =

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use bridge_ops::AttentionRule;
 use burn_backend::{DType, TensorMetadata};
 
-use super::{Gradients, Inputs, Sizes, aligned};
+use super::{AttentionPath, Gradients, Inputs, Sizes, aligned};
 use crate::cudnn_attention::{Dnn, Pass, Problem, Served};
 use crate::cudnn_graph::Element;
 use crate::error::Result;
@@ -14,6 +14,9 @@ use crate::tensor::CudaTensor;
 /// Fewer queries go to this crate's own kernel: decoding poses a new problem with every token, and a plan for it takes
 /// longer than the attention.
 const FEWEST_QUERIES: usize = 64;
+/// Batches whose length is not a multiple of this are put as packed documents, one a row: plans for those serve every
+/// length up to the next power of two, where each other length would take a plan of its own, compiled in half a second.
+const PLANNED_LENGTH: usize = 512;
 /// Most scratch memory, in bytes, that deterministic gradients may take; cuDNN keeps a gradient of every score for them.
 const MOST_WORKSPACE: usize = 1 << 30;
 
@@ -69,12 +72,12 @@ impl Documents {
         let ordinal = like.gpu().ordinal;
         let mut kept = KEPT.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let known = kept.iter().find(|((known, device, known_steps), _)| {
-            Arc::ptr_eq(known, offsets) && *device == ordinal && *known_steps == steps
+            *device == ordinal && *known_steps == steps && known == offsets
         });
         if let Some((_, documents)) = known {
             return documents.clone();
         }
-        let documents = Self::upload(sizes, like, offsets, steps);
+        let documents = Self::upload(like, offsets, steps);
         if kept.len() == 4 {
             kept.remove(0);
         }
@@ -82,12 +85,12 @@ impl Documents {
         documents
     }
 
-    fn upload(sizes: Sizes, like: &CudaTensor, offsets: &[usize], steps: [usize; 5]) -> Self {
+    fn upload(like: &CudaTensor, offsets: &[usize], steps: [usize; 5]) -> Self {
         let lengths: Vec<usize> = offsets.windows(2).map(|pair| pair[1] - pair[0]).collect();
         // Powers of two, so that few plans serve every batch.
         let count = lengths.len().next_power_of_two();
         let longest = lengths.iter().copied().max().unwrap_or(0);
-        let longest = longest.next_power_of_two().max(128).min(sizes.s);
+        let longest = longest.next_power_of_two().max(128);
         let mut table: Vec<u8> = Vec::new();
         let mut parts = [0; 6];
         let mut begin = |table: &mut Vec<u8>, part: usize| {
@@ -168,20 +171,32 @@ fn plan(
     {
         return Err(Refusal::Policy("queries that see no key"));
     }
+    let own = AttentionPath::own(inputs.q.dtype(), sizes.d, sizes.dv);
+    if rule.kv_len.is_some() && own == AttentionPath::TensorCores && !forced {
+        return Err(Refusal::Policy(
+            "a cache, which has another length each time",
+        ));
+    }
+    let deterministic = pass
+        == (Pass::Backward {
+            deterministic: true,
+        });
+    let whole = (rule.q_offset, keys, sizes.t) == (0, sizes.s, sizes.s);
     // Documents that fill a row of the batch each are no documents.
-    let offsets = rule
+    let mut offsets = rule
         .cu_seqlens
-        .as_ref()
+        .clone()
         .filter(|offsets| offsets.len() > sizes.batch + 1);
-    if offsets.is_some()
-        && pass
-            == (Pass::Backward {
-                deterministic: true,
-            })
-    {
+    if offsets.is_some() && !whole {
+        return Err(Refusal::Policy("a block of the keys of packed documents"));
+    }
+    if offsets.is_some() && deterministic {
         return Err(Refusal::Policy(
             "deterministic gradients of packed documents",
         ));
+    }
+    if whole && offsets.is_none() && !deterministic && !sizes.s.is_multiple_of(PLANNED_LENGTH) {
+        offsets = Some((0..=sizes.batch).map(|row| row * sizes.s).collect());
     }
     if keys == 0 {
         return Err(Refusal::Policy("attention over no keys"));
@@ -195,7 +210,7 @@ fn plan(
         return Err(Refusal::Policy("few queries"));
     }
     let dnn = Dnn::of(inputs.q.gpu()).map_err(|error| Refusal::Library(error.to_string()))?;
-    let documents = offsets.map(|offsets| Documents::of(sizes, &inputs.q, offsets));
+    let documents = offsets.map(|offsets| Documents::of(sizes, &inputs.q, &offsets));
     let clone = |x: &CudaTensor| {
         if documents.is_some() {
             aligned(x.packed())
@@ -220,10 +235,7 @@ fn plan(
         served,
         inputs,
         sizes,
-        deterministic: pass
-            == (Pass::Backward {
-                deterministic: true,
-            }),
+        deterministic,
         documents,
     })
 }
