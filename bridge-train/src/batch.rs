@@ -44,7 +44,7 @@ pub(crate) fn local_context<B: Ops>(
 ) -> ForwardContext<'static, B> {
     let ids: Vec<u32> = batch.tokens.iter().map(|id| to_u32(*id)).collect();
     with_documents(
-        ForwardContext::new(&ids, [batch.batch, batch.seq], parallel.device()),
+        ForwardContext::for_rank(&ids, [batch.batch, batch.seq], parallel),
         batch,
     )
 }
@@ -56,12 +56,12 @@ pub(crate) fn header_context<B: Ops>(
 ) -> ForwardContext<'static, B> {
     let ids = vec![0; header.batch * header.seq];
     with_documents(
-        ForwardContext::new(&ids, [header.batch, header.seq], parallel.device()),
+        ForwardContext::for_rank(&ids, [header.batch, header.seq], parallel),
         header,
     )
 }
 
 /// What the tokens of a rank's part of a micro-batch are to predict.
-pub(crate) fn local_labels<B: Ops>(batch: &Batch, _ctx: &ForwardContext<'_, B>) -> Vec<i64> {
-    batch.labels.clone()
+pub(crate) fn local_labels<B: Ops>(batch: &Batch, ctx: &ForwardContext<'_, B>) -> Vec<i64> {
+    ctx.own_targets(&batch.labels)
 }

@@ -8,7 +8,9 @@ use bridge_core::convert::{HF_DIR, HfModel};
 use bridge_core::{CanonicalTensor, HfConfig, LayoutSpec, Registry};
 use bridge_data::Split;
 use bridge_models::weights::{HfWeights, NativeWeights, native_config};
-use bridge_models::{Decoder, DtypePolicy, Init, RandomInit, SegmentedModel, WeightSource};
+use bridge_models::{
+    Decoder, DtypePolicy, Init, ParallelOptions, RandomInit, SegmentedModel, WeightSource,
+};
 use bridge_ops::{DType, Ops};
 use bridge_parallel::ParallelContext;
 use bridge_tokenizers::Tokenizer;
@@ -157,8 +159,7 @@ fn build_part<B: Ops>(
     context: &PretrainContext<'_, B>,
     source: &mut dyn WeightSource<B>,
 ) -> Result<Decoder<B>> {
-    let (decoder, parallel) = (config.model.decoder.clone(), &context.parallel);
-    let (layout, stage) = (parallel.layout(), parallel.coords().pp);
+    let decoder = config.model.decoder.clone();
     let split = config
         .parallel
         .split(decoder.num_hidden_layers)
@@ -166,19 +167,15 @@ fn build_part<B: Ops>(
             key: "parallel.pipeline_model_parallel_layout",
             problem,
         })?;
-    if layout.tp * layout.cp * layout.ep * layout.etp > 1 {
-        return Err(Error::Parallel(format!(
-            "layout {layout}: training runs with pipeline and data parallelism alone in this build"
-        )));
-    }
-    Ok(Decoder::build_segments(
+    let options = ParallelOptions {
+        pipeline: Some(split),
+        ..ParallelOptions::default()
+    };
+    Ok(Decoder::build_parallel(
         decoder,
         source,
-        parallel.device(),
-        |segment| {
-            (0..split.num_chunks())
-                .any(|chunk| chunk % layout.pp == stage && split.segments(chunk).contains(&segment))
-        },
+        &context.parallel,
+        &options,
     )?)
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bridge_models::SegmentedModel;
 use bridge_ops::{AdamWStep, DType, Float, Ops, Param, float_from_f32, float_zeros};
-use bridge_parallel::{Axis, ParallelContext, ReduceOp};
+use bridge_parallel::{Axis, ParallelContext, ReduceOp, complete_gradients};
 
 use super::adamw::{AdamW, AdamWOptions};
 use super::buckets::{Bucket, Reduction, Share, narrow, plan_buckets, to_dtype};
@@ -216,6 +216,7 @@ impl<B: Ops> Optimizer<B> {
     /// # Errors
     /// If a rank failed; the gradients are worthless then.
     pub fn finish_reduction(&self, reduction: Reduction<'_, B>) -> Result<Gradients<B>> {
+        complete_gradients(&self.params, &self.parallel);
         self.complete_tied();
         let sums = reduction.finish();
         let parts = match self.state {
