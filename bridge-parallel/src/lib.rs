@@ -32,6 +32,7 @@ mod context;
 mod error;
 mod expert;
 mod groups;
+pub mod pipeline;
 mod sequence;
 mod tensor;
 mod tensors;

@@ -4,7 +4,10 @@
 //! cargo run --release -p bridge-recipes --example pretrain -- tiny_llama train.train_iters=20 checkpoint.dir=/tmp/run
 //! ```
 
+use std::sync::Arc;
+
 use bridge_models::generate::{GenerateOptions, generate};
+use bridge_parallel::ParallelContext;
 use bridge_tokenizers::SpecialTokens;
 use bridge_train::callback::{Callback, Callbacks, StepReport};
 use bridge_train::config::{Platform, ResolveContext, resolve};
@@ -40,7 +43,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let outcome = pretrain::<Flex>(
         &config,
         PretrainContext {
-            device: Default::default(),
+            parallel: Arc::new(ParallelContext::single(Default::default())),
             platform: Platform::cpu(),
             registry: &registry,
             hf_folder: &|name| Err(format!("{name}: this example fetches nothing")),

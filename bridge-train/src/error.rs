@@ -127,6 +127,23 @@ pub enum Error {
         name: String,
     },
 
+    /// Ranks that train one model do not fit together.
+    #[error("{0}")]
+    Parallel(String),
+
+    /// Another rank failed at what all ranks do together.
+    #[error("rank {rank} failed: {reason}")]
+    OtherRank {
+        /// The rank.
+        rank: usize,
+        /// What it said.
+        reason: String,
+    },
+
+    /// A rank died, hung or failed.
+    #[error(transparent)]
+    Ranks(#[from] bridge_parallel::Error),
+
     /// The picture of the loss could not be drawn.
     #[error("cannot draw {}: {reason}", path.display())]
     Plot {
@@ -185,9 +202,14 @@ impl Error {
             | Error::NotARun { .. }
             | Error::ModelDiffers { .. }
             | Error::Setting { .. }
-            | Error::DuplicateParameter { .. } => true,
+            | Error::DuplicateParameter { .. }
+            | Error::Parallel(_)
+            | Error::Ranks(bridge_parallel::Error::Invalid(_)) => true,
             Error::Io { source, .. } => names_something_wrong(source),
-            Error::NonFinite { .. } | Error::Plot { .. } => false,
+            Error::NonFinite { .. }
+            | Error::Plot { .. }
+            | Error::OtherRank { .. }
+            | Error::Ranks(_) => false,
             Error::Core(error) => error.is_input(),
             Error::Model(error) => error.is_input(),
             Error::Data(bridge_data::DataError::Io { source, .. }) => names_something_wrong(source),

@@ -13,6 +13,7 @@
 //! | [`callback`], [`metrics`] | hooks; progress bar, `metrics.jsonl`, TensorBoard, a picture of the loss |
 //! | [`pretrain()`] | all of it from a resolved configuration |
 
+mod agree;
 pub mod batch;
 pub mod callback;
 pub mod checkpoint;

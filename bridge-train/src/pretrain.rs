@@ -8,13 +8,16 @@ use bridge_core::convert::{HF_DIR, HfModel};
 use bridge_core::{CanonicalTensor, HfConfig, LayoutSpec, Registry};
 use bridge_data::Split;
 use bridge_models::weights::{HfWeights, NativeWeights, native_config};
-use bridge_models::{Decoder, DtypePolicy, Init, RandomInit, SegmentedModel};
+use bridge_models::{
+    Decoder, DtypePolicy, Init, ParallelOptions, RandomInit, SegmentedModel, WeightSource,
+};
 use bridge_ops::{DType, Ops};
+use bridge_parallel::ParallelContext;
 use bridge_tokenizers::Tokenizer;
 
 use crate::callback::{Callback, Callbacks, Summary};
 use crate::checkpoint::{CONFIG_FILE, CheckpointStore, ZeroSource};
-use crate::config::{Platform, PrecisionMode, ResolvedConfig};
+use crate::config::{LoggingConfig, Platform, PrecisionMode, ResolvedConfig};
 use crate::error::{Error, Result};
 use crate::metrics::{JsonLines, LossPlot, TensorBoard};
 use crate::signals::StopFlag;
@@ -23,8 +26,9 @@ use crate::trainer::{Trainer, TrainerOptions};
 
 /// What a run needs beside its configuration.
 pub struct PretrainContext<'a, B: Ops> {
-    /// Where it computes.
-    pub device: B::Device,
+    /// This rank's place among those that train the model, and where it computes; for a run on one rank,
+    /// [`ParallelContext::single`].
+    pub parallel: Arc<ParallelContext<B>>,
     /// What that backend offers.
     pub platform: Platform,
     /// The model families that are known, for weights from a Hugging Face folder.
@@ -33,7 +37,7 @@ pub struct PretrainContext<'a, B: Ops> {
     pub hf_folder: &'a dyn Fn(&str) -> Result<PathBuf, String>,
     /// What the run is called in its reports.
     pub name: &'a str,
-    /// Hears what happens, after the reports that the configuration asks for.
+    /// Hears what happens, after the reports that the configuration asks for, which the first rank alone makes.
     pub callback: &'a mut dyn Callback,
     /// Ends the run gracefully when raised.
     pub stop: StopFlag,
@@ -43,14 +47,14 @@ pub struct PretrainContext<'a, B: Ops> {
 pub struct PretrainOutcome<B: Ops> {
     /// How it went.
     pub summary: Summary,
-    /// The trained model.
+    /// The trained model, as far as this rank holds it.
     pub model: Decoder<B>,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
 }
 
 /// Trains the model that `config` describes, from fresh or given weights, or continues the run that
-/// `config.checkpoint.dir` holds.
+/// `config.checkpoint.dir` holds. With several ranks, every one calls this, with the same configuration.
 ///
 /// # Errors
 /// If the configuration asks for what the platform lacks, something it names cannot be read, or the run fails (see
@@ -81,22 +85,33 @@ pub fn pretrain<B: Ops>(
             .unwrap_or(&config.checkpoint.dir),
     );
     let mut callbacks = Callbacks::new();
-    if config.logging.jsonl || config.logging.tensorboard || config.logging.plot {
+    let logging = if context.parallel.rank() == 0 {
+        config.logging.clone()
+    } else {
+        LoggingConfig {
+            jsonl: false,
+            tensorboard: false,
+            plot: false,
+            ..config.logging.clone()
+        }
+    };
+    if logging.jsonl || logging.tensorboard || logging.plot {
         std::fs::create_dir_all(&reports)
             .map_err(|source| Error::io("create folder", &reports, source))?;
     }
-    if config.logging.jsonl {
+    if logging.jsonl {
         callbacks.push(JsonLines::new(&reports));
     }
-    if config.logging.tensorboard {
+    if logging.tensorboard {
         callbacks.push(TensorBoard::create(&reports.join("tensorboard"))?);
     }
-    if config.logging.plot {
+    if logging.plot {
         callbacks.push(LossPlot::new(&reports, context.name));
     }
     callbacks.push(context.callback);
 
-    let mut trainer = Trainer::new(&model, train, &context.device, TrainerOptions::from(config))?
+    let options = TrainerOptions::from(config);
+    let mut trainer = Trainer::on_rank(&model, train, &context.parallel, options)?
         .with_stop(context.stop)
         .with_callback(&mut callbacks)
         .with_checkpoints(store)?;
@@ -117,21 +132,17 @@ fn build_model<B: Ops>(
     context: &PretrainContext<'_, B>,
     resuming: bool,
 ) -> Result<Decoder<B>> {
-    let decoder = config.model.decoder.clone();
     let model = match &config.checkpoint.pretrained {
         // The checkpoint is about to replace every weight.
-        _ if resuming => Decoder::build(decoder, &mut ZeroSource, &context.device)?,
+        _ if resuming => build_part(config, context, &mut ZeroSource)?,
         Some(pretrained) => load_pretrained(config, context, pretrained)?,
         None => {
             let init = Init {
                 seed: config.train.seed,
                 ..Init::default()
             };
-            Decoder::build(
-                decoder.clone(),
-                &mut RandomInit::new(&init, &decoder),
-                &context.device,
-            )?
+            let mut source = RandomInit::new(&init, &config.model.decoder);
+            build_part(config, context, &mut source)?
         }
     };
     if context.platform.precision(config.precision.mode) == PrecisionMode::Bf16Mixed {
@@ -140,6 +151,32 @@ fn build_model<B: Ops>(
         }
     }
     Ok(model)
+}
+
+/// This rank's part of the model.
+fn build_part<B: Ops>(
+    config: &ResolvedConfig,
+    context: &PretrainContext<'_, B>,
+    source: &mut dyn WeightSource<B>,
+) -> Result<Decoder<B>> {
+    let decoder = config.model.decoder.clone();
+    let split = config
+        .parallel
+        .split(decoder.num_hidden_layers)
+        .map_err(|problem| Error::Setting {
+            key: "parallel.pipeline_model_parallel_layout",
+            problem,
+        })?;
+    let options = ParallelOptions {
+        pipeline: Some(split),
+        ..ParallelOptions::default()
+    };
+    Ok(Decoder::build_parallel(
+        decoder,
+        source,
+        &context.parallel,
+        &options,
+    )?)
 }
 
 /// Weights from a native checkpoint or a Hugging Face folder.
@@ -170,21 +207,17 @@ fn load_pretrained<B: Ops>(
         let (bridge, _, found) = native_config(&checkpoint, context.registry)?;
         same_weights(&bridge.tensors(&found), checkpoint.dir())?;
         let mut source = NativeWeights::new(&checkpoint, DtypePolicy::Float32);
-        return Ok(Decoder::build(
-            decoder.clone(),
-            &mut source,
-            &context.device,
-        )?);
+        return build_part(config, context, &mut source);
     }
     let dir = (context.hf_folder)(pretrained).map_err(setting)?;
     let model = HfModel::open(&dir, context.registry, &LayoutSpec::default())?;
     same_weights(&model.bridge().tensors(model.config()), &dir)?;
     // The arithmetic is the configuration's, which may differ, in the rotary scaling for example.
-    Ok(Decoder::build(
-        decoder.clone(),
+    build_part(
+        config,
+        context,
         &mut HfWeights::new(&model, DtypePolicy::Float32),
-        &context.device,
-    )?)
+    )
 }
 
 fn checkpoint_store(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Result<CheckpointStore> {

@@ -2,79 +2,45 @@
 
 use bridge_data::Batch;
 use bridge_models::SegmentedModel;
-use bridge_ops::{Float, Ops, to_f32_vec};
+use bridge_ops::Ops;
 
-use crate::batch::context;
-use crate::config::{NonFinitePolicy, RecomputeGranularity};
-use crate::engine::{forward_backward, forward_loss};
-use crate::optimizer::{AdamW, clip_coefficient, grad_norm, non_finite_gradients};
+use crate::agree;
+use crate::config::NonFinitePolicy;
+use crate::engine::Executor;
+pub use crate::engine::TokenLoss;
+use crate::error::Result;
+use crate::optimizer::{Gradients, Optimizer, clip_coefficient};
 
-/// A loss over the tokens of several micro-batches.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct TokenLoss {
-    /// Mean over the tokens that count; 0 if there are none.
-    pub mean: f64,
-    /// Tokens that went through the model.
-    pub tokens: u64,
-    /// Tokens that count.
-    pub valid_tokens: u64,
-}
-
-/// Adds the gradients of the mean loss over all `micro_batches` to the parameters' slots.
+/// Adds the gradients of the mean loss over all ranks' micro-batches to the parameters' slots, each rank its own
+/// contribution. `micro_batches` are those of this rank (see [`Executor::forward_backward`]).
 ///
 /// The mean is over the valid tokens of all micro-batches together, not a mean of means, so loss and gradients do not
 /// depend on how a batch is cut.
+///
+/// # Errors
+/// If a rank fails.
 pub fn accumulate_gradients<B: Ops>(
+    executor: &Executor<B>,
     model: &dyn SegmentedModel<B>,
     micro_batches: &[Batch],
-    device: &B::Device,
-    recompute: RecomputeGranularity,
-) -> TokenLoss {
-    let valid_tokens: usize = micro_batches.iter().map(Batch::loss_tokens).sum();
-    let loss_scale = 1.0 / valid_tokens.max(1) as f64;
-    token_loss::<B>(micro_batches, |batch| {
-        forward_backward(
-            model,
-            &context(batch, device),
-            &batch.labels,
-            loss_scale,
-            recompute,
-        )
-    })
+) -> Result<TokenLoss> {
+    let local = executor.forward_backward(model, micro_batches, &mut |_| {})?;
+    let [sum, tokens] = agree::sum(executor.parallel(), [local.sum, local.tokens as f64])?;
+    Ok(TokenLoss::of(sum, tokens, local.valid_tokens))
 }
 
-/// The mean loss over all `micro_batches`, without gradients.
+/// The mean loss over all ranks' micro-batches, without gradients.
+///
+/// # Errors
+/// If a rank fails.
 pub fn evaluate<B: Ops>(
+    executor: &Executor<B>,
     model: &dyn SegmentedModel<B>,
     micro_batches: &[Batch],
-    device: &B::Device,
-) -> TokenLoss {
-    token_loss::<B>(micro_batches, |batch| {
-        forward_loss(model, &context(batch, device), &batch.labels)
-    })
-}
-
-fn token_loss<B: Ops>(micro_batches: &[Batch], run: impl FnMut(&Batch) -> Float<B>) -> TokenLoss {
-    let losses: Vec<Float<B>> = micro_batches.iter().map(run).collect();
-    // Read back after all the work is queued, so that a device never waits for the host between micro-batches.
-    let sum: f64 = losses
-        .into_iter()
-        .flat_map(to_f32_vec::<B>)
-        .map(f64::from)
-        .sum();
-    let tokens = micro_batches
-        .iter()
-        .map(|batch| batch.tokens.len() as u64)
-        .sum();
-    let valid_tokens = micro_batches
-        .iter()
-        .map(|batch| batch.loss_tokens() as u64)
-        .sum();
-    TokenLoss {
-        mean: sum / u64::max(valid_tokens, 1) as f64,
-        tokens,
-        valid_tokens,
-    }
+) -> Result<TokenLoss> {
+    let local = executor.forward(model, micro_batches)?;
+    let [sum, tokens] = agree::sum(executor.parallel(), [local.sum, local.tokens as f64])?;
+    Ok(TokenLoss::of(sum, tokens, local.valid_tokens))
 }
 
 /// The numbers of one step.
@@ -86,8 +52,6 @@ pub struct StepOptions {
     pub weight_decay: f64,
     /// Largest global norm of the gradient; 0 disables clipping.
     pub clip_grad: f64,
-    /// What a layer keeps for its backward pass.
-    pub recompute: RecomputeGranularity,
 }
 
 /// What a step did.
@@ -99,57 +63,83 @@ pub struct StepOutcome {
     pub grad_norm: f64,
     /// What was not finite, in words; then the weights are as before.
     pub non_finite: Option<String>,
+    /// How many ranks asked for something in this step (see [`train_step`]).
+    pub asked: [u64; 2],
 }
 
-/// Computes gradients, clips them and updates the weights. If the loss or a gradient is not finite the weights stay as
-/// they were, and the outcome says so.
+/// Computes gradients, sums them over ranks, clips them and updates the weights. If the loss or a gradient is not finite
+/// the weights stay as they were, and the outcome says so. Everything in the outcome is the same on every rank.
+///
+/// `asks` are requests of this rank, such as to stop; the outcome says how many ranks made each.
+///
+/// # Errors
+/// If a rank fails; the weights may be worthless then.
 pub fn train_step<B: Ops>(
+    executor: &Executor<B>,
     model: &dyn SegmentedModel<B>,
-    optimizer: &mut AdamW<B>,
+    optimizer: &mut Optimizer<B>,
     micro_batches: &[Batch],
-    device: &B::Device,
     options: &StepOptions,
-) -> StepOutcome {
+    asks: [bool; 2],
+) -> Result<StepOutcome> {
     optimizer.clear_grads();
-    let loss = accumulate_gradients(model, micro_batches, device, options.recompute);
-    let params = optimizer.params();
-    let grad_norm = grad_norm(&params);
-    let non_finite = describe_non_finite(&loss, grad_norm, || non_finite_gradients(&params, 3));
+    let mut reduction = optimizer.start_reduction();
+    let local = executor.forward_backward(model, micro_batches, &mut |segment| {
+        reduction.segment_done(segment);
+    })?;
+    let gradients = optimizer.finish_reduction(reduction)?;
+    // One meeting of all ranks per step: whatever they must know of each other is in it.
+    let [sum, tokens, squares, first, second] = agree::sum(
+        executor.parallel(),
+        [
+            local.sum,
+            local.tokens as f64,
+            optimizer.local_squared_norm(&gradients),
+            f64::from(u8::from(asks[0])),
+            f64::from(u8::from(asks[1])),
+        ],
+    )?;
+    let loss = TokenLoss::of(sum, tokens, local.valid_tokens);
+    let grad_norm = squares.sqrt();
+    let non_finite = describe_non_finite(&loss, grad_norm, optimizer, &gradients)?;
     if non_finite.is_none() {
         optimizer.step(
+            gradients,
             options.lr,
             options.weight_decay,
             clip_coefficient(grad_norm, options.clip_grad),
-        );
+        )?;
     }
     optimizer.clear_grads();
-    StepOutcome {
+    Ok(StepOutcome {
         loss,
         grad_norm,
         non_finite,
-    }
+        asked: [first as u64, second as u64],
+    })
 }
 
-fn describe_non_finite(
+fn describe_non_finite<B: Ops>(
     loss: &TokenLoss,
     grad_norm: f64,
-    names: impl FnOnce() -> Vec<String>,
-) -> Option<String> {
+    optimizer: &Optimizer<B>,
+    gradients: &Gradients<B>,
+) -> Result<Option<String>> {
     if !loss.mean.is_finite() {
-        return Some(format!("the loss is {}", loss.mean));
+        return Ok(Some(format!("the loss is {}", loss.mean)));
     }
     if grad_norm.is_finite() {
-        return None;
+        return Ok(None);
     }
-    let names = names();
-    Some(match names.as_slice() {
+    let names = optimizer.non_finite(gradients, 3)?;
+    Ok(Some(match names.as_slice() {
         // Every element is finite; only the sum of squares is not.
         [] => "the gradient is too large for its norm to be a number".to_owned(),
         names => format!(
             "the gradient norm is {grad_norm}, with a NaN or infinity in the gradient of {}",
             names.join(", ")
         ),
-    })
+    }))
 }
 
 /// Counts skipped steps and decides when it is enough.

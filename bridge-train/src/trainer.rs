@@ -3,16 +3,21 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bridge_data::{Batch, Dataset, GlobalBatchSampler, Loader};
+use bridge_core::layout::PipelineSplit;
+use bridge_data::{Batch, Dataset, GlobalBatchSampler, IGNORE_INDEX, Loader};
 use bridge_models::SegmentedModel;
 use bridge_ops::Ops;
+use bridge_parallel::ParallelContext;
+
+use crate::agree;
 
 use crate::callback::{Callback, EvalReport, RunInfo, SaveReport, StepReport, StopReason, Summary};
 use crate::checkpoint::{CheckpointStore, TrainState};
 use crate::config::{NonFinitePolicy, RecomputeGranularity, ResolvedConfig};
+use crate::engine::Executor;
 use crate::error::{Error, Result};
 use crate::lr_schedule::{LrSchedule, WeightDecaySchedule};
-use crate::optimizer::{AdamW, AdamWOptions};
+use crate::optimizer::{AdamWOptions, DataParallelOptions, Optimizer};
 use crate::signals::StopFlag;
 use crate::step::{NonFiniteGuard, StepOptions, evaluate, train_step};
 
@@ -35,6 +40,10 @@ pub struct TrainerOptions {
     pub clip_grad: f64,
     /// What a layer keeps for its backward pass.
     pub recompute: RecomputeGranularity,
+    /// How data-parallel ranks share the work of the optimizer.
+    pub data_parallel: DataParallelOptions,
+    /// Which pipeline stage runs which layers; an even split if `None`. The model must be built with the same.
+    pub pipeline_split: Option<PipelineSplit>,
     /// What a NaN or an infinity does.
     pub on_non_finite: NonFinitePolicy,
     /// How many steps in a row may be skipped for that.
@@ -64,6 +73,8 @@ impl TrainerOptions {
             adamw: AdamWOptions::default(),
             clip_grad: 1.0,
             recompute: RecomputeGranularity::None,
+            data_parallel: DataParallelOptions::default(),
+            pipeline_split: None,
             on_non_finite: NonFinitePolicy::Stop,
             max_skipped_in_a_row: 10,
             eval_interval: 0,
@@ -92,6 +103,12 @@ impl From<&ResolvedConfig> for TrainerOptions {
             },
             clip_grad: config.optimizer.clip_grad,
             recompute: config.train.recompute_granularity,
+            data_parallel: DataParallelOptions {
+                distributed_optimizer: config.parallel.use_distributed_optimizer,
+                overlap_grad_reduce: config.parallel.overlap_grad_reduce,
+                bucket_size: config.parallel.ddp_bucket_size,
+            },
+            pipeline_split: config.parallel.split(decoder.num_hidden_layers).ok(),
             on_non_finite: config.train.on_non_finite,
             max_skipped_in_a_row: config.train.max_skipped_in_a_row,
             eval_interval: config.eval.eval_interval,
@@ -144,9 +161,9 @@ impl From<&ResolvedConfig> for TrainerOptions {
 /// ```
 pub struct Trainer<'a, B: Ops> {
     model: &'a dyn SegmentedModel<B>,
-    device: B::Device,
+    executor: Executor<B>,
     options: TrainerOptions,
-    optimizer: AdamW<B>,
+    optimizer: Optimizer<B>,
     train: Arc<dyn Dataset>,
     valid: Option<Arc<dyn Dataset>>,
     store: Option<CheckpointStore>,
@@ -159,7 +176,10 @@ pub struct Trainer<'a, B: Ops> {
 /// Where a run stands within its loop.
 struct Running {
     started: Instant,
-    loader: Loader,
+    /// Nothing is read on a pipeline stage that needs no samples.
+    loader: Option<Loader>,
+    /// Whether a rank was asked to stop, and whether the time is up, as of the last step: the same on every rank.
+    asked: [bool; 2],
     guard: NonFiniteGuard,
     tokens: u64,
     step_time: Duration,
@@ -169,7 +189,7 @@ struct Running {
 }
 
 impl<'a, B: Ops> Trainer<'a, B> {
-    /// A fresh run of `model` on the samples of `train`.
+    /// A fresh run of `model` on the samples of `train`, on one rank.
     ///
     /// # Errors
     /// If two of the model's parameters have one name.
@@ -179,10 +199,33 @@ impl<'a, B: Ops> Trainer<'a, B> {
         device: &B::Device,
         options: TrainerOptions,
     ) -> Result<Self> {
-        Ok(Self {
-            optimizer: AdamW::new(model.params(), &options.adamw)?,
+        let parallel = Arc::new(ParallelContext::single(device.clone()));
+        Self::on_rank(model, train, &parallel, options)
+    }
+
+    /// One rank of a run. Every rank calls this with its part of the model and the same data and options, and then the
+    /// same methods; what the ranks do not decide together, a stop for example, one of them decides for all. Reports go to
+    /// the callback of each rank, and are the same on all.
+    ///
+    /// # Errors
+    /// If two of the model's parameters have one name, or the ranks' parts do not make up a model.
+    pub fn on_rank(
+        model: &'a dyn SegmentedModel<B>,
+        train: Arc<dyn Dataset>,
+        parallel: &Arc<ParallelContext<B>>,
+        options: TrainerOptions,
+    ) -> Result<Self> {
+        let executor = Executor::new(
             model,
-            device: device.clone(),
+            Arc::clone(parallel),
+            options.pipeline_split.clone(),
+            options.recompute,
+        )?;
+        let optimizer = Optimizer::new(model, parallel, &options.adamw, &options.data_parallel)?;
+        Ok(Self {
+            optimizer,
+            model,
+            executor,
             options,
             train,
             valid: None,
@@ -221,7 +264,8 @@ impl<'a, B: Ops> Trainer<'a, B> {
     /// # Errors
     /// If there is a checkpoint that cannot be read, or that is of another model.
     pub fn with_checkpoints(mut self, store: CheckpointStore) -> Result<Self> {
-        if let Some((state, notes)) = store.resume(&self.model.params(), &mut self.optimizer)? {
+        let (params, parallel) = (self.model.params(), self.executor.parallel());
+        if let Some((state, notes)) = store.resume(&params, &mut self.optimizer, parallel)? {
             self.state = state;
             self.notes = notes;
             self.compare_data();
@@ -236,7 +280,7 @@ impl<'a, B: Ops> Trainer<'a, B> {
     }
 
     /// The optimizer.
-    pub fn optimizer(&self) -> &AdamW<B> {
+    pub fn optimizer(&self) -> &Optimizer<B> {
         &self.optimizer
     }
 
@@ -251,11 +295,12 @@ impl<'a, B: Ops> Trainer<'a, B> {
             self.notes
                 .push("there is no validation data, so nothing is evaluated".to_owned());
         }
-        let info = self.run_info();
+        let info = self.run_info()?;
         self.tell(|callback| callback.on_train_start(&info))?;
         let mut running = Running {
             started: Instant::now(),
             loader,
+            asked: [false; 2],
             guard: NonFiniteGuard::new(
                 self.options.on_non_finite,
                 self.options.max_skipped_in_a_row,
@@ -301,31 +346,33 @@ impl<'a, B: Ops> Trainer<'a, B> {
     }
 
     /// Starts reading ahead from the run's place in its data.
-    fn start_loader(&self) -> Result<Loader> {
-        let sampler = GlobalBatchSampler::new(self.options.micro_batch_size, 1, 0)?;
+    /// `None` on a pipeline stage that needs no samples.
+    fn start_loader(&self) -> Result<Option<Loader>> {
+        if !self.executor.reads_samples() {
+            return Ok(None);
+        }
+        let parallel = self.executor.parallel();
+        let (replicas, replica) = (parallel.layout().dp, parallel.coords().dp);
+        let sampler = GlobalBatchSampler::new(self.options.micro_batch_size, replicas, replica)?;
         let global_batch_size = self.options.global_batch_size;
         let dataset = Arc::clone(&self.train);
-        Ok(Loader::start(
-            dataset,
-            sampler,
-            self.state.consumed_samples,
-            move |_| global_batch_size,
-        )?)
+        let loader = Loader::start(dataset, sampler, self.state.consumed_samples, move |_| {
+            global_batch_size
+        })?;
+        Ok(Some(loader))
     }
 
-    fn run_info(&self) -> RunInfo {
-        RunInfo {
+    fn run_info(&self) -> Result<RunInfo> {
+        // Up to 2^53 weights are counted exactly.
+        let own = self.optimizer.counted_elements() as f64;
+        let [num_parameters] = agree::sum(self.executor.parallel(), [own])?;
+        Ok(RunInfo {
             first_iteration: self.state.iteration,
             train_iters: self.options.train_iters,
-            num_parameters: self
-                .optimizer
-                .states()
-                .iter()
-                .map(|state| state.param.numel() as u64)
-                .sum(),
+            num_parameters: num_parameters as u64,
             notes: self.notes.clone(),
             tokens_per_step: (self.options.global_batch_size * self.train.seq_length()) as u64,
-        }
+        })
     }
 
     fn run_steps(&mut self, running: &mut Running) -> Result<StopReason> {
@@ -337,7 +384,8 @@ impl<'a, B: Ops> Trainer<'a, B> {
         while self.state.iteration < self.options.train_iters {
             self.step(running)?;
             let iteration = self.state.iteration;
-            if is_due(self.options.eval_interval, iteration) && !self.stop.is_raised() {
+            let [stop, time_up] = running.asked;
+            if is_due(self.options.eval_interval, iteration) && !stop {
                 self.evaluate(running)?;
             }
             if is_due(self.options.save_interval, iteration) {
@@ -346,38 +394,49 @@ impl<'a, B: Ops> Trainer<'a, B> {
             if iteration == self.options.train_iters {
                 break;
             }
-            if self.stop.is_raised() {
+            // One rank alone also hears a stop that was asked for after its step.
+            if stop || (self.is_alone() && self.stop.is_raised()) {
                 return Ok(StopReason::Interrupted);
             }
-            if self
-                .options
-                .exit_duration
-                .is_some_and(|limit| running.started.elapsed() >= limit)
-            {
+            if time_up || (self.is_alone() && self.is_time_up(running)) {
                 return Ok(StopReason::TimeUp);
             }
         }
         Ok(StopReason::Finished)
     }
 
+    fn is_alone(&self) -> bool {
+        self.executor.parallel().world_size() == 1
+    }
+
+    fn is_time_up(&self, running: &Running) -> bool {
+        let limit = self.options.exit_duration;
+        limit.is_some_and(|limit| running.started.elapsed() >= limit)
+    }
+
     fn step(&mut self, running: &mut Running) -> Result<()> {
         let started = Instant::now();
         let (options, consumed) = (&self.options, self.state.consumed_samples);
         let iteration = self.state.iteration + 1;
-        let micro_batches = running.loader.next_batch()?;
+        let micro_batches = match &mut running.loader {
+            Some(loader) => loader.next_batch()?,
+            None => Vec::new(),
+        };
         let step = StepOptions {
             lr: options.lr.lr(consumed),
             weight_decay: options.weight_decay.weight_decay(consumed),
             clip_grad: options.clip_grad,
-            recompute: options.recompute,
         };
+        let asks = [self.stop.is_raised(), self.is_time_up(running)];
         let outcome = train_step(
+            &self.executor,
             self.model,
             &mut self.optimizer,
             &micro_batches,
-            &self.device,
             &step,
-        );
+            asks,
+        )?;
+        running.asked = outcome.asked.map(|ranks| ranks > 0);
         let elapsed = started.elapsed();
         if !running.guard.allows(&outcome) {
             let what = outcome.non_finite.unwrap_or_default();
@@ -422,17 +481,25 @@ impl<'a, B: Ops> Trainer<'a, B> {
         );
         // Once through the held-out data is all it can tell.
         let samples = (self.options.eval_iters * global).min(valid.samples_per_epoch());
+        let parallel = self.executor.parallel();
+        let (replicas, replica) = (parallel.layout().dp as u64, parallel.coords().dp as u64);
         let (mut sum, mut valid_tokens) = (0.0, 0);
-        for start in (0..samples).step_by(micro as usize) {
-            let indices: Vec<u64> = (start..samples.min(start + micro)).collect();
-            let loss = evaluate(
-                self.model,
-                &[Batch::load(valid.as_ref(), &indices)?],
-                &self.device,
-            );
+        // A global batch at a time, dealt out in micro-batches.
+        for start in (0..samples).step_by(global.max(1) as usize) {
+            let end = samples.min(start + global);
+            let rounds = (end - start).div_ceil(micro * replicas);
+            let mut micro_batches = Vec::new();
+            for round in 0..rounds {
+                if !self.executor.reads_samples() {
+                    break;
+                }
+                let first = start + (round * replicas + replica) * micro;
+                micro_batches.push(eval_batch(valid.as_ref(), first, end, micro)?);
+            }
+            let loss = evaluate(&self.executor, self.model, &micro_batches)?;
             sum += loss.mean * loss.valid_tokens as f64;
             valid_tokens += loss.valid_tokens;
-            if self.stop.is_raised() {
+            if self.is_alone() && self.stop.is_raised() {
                 // A mean over fewer samples would not compare with the others.
                 return Ok(());
             }
@@ -458,7 +525,8 @@ impl<'a, B: Ops> Trainer<'a, B> {
             return Ok(());
         };
         let started = Instant::now();
-        let Some(path) = store.save(&self.state, &self.model.params(), &self.optimizer)? else {
+        let (params, parallel) = (self.model.params(), self.executor.parallel());
+        let Some(path) = store.save(&self.state, &params, &self.optimizer, parallel)? else {
             return Ok(());
         };
         running.last_save = Some(iteration);
@@ -476,4 +544,16 @@ impl<'a, B: Ops> Trainer<'a, B> {
             None => Ok(()),
         }
     }
+}
+
+/// The samples `first..first + micro` below `end`. Where there are none, a sample that counts for no loss, so that every
+/// rank runs as many micro-batches.
+fn eval_batch(valid: &dyn Dataset, first: u64, end: u64, micro: u64) -> Result<Batch> {
+    if first < end {
+        let indices: Vec<u64> = (first..end.min(first + micro)).collect();
+        return Ok(Batch::load(valid, &indices)?);
+    }
+    let mut batch = Batch::load(valid, &[end - 1])?;
+    batch.labels.fill(IGNORE_INDEX);
+    Ok(batch)
 }

@@ -3,6 +3,7 @@
 mod support;
 
 use bridge_train::config::RecomputeGranularity;
+use bridge_train::engine::Executor;
 use bridge_train::step::{accumulate_gradients, evaluate};
 use support::{batches, fresh_model, gradients, patchy, tiny};
 
@@ -16,13 +17,10 @@ fn any_cut_gives_the_same_loss_and_gradients() {
     let run = |micro_batch_size: usize| {
         let model = fresh_model(&config, 5);
         let cut = batches(data.as_ref(), samples, micro_batch_size);
-        let loss = accumulate_gradients(
-            &model,
-            &cut,
-            &Default::default(),
-            RecomputeGranularity::None,
-        );
-        let evaluated = evaluate(&model, &cut, &Default::default());
+        let executor =
+            Executor::single(&model, &Default::default(), RecomputeGranularity::None).unwrap();
+        let loss = accumulate_gradients(&executor, &model, &cut).unwrap();
+        let evaluated = evaluate(&executor, &model, &cut).unwrap();
         assert!(
             (evaluated.mean - loss.mean).abs() < 1e-6,
             "{} and {}",
@@ -74,7 +72,8 @@ fn recomputing_layers_gives_the_same_bits() {
     let run = |recompute| {
         let model = fresh_model(&config, 5);
         let cut = batches(data.as_ref(), 6, 3);
-        let loss = accumulate_gradients(&model, &cut, &Default::default(), recompute);
+        let executor = Executor::single(&model, &Default::default(), recompute).unwrap();
+        let loss = accumulate_gradients(&executor, &model, &cut).unwrap();
         (loss, gradients(&model))
     };
     assert_eq!(

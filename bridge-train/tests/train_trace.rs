@@ -12,7 +12,8 @@ use bridge_models::weights::load_hf;
 use bridge_models::{Decoder, DtypePolicy, SegmentedModel};
 use bridge_ops::to_f32_vec;
 use bridge_train::config::RecomputeGranularity;
-use bridge_train::optimizer::{AdamW, AdamWOptions};
+use bridge_train::engine::Executor;
+use bridge_train::optimizer::{AdamWOptions, DataParallelOptions, Optimizer};
 use bridge_train::step::{StepOptions, evaluate, train_step};
 use burn::backend::Flex;
 use serde::Deserialize;
@@ -118,12 +119,18 @@ fn twenty_steps_match_pytorch(name: &str) {
         // The reference decays every parameter.
         no_weight_decay: Vec::new(),
     };
-    let mut optimizer = AdamW::new(SegmentedModel::params(&model), &options).unwrap();
+    let executor = Executor::single(&model, &device, RecomputeGranularity::None).unwrap();
+    let mut optimizer = Optimizer::new(
+        &model,
+        executor.parallel(),
+        &options,
+        &DataParallelOptions::default(),
+    )
+    .unwrap();
     let step = StepOptions {
         lr: trace.lr,
         weight_decay: trace.weight_decay,
         clip_grad: trace.clip,
-        recompute: RecomputeGranularity::None,
     };
     assert_eq!(trace.loss.len(), 20);
     for (index, (loss, grad_norm)) in trace
@@ -132,7 +139,15 @@ fn twenty_steps_match_pytorch(name: &str) {
         .zip(&trace.grad_norm_before_clip)
         .enumerate()
     {
-        let outcome = train_step(&model, &mut optimizer, &batches, &device, &step);
+        let outcome = train_step(
+            &executor,
+            &model,
+            &mut optimizer,
+            &batches,
+            &step,
+            [false; 2],
+        )
+        .unwrap();
         close(&format!("loss of step {index}"), outcome.loss.mean, *loss);
         close(
             &format!("gradient norm of step {index}"),
@@ -142,7 +157,7 @@ fn twenty_steps_match_pytorch(name: &str) {
     }
     close(
         "final loss",
-        evaluate(&model, &batches, &device).mean,
+        evaluate(&executor, &model, &batches).unwrap().mean,
         trace.final_loss,
     );
 

@@ -41,6 +41,29 @@ pub(crate) struct LayoutFlags {
 }
 
 impl LayoutFlags {
+    /// The flags that were given, as keys of a configuration's `parallel` section.
+    pub(crate) fn overrides(self) -> Vec<(&'static str, String)> {
+        let spec = self.spec();
+        let degrees = [
+            ("tensor_model_parallel_size", spec.tp),
+            ("pipeline_model_parallel_size", spec.pp),
+            ("virtual_pipeline_model_parallel_size", spec.vpp),
+            ("context_parallel_size", spec.cp),
+            ("expert_model_parallel_size", spec.ep),
+            ("expert_tensor_parallel_size", spec.etp),
+            ("data_parallel_size", spec.dp),
+        ];
+        let mut given: Vec<(&'static str, String)> = degrees
+            .into_iter()
+            .filter(|(_, degree)| *degree != 1)
+            .map(|(key, degree)| (key, degree.to_string()))
+            .collect();
+        if spec.sp {
+            given.push(("sequence_parallel", "true".to_owned()));
+        }
+        given
+    }
+
     pub(crate) fn spec(self) -> LayoutSpec {
         let Self {
             tp,

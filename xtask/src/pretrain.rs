@@ -1,12 +1,15 @@
 //! `pretrain`: trains from scratch or continues.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use bridge_core::Registry;
 use bridge_models::generate::{GenerateOptions, Sampling, generate};
 use bridge_ops::Ops;
+use bridge_parallel::{ParallelContext, run_threads};
 use bridge_tokenizers::{SpecialTokens, TokenizerKind};
-use bridge_train::callback::{StopReason, Summary};
+use bridge_train::callback::{Callback, Callbacks, StopReason, Summary};
 use bridge_train::config::{ConfigLayers, Platform, ResolveContext, ResolvedConfig, resolve};
 use bridge_train::metrics::Console;
 use bridge_train::signals::StopFlag;
@@ -15,11 +18,13 @@ use serde_json::json;
 
 use crate::backend::{OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
-use crate::flags::{BackendFlags, hugging_face_folder};
+use crate::flags::{BackendFlags, BackendName, LayoutFlags, hugging_face_folder};
 use crate::report::Report;
 
 /// What a freshly trained model is asked to continue.
 const SAMPLE_PROMPT: &str = "The ";
+/// How long a rank waits for another before the run is given up.
+const RANK_TIMEOUT: Duration = Duration::from_secs(600);
 /// Tokens of that sample.
 const SAMPLE_TOKENS: usize = 120;
 
@@ -40,6 +45,8 @@ pub(crate) struct Args {
     /// Print the configuration with every default filled in, and stop.
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    layout: LayoutFlags,
     #[command(flatten)]
     backend: BackendFlags,
 }
@@ -64,6 +71,9 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     };
     if let Some(path) = &args.config {
         layers.push_file(path)?;
+    }
+    for (key, degree) in args.layout.overrides() {
+        layers.push_override(&format!("parallel.{key}={degree}"));
     }
     overrides.iter().for_each(|word| layers.push_override(word));
     let from_file = args
@@ -122,20 +132,26 @@ impl OnBackend for Pretrain<'_> {
     type Output = Trained;
 
     fn run<B: Ops>(self, device: B::Device) -> Result<Trained> {
+        let platform = Platform {
+            backend: self.backend.backend.as_str(),
+            world_size: self.config.parallel.layout().world_size(),
+            ..Platform::cpu()
+        };
+        let stop = StopFlag::on_signals().running("cannot listen for signals")?;
+        if platform.world_size > 1 {
+            return self.run_ranks::<B>(platform, stop);
+        }
         let hf_folder =
             |source: &str| hugging_face_folder(source).map_err(|failure| failure.text());
         let mut console = Console::new(self.config.logging.log_interval);
         let context = PretrainContext::<B> {
-            device,
-            platform: Platform {
-                backend: self.backend.backend.as_str(),
-                ..Platform::cpu()
-            },
+            parallel: Arc::new(ParallelContext::single(device)),
+            platform,
             registry: self.registry,
             hf_folder: &hf_folder,
             name: self.name,
             callback: &mut console,
-            stop: StopFlag::on_signals().running("cannot listen for signals")?,
+            stop,
         };
         let PretrainOutcome {
             summary,
@@ -168,6 +184,52 @@ impl OnBackend for Pretrain<'_> {
             None
         };
         Ok(Trained { summary, sample })
+    }
+}
+
+impl Pretrain<'_> {
+    /// Runs every rank of the layout as a thread of this process.
+    fn run_ranks<B: Ops>(self, platform: Platform, stop: StopFlag) -> Result<Trained> {
+        if self.backend.backend != BackendName::Cpu {
+            return Err(Failure::input(format!(
+                "the layout has {} ranks, and only the cpu backend runs them in one process",
+                platform.world_size
+            )));
+        }
+        // What is wrong with the input is said once, not by every rank.
+        platform.check(self.config)?;
+        let layout = self.config.parallel.layout();
+        let (config, name) = (self.config.clone(), self.name.to_owned());
+        let summaries = run_threads::<B, _, _>(layout, RANK_TIMEOUT, move |parallel| {
+            let hf_folder =
+                |source: &str| hugging_face_folder(source).map_err(|failure| failure.text());
+            let mut console = Console::new(config.logging.log_interval);
+            let mut silent = Callbacks::new();
+            let callback: &mut dyn Callback = if parallel.rank() == 0 {
+                &mut console
+            } else {
+                &mut silent
+            };
+            let context = PretrainContext::<B> {
+                parallel,
+                platform: platform.clone(),
+                registry: &bridge_models::registry(),
+                hf_folder: &hf_folder,
+                name: &name,
+                callback,
+                stop: stop.clone(),
+            };
+            pretrain(&config, context).map(|outcome| outcome.summary)
+        });
+        let summary = summaries
+            .running("the run failed")?
+            .into_iter()
+            .next()
+            .ok_or_else(|| Failure::running("no rank has run".to_owned()))?;
+        Ok(Trained {
+            summary,
+            sample: None,
+        })
     }
 }
 

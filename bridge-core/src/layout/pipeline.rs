@@ -88,6 +88,15 @@ impl PipelineSplit {
         self.bounds[chunk]..self.bounds[chunk + 1]
     }
 
+    /// The segments of chunk `chunk`: segment 0 is what comes before the layers (the embedding), segment `l + 1` is layer
+    /// `l`, and the last is what comes after them (the head).
+    pub fn segments(&self, chunk: usize) -> Range<usize> {
+        let layers = self.layers(chunk);
+        let start = if chunk == 0 { 0 } else { layers.start + 1 };
+        let end = layers.end + 1 + usize::from(chunk + 1 == self.num_chunks());
+        start..end
+    }
+
     /// The stage that runs `layer`; layers beyond the last belong to the last stage.
     pub fn stage_of_layer(&self, layer: usize) -> usize {
         let chunk = self.bounds.partition_point(|start| *start <= layer);

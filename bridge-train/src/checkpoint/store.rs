@@ -3,17 +3,20 @@
 use std::path::{Path, PathBuf};
 
 use bridge_core::checkpoint::native::{
-    Group, NativeCheckpoint, NativeWriter, PieceSpec, PieceWriter, list_iterations, retain,
+    Group, NativeCheckpoint, NativeWriter, PieceSpec, PieceWriter, iteration_dir, list_iterations,
+    retain,
 };
 use bridge_core::checkpoint::{CheckpointError, Durability};
 use bridge_core::dtype::{DType, encode_f32};
 use bridge_models::weights::{param_bytes, stored_dtype};
-use bridge_ops::{Float, Ops, Param, to_f32_vec};
+use bridge_ops::{Ops, Param, float_from_f32, to_f32_vec};
+use bridge_parallel::ParallelContext;
 
+use super::local::LocalView;
 use super::state::{self, Saved, TRAIN_STATE_FILE, TrainState};
-use super::weights::read_tensor;
+use crate::agree;
 use crate::error::{Error, Result};
-use crate::optimizer::{AdamW, ParamState};
+use crate::optimizer::{Optimizer, placements};
 
 /// Name of the resolved configuration in a checkpoint.
 pub const CONFIG_FILE: &str = "config.toml";
@@ -85,20 +88,21 @@ impl CheckpointStore {
         if !self.dir.exists() {
             return Ok(false);
         }
-        let found = list_iterations(&self.dir).map_err(bridge_core::Error::from)?;
+        let found = list_iterations(&self.dir).map_err(core_error)?;
         Ok(!found.is_empty())
     }
 
-    /// Saves a state of a run. The checkpoint appears under its name when it is complete. Returns its folder, or `None`
-    /// if saving is disabled.
+    /// Saves a state of a run. Every rank calls this, with the weights it holds. The checkpoint appears under its name
+    /// when it is complete. Returns its folder, or `None` if saving is disabled.
     ///
     /// # Errors
-    /// If it cannot be written; earlier checkpoints are untouched then.
+    /// If it cannot be written, on any rank; earlier checkpoints are untouched then.
     pub fn save<B: Ops>(
         &self,
         state: &TrainState,
         params: &[Param<B>],
-        optimizer: &AdamW<B>,
+        optimizer: &Optimizer<B>,
+        parallel: &ParallelContext<B>,
     ) -> Result<Option<PathBuf>> {
         if !self.save {
             return Ok(None);
@@ -108,57 +112,140 @@ impl CheckpointStore {
             optimizer_steps: optimizer.steps(),
             model: self.model.clone(),
         };
-        let path = self
-            .write(&saved, params, optimizer)
-            .map_err(bridge_core::Error::from)?;
-        if self.most_recent_k > 0 {
-            retain(&self.dir, self.most_recent_k, state.iteration)
-                .map_err(bridge_core::Error::from)?;
-        }
-        Ok(Some(path))
+        // The first rank makes the folder, all fill it, the first rank publishes it. After each of these all ranks meet,
+        // so that one that failed is waited for by none and what is half-written is removed.
+        // A run's progress is worth the seconds that surviving a power cut costs.
+        let iteration = saved.state.iteration;
+        let begun = if parallel.rank() == 0 {
+            NativeWriter::begin(&self.dir, iteration, Durability::Synced).map(Some)
+        } else {
+            Ok(None)
+        };
+        let writer = agree::all_well(parallel, begun.map_err(core_error))?;
+        // The hidden folder lies beside the iterations; its name is ours, and plain text.
+        let name = writer.as_ref().and_then(|writer| {
+            let name = writer.staging_dir().file_name()?;
+            Some(name.to_string_lossy().into_owned().into_bytes())
+        });
+        let name = agree::from_first(parallel, name.unwrap_or_default())?;
+        let staging = self.dir.join(String::from_utf8_lossy(&name).into_owned());
+        let written = self.write_pieces(&staging, params, optimizer, parallel);
+        agree::all_well(parallel, written)?;
+        let published = match writer {
+            Some(writer) => self.publish(writer, &saved, parallel.world_size()),
+            None => Ok(()),
+        };
+        agree::all_well(parallel, published.map_err(core_error))?;
+        Ok(Some(iteration_dir(&self.dir, iteration)))
     }
 
-    fn write<B: Ops>(
+    fn write_pieces<B: Ops>(
         &self,
-        saved: &Saved,
+        staging: &Path,
         params: &[Param<B>],
-        optimizer: &AdamW<B>,
-    ) -> Result<PathBuf, CheckpointError> {
-        // A run's progress is worth the seconds that surviving a power cut costs.
-        let writer = NativeWriter::begin(&self.dir, saved.state.iteration, Durability::Synced)?;
-        let pieces = params
-            .iter()
-            .map(|p| PieceSpec::whole(p.name(), stored_dtype(p), p.shape()))
-            .collect();
-        let file = writer.piece_file(Group::Model, 0, pieces)?;
-        for (index, param) in params.iter().enumerate() {
-            file.write_at(index, 0, &param_bytes(param, stored_dtype(param)))?;
+        optimizer: &Optimizer<B>,
+        parallel: &ParallelContext<B>,
+    ) -> Result<()> {
+        let mut pieces = Pieces::default();
+        let placements = placements(params, parallel)?;
+        for (param, placement) in params.iter().zip(&placements) {
+            if placement.writes() {
+                let dtype = stored_dtype(param);
+                let bytes = move || param_bytes(param, dtype);
+                pieces.add(param, param.name(), dtype, 0..param.numel(), bytes);
+            }
         }
-        file.finish()?;
+        let file = pieces.create(staging, Group::Model, parallel.rank());
+        pieces
+            .write(file.map_err(core_error)?)
+            .map_err(core_error)?;
         if self.save_optim {
-            write_optimizer(&writer, optimizer.states())?;
+            let mut pieces = Pieces::default();
+            for part in optimizer.state_parts() {
+                for (kind, values) in part.values {
+                    let name = state_name(kind, part.param.name());
+                    let bytes = move || {
+                        let values = to_f32_vec::<B>(values);
+                        let mut bytes = vec![0; 4 * values.len()];
+                        encode_f32(&values, DType::F32, &mut bytes)
+                            .expect("fp32 is written as it is");
+                        bytes
+                    };
+                    pieces.add(&part.param, &name, DType::F32, part.elements.clone(), bytes);
+                }
+            }
+            let file = pieces.create(staging, Group::Optimizer, parallel.rank());
+            pieces
+                .write(file.map_err(core_error)?)
+                .map_err(core_error)?;
         }
+        Ok(())
+    }
+
+    fn publish(
+        &self,
+        writer: NativeWriter,
+        saved: &Saved,
+        parts: usize,
+    ) -> Result<(), CheckpointError> {
         writer.add_file(TRAIN_STATE_FILE, &state::to_json(saved))?;
         for (name, bytes) in &self.files {
             writer.add_file(name, bytes)?;
         }
-        writer.finish(1, usize::from(self.save_optim))
+        writer.finish(parts, if self.save_optim { parts } else { 0 })?;
+        if self.most_recent_k > 0 {
+            retain(&self.dir, self.most_recent_k, saved.state.iteration)?;
+        }
+        Ok(())
     }
 
-    /// Puts weights and optimizer state of the newest checkpoint back, if there is one. Returns its state and what the
-    /// user should hear about it.
+    /// Puts weights and optimizer state of the newest checkpoint back, if there is one. Every rank calls this, with the
+    /// weights it holds, whatever layout wrote the checkpoint. Returns its state and what the user should hear about it.
     ///
     /// # Errors
     /// If it cannot be read, is of another model, or holds no state of a run.
     pub fn resume<B: Ops>(
         &self,
         params: &[Param<B>],
-        optimizer: &mut AdamW<B>,
+        optimizer: &mut Optimizer<B>,
+        parallel: &ParallelContext<B>,
     ) -> Result<Option<(TrainState, Vec<String>)>> {
+        // The first rank looks, so that all continue from the same checkpoint.
+        let found = if parallel.rank() == 0 {
+            self.newest()
+        } else {
+            Ok(None)
+        };
+        let found = agree::all_well(parallel, found)?;
+        let (iteration, notes) = found.unzip();
+        let bytes = iteration.map_or(Vec::new(), |iteration| iteration.to_le_bytes().to_vec());
+        let bytes = agree::from_first(parallel, bytes)?;
+        let Ok(iteration) = <[u8; 8]>::try_from(bytes.as_slice()) else {
+            return Ok(None);
+        };
+        let iteration = u64::from_le_bytes(iteration);
+        let dir = iteration_dir(&self.dir, iteration);
+        let resumed = self.read(&dir, params, optimizer);
+        let state = agree::all_well(parallel, resumed)?;
+        Ok(Some((state, notes.unwrap_or_default())))
+    }
+
+    /// The iteration to continue from, and what the user should hear about how it was chosen.
+    fn newest(&self) -> Result<Option<(u64, Vec<String>)>> {
         if !self.has_checkpoint()? {
             return Ok(None);
         }
-        let checkpoint = NativeCheckpoint::open(&self.dir).map_err(bridge_core::Error::from)?;
+        let checkpoint = NativeCheckpoint::open(&self.dir).map_err(core_error)?;
+        Ok(Some((checkpoint.iteration(), checkpoint.notes().to_vec())))
+    }
+
+    fn read<B: Ops>(
+        &self,
+        dir: &Path,
+        params: &[Param<B>],
+        optimizer: &mut Optimizer<B>,
+    ) -> Result<TrainState> {
+        let checkpoint = NativeCheckpoint::open(dir).map_err(core_error)?;
         let origin = checkpoint.dir().join(TRAIN_STATE_FILE);
         if !origin.exists() {
             return Err(Error::NotARun {
@@ -166,9 +253,7 @@ impl CheckpointStore {
                 missing: TRAIN_STATE_FILE,
             });
         }
-        let json = checkpoint
-            .read_file(TRAIN_STATE_FILE)
-            .map_err(bridge_core::Error::from)?;
+        let json = checkpoint.read_file(TRAIN_STATE_FILE).map_err(core_error)?;
         let saved = state::parse(&json, &origin.display().to_string())?;
         let differences = state::differences(&saved.model, &self.model);
         if !differences.is_empty() {
@@ -177,28 +262,37 @@ impl CheckpointStore {
                 differences,
             });
         }
-        if checkpoint.index().optimizer.is_empty() && !optimizer.states().is_empty() {
+        if checkpoint.index().optimizer.is_empty() && !optimizer.params().is_empty() {
             return Err(Error::NotARun {
                 path: checkpoint.dir().to_owned(),
                 missing: "optimizer state",
             });
         }
         for param in params {
-            let value = read_tensor::<B>(
-                &checkpoint,
-                Group::Model,
-                param.name(),
-                &param.shape(),
-                &param.device(),
-            )?;
+            let all = 0..param.numel();
+            let view = LocalView::of(param);
+            let values = view.read(&checkpoint, Group::Model, param.name(), &all)?;
+            let value = float_from_f32::<B>(&values, &param.shape(), &param.device());
             param.set_value(B::cast(value, param.dtype()));
         }
-        for state in optimizer.states_mut() {
-            restore_optimizer(&checkpoint, state)?;
-        }
+        let stored = &checkpoint.index().optimizer;
+        optimizer.restore(|kind, param, elements| {
+            let view = LocalView::of(param);
+            let name = state_name(kind, param.name());
+            // A run that was in bf16 goes on from the fp32 weights, whatever precision it goes on in; one that was in
+            // fp32 has no others.
+            if kind == "master" && !stored.contains_key(&name) {
+                return view.read(&checkpoint, Group::Model, param.name(), &elements);
+            }
+            view.read(&checkpoint, Group::Optimizer, &name, &elements)
+        })?;
         optimizer.set_steps(saved.optimizer_steps);
-        Ok(Some((saved.state, checkpoint.notes().to_vec())))
+        Ok(saved.state)
     }
+}
+
+fn core_error(error: CheckpointError) -> Error {
+    Error::Core(error.into())
 }
 
 /// Names of a parameter's optimizer state.
@@ -206,82 +300,65 @@ fn state_name(kind: &str, name: &str) -> String {
     format!("{kind}/{name}")
 }
 
-fn write_optimizer<B: Ops>(
-    writer: &NativeWriter,
-    states: &[ParamState<B>],
-) -> Result<(), CheckpointError> {
-    /// The kinds of state a parameter has, in the order they are written.
-    fn kinds<B: Ops>(state: &ParamState<B>) -> impl Iterator<Item = (&'static str, Float<B>)> {
-        let master = state.master().map(|master| ("master", master));
-        [
-            ("exp_avg", state.exp_avg()),
-            ("exp_avg_sq", state.exp_avg_sq()),
-        ]
-        .into_iter()
-        .chain(master)
+/// Pieces of tensors that a rank is going to write.
+#[derive(Default)]
+struct Pieces<'a> {
+    specs: Vec<PieceSpec>,
+    /// By tensor: how its bytes are made, and for each of its pieces how they are cut from them.
+    tensors: Vec<Tensor<'a>>,
+}
+
+struct Tensor<'a> {
+    dtype: DType,
+    bytes: Box<dyn FnOnce() -> Vec<u8> + 'a>,
+    cuts: Vec<super::local::Cut>,
+}
+
+impl<'a> Pieces<'a> {
+    /// Adds `elements` of `param`, or of state shaped like it, under `name`. `bytes` gives them when they are written.
+    fn add<B: Ops>(
+        &mut self,
+        param: &Param<B>,
+        name: &str,
+        dtype: DType,
+        elements: std::ops::Range<usize>,
+        bytes: impl FnOnce() -> Vec<u8> + 'a,
+    ) {
+        let view = LocalView::of(param);
+        let cuts = view.cuts(&elements);
+        self.specs.extend(cuts.iter().map(|cut| PieceSpec {
+            name: name.to_owned(),
+            dtype,
+            shape: view.global_shape.clone(),
+            region: cut.global.clone(),
+        }));
+        self.tensors.push(Tensor {
+            dtype,
+            bytes: Box::new(bytes),
+            cuts,
+        });
     }
-    let pieces = states.iter().flat_map(|state| {
-        let (name, shape) = (state.param.name().to_owned(), state.param.shape());
-        kinds(state).map(move |(kind, _)| {
-            PieceSpec::whole(state_name(kind, &name), DType::F32, shape.clone())
-        })
-    });
-    let file = writer.piece_file(Group::Optimizer, 0, pieces.collect())?;
-    let mut index = 0;
-    for state in states {
-        for (_, values) in kinds(state) {
-            write_f32::<B>(&file, index, values)?;
-            index += 1;
+
+    fn create(
+        &mut self,
+        staging: &Path,
+        group: Group,
+        rank: usize,
+    ) -> Result<PieceWriter, CheckpointError> {
+        let specs = std::mem::take(&mut self.specs);
+        PieceWriter::create(staging, group, rank, specs, Durability::Synced)
+    }
+
+    fn write(self, file: PieceWriter) -> Result<(), CheckpointError> {
+        let mut piece = 0;
+        for tensor in self.tensors {
+            let bytes = (tensor.bytes)();
+            let size = tensor.dtype.bytes().unwrap_or(1);
+            for cut in tensor.cuts {
+                file.write_at(piece, 0, &cut.bytes(&bytes, size))?;
+                piece += 1;
+            }
         }
+        file.finish()
     }
-    file.finish()
-}
-
-fn write_f32<B: Ops>(
-    file: &PieceWriter,
-    piece: usize,
-    values: Float<B>,
-) -> Result<(), CheckpointError> {
-    let values = to_f32_vec::<B>(values);
-    let mut bytes = vec![0; 4 * values.len()];
-    encode_f32(&values, DType::F32, &mut bytes).expect("fp32 is written as it is");
-    file.write_at(piece, 0, &bytes)
-}
-
-fn restore_optimizer<B: Ops>(
-    checkpoint: &NativeCheckpoint,
-    state: &mut ParamState<B>,
-) -> Result<()> {
-    let (name, shape, device) = (
-        state.param.name().to_owned(),
-        state.param.shape(),
-        state.param.device(),
-    );
-    let read = |kind: &str| {
-        read_tensor::<B>(
-            checkpoint,
-            Group::Optimizer,
-            &state_name(kind, &name),
-            &shape,
-            &device,
-        )
-    };
-    state.set_moments(read("exp_avg")?, read("exp_avg_sq")?);
-    // A run that was in bf16 goes on from the fp32 weights, whatever precision it goes on in.
-    if checkpoint
-        .index()
-        .optimizer
-        .contains_key(&state_name("master", &name))
-    {
-        state.set_weight(read("master")?);
-    } else if state.master().is_some() {
-        state.set_weight(read_tensor::<B>(
-            checkpoint,
-            Group::Model,
-            &name,
-            &shape,
-            &device,
-        )?);
-    }
-    Ok(())
 }

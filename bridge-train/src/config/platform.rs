@@ -46,18 +46,17 @@ impl Platform {
                 format!("is bf16_mixed, which the {} backend does not train in; set precision.mode=fp32", self.backend),
             );
         }
-        // One rank runs everything so far. What lifts this limit replaces this loop with a check of the layout
-        // against `world_size`.
-        for (key, degree) in config.parallel.degrees() {
-            if degree > self.world_size {
-                problems.add(
-                    key,
-                    format!(
-                        "is {degree}, but training runs on {} rank in this build; set it to 1",
-                        self.world_size
-                    ),
-                );
-            }
+        let layout = config.parallel.layout();
+        if layout.world_size() != self.world_size {
+            problems.add(
+                "parallel",
+                format!(
+                    "layout {layout} has {} ranks (tensor, pipeline, context and data parallel sizes multiplied), but {} \
+                     take part; change parallel.data_parallel_size or the number of ranks",
+                    layout.world_size(),
+                    self.world_size
+                ),
+            );
         }
         if config.parallel.sequence_parallel && config.parallel.tensor_model_parallel_size == 1 {
             problems.add(

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use bridge_core::Registry;
+use bridge_core::layout::PipelineSplit;
+use bridge_core::{LayoutSpec, Registry};
 use bridge_data::{BlendSpec, SplitWeights};
 use toml::{Table, Value};
 
@@ -209,6 +210,7 @@ impl Sections {
     /// What must hold between keys.
     fn check(&self, model: Option<&ModelConfig>, problems: &mut Problems) {
         self.check_batches(problems);
+        self.check_layout(model, problems);
         self.check_optimizer(problems);
         self.check_schedule(problems);
         self.check_data(model, problems);
@@ -234,7 +236,24 @@ impl Sections {
         for (key, degree) in self.parallel.degrees() {
             problems.require(degree > 0, key, || "is 0, expected 1 or more".into());
         }
+        let layout = self.parallel.layout();
+        problems.require(
+            self.parallel.ddp_bucket_size > 0,
+            "parallel.ddp_bucket_size",
+            || "is 0, expected 1 or more".into(),
+        );
         let step = micro.saturating_mul(self.parallel.data_parallel_size);
+        if layout.vpp > 1 && step > 0 && !(global / step).is_multiple_of(layout.pp.max(1)) {
+            problems.add(
+                "train.global_batch_size",
+                format!(
+                    "is {global}, which makes {} micro-batches per rank; with virtual pipeline stages their number must \
+                     be a multiple of pipeline_model_parallel_size={}",
+                    global / step,
+                    layout.pp
+                ),
+            );
+        }
         if micro > 0 && step > 0 && global > 0 && global % step != 0 {
             problems.add(
                 "train.global_batch_size",
@@ -252,6 +271,17 @@ impl Sections {
             "train.exit_duration_in_mins",
             || "must be more than 0".into(),
         );
+    }
+
+    fn check_layout(&self, model: Option<&ModelConfig>, problems: &mut Problems) {
+        let Some(model) = model else { return };
+        let (layout, decoder) = (self.parallel.layout(), &model.decoder);
+        let tensors = model.bridge.tensors(decoder);
+        if let Err(error) = layout.validate(&tensors, decoder.num_hidden_layers) {
+            problems.add("parallel", error.to_string());
+        } else if let Err(problem) = self.parallel.split(decoder.num_hidden_layers) {
+            problems.add("parallel.pipeline_model_parallel_layout", problem);
+        }
     }
 
     fn check_optimizer(&self, problems: &mut Problems) {
@@ -413,6 +443,39 @@ impl Sections {
                 )
             },
         );
+    }
+}
+
+impl ParallelConfig {
+    /// The degrees as a layout.
+    pub fn layout(&self) -> LayoutSpec {
+        LayoutSpec {
+            tp: self.tensor_model_parallel_size,
+            pp: self.pipeline_model_parallel_size,
+            vpp: self.virtual_pipeline_model_parallel_size,
+            cp: self.context_parallel_size,
+            ep: self.expert_model_parallel_size,
+            etp: self.expert_tensor_parallel_size,
+            dp: self.data_parallel_size,
+            sp: self.sequence_parallel,
+        }
+    }
+
+    /// Which pipeline stage runs which of `num_layers` layers.
+    ///
+    /// # Errors
+    /// What is wrong with `pipeline_model_parallel_layout`, or with the number of chunks.
+    pub fn split(&self, num_layers: usize) -> Result<PipelineSplit, String> {
+        let layout = self.layout();
+        let Some(text) = &self.pipeline_model_parallel_layout else {
+            return PipelineSplit::even(&layout, num_layers).map_err(|error| error.to_string());
+        };
+        let sizes = text
+            .split(',')
+            .map(|size| size.trim().parse())
+            .collect::<Result<Vec<usize>, _>>()
+            .map_err(|_| format!("is \"{text}\", expected numbers of layers such as 3,2,2"))?;
+        PipelineSplit::uneven(&layout, num_layers, &sizes).map_err(|error| error.to_string())
     }
 }
 

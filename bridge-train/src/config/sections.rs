@@ -133,6 +133,14 @@ section! {
         data_parallel_size: usize = 1,
         /// Splits norms and residuals over the tensor-parallel ranks as well.
         sequence_parallel: bool = false,
+        /// Layers of each pipeline chunk in the order of the forward pass, where they are not to be divided evenly: 3,2,2.
+        pipeline_model_parallel_layout: Option<String> = None,
+        /// Each data-parallel rank keeps a part of the optimizer's state (and of the fp32 weights) rather than all of it.
+        use_distributed_optimizer: bool = false,
+        /// Gradients are summed over data-parallel ranks while the backward pass goes on.
+        overlap_grad_reduce: bool = true,
+        /// Gradient elements that are summed together.
+        ddp_bucket_size: usize = 40_000_000,
     }
 }
 

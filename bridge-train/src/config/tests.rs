@@ -181,6 +181,24 @@ fn contradictions_are_found() {
         &["parallel.data_parallel_size=0"],
         &["is 0, expected 1 or more"],
     );
+    fails(
+        &["parallel.pipeline_model_parallel_size=4"],
+        &["pp=4", "the most is pp=3"],
+    );
+    fails(
+        &[
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_layout=2,2",
+        ],
+        &["[2, 2]", "of 3"],
+    );
+    fails(
+        &[
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_layout=2,x",
+        ],
+        &["expected numbers of layers such as 3,2,2"],
+    );
 }
 
 #[test]
@@ -217,7 +235,7 @@ fn the_platform_refuses_what_it_cannot_run() {
         ),
         (
             &["parallel.tensor_model_parallel_size=2"],
-            "parallel.tensor_model_parallel_size: is 2",
+            "layout tp=2 has 2 ranks",
         ),
         (&["parallel.sequence_parallel=true"], "set it to false"),
     ] {

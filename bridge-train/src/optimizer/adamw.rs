@@ -32,6 +32,16 @@ impl Default for AdamWOptions {
     }
 }
 
+impl AdamWOptions {
+    /// Whether the weight called `name` is decayed.
+    pub fn decays(&self, name: &str) -> bool {
+        !self
+            .no_weight_decay
+            .iter()
+            .any(|pattern| name_matches(pattern, name))
+    }
+}
+
 /// A parameter with its optimizer state. All state is fp32.
 pub struct ParamState<B: Ops> {
     /// The parameter, as the model uses it.
@@ -91,10 +101,7 @@ impl<B: Ops> AdamW<B> {
             .map(|param| {
                 let zeros = || float_zeros::<B>(&param.shape(), DType::F32, &param.device());
                 ParamState {
-                    decayed: !options
-                        .no_weight_decay
-                        .iter()
-                        .any(|pattern| name_matches(pattern, param.name())),
+                    decayed: options.decays(param.name()),
                     master: (param.dtype() != DType::F32)
                         .then(|| B::cast(param.value(), DType::F32)),
                     moments: Some((zeros(), zeros())),

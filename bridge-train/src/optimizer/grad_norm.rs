@@ -5,17 +5,18 @@ use bridge_ops::{Float, Ops, Param, to_f32_vec};
 /// The 2-norm of the gradients of all `params` together, as if they were one vector. Parameters without a gradient count
 /// as zero. Waits for the device.
 pub fn grad_norm<B: Ops>(params: &[Param<B>]) -> f64 {
-    let squares: Vec<Float<B>> = params
-        .iter()
-        .filter_map(|p| p.grad())
-        .map(B::sum_squares)
-        .collect();
+    sum_of_squares::<B>(params.iter().filter_map(Param::grad)).sqrt()
+}
+
+/// The sum of the squares of the elements of all tensors. Waits for the device.
+pub(super) fn sum_of_squares<B: Ops>(tensors: impl Iterator<Item = Float<B>>) -> f64 {
+    let squares: Vec<Float<B>> = tensors.map(B::sum_squares).collect();
     if squares.is_empty() {
         return 0.0;
     }
     // Joined on the device, so that the host waits once and not once per parameter.
     let squares = to_f32_vec::<B>(B::float_cat(squares, 0));
-    squares.into_iter().map(f64::from).sum::<f64>().sqrt()
+    squares.into_iter().map(f64::from).sum()
 }
 
 /// What a gradient of norm `norm` is multiplied by so that its norm becomes at most `clip`: `min(1, clip / (norm + 1e-6))`,

@@ -1,9 +1,16 @@
-//! AdamW over a model's parameters, and the norm of their gradients.
+//! AdamW over a model's parameters, on one rank or over many, and the norm of their gradients.
 
 mod adamw;
+mod buckets;
 mod grad_norm;
+mod parallel;
 mod pattern;
+mod placement;
+mod sharded;
 
 pub use adamw::{AdamW, AdamWOptions, ParamState};
+pub use buckets::Reduction;
 pub use grad_norm::{clip_coefficient, grad_norm, non_finite_gradients};
+pub use parallel::{DataParallelOptions, Gradients, Optimizer, StatePart};
 pub use pattern::name_matches;
+pub use placement::{Placement, placements};

@@ -7,8 +7,9 @@ use bridge_data::Batch;
 use bridge_models::{Decoder, DtypePolicy, Init, RandomInit};
 use bridge_ops::Ops;
 use bridge_train::config::RecomputeGranularity;
+use bridge_train::engine::Executor;
 use bridge_train::flops::train_flops_per_token;
-use bridge_train::optimizer::{AdamW, AdamWOptions};
+use bridge_train::optimizer::{AdamWOptions, DataParallelOptions, Optimizer};
 use bridge_train::step::{StepOptions, train_step};
 use serde_json::{Value, json};
 
@@ -148,7 +149,6 @@ impl OnBackend for Train<'_> {
                 args.seq
             )));
         }
-        let mut optimizer = AdamW::new(model.params(), &AdamWOptions::default())?;
         let recompute = if args.recompute {
             RecomputeGranularity::Full
         } else {
@@ -158,20 +158,27 @@ impl OnBackend for Train<'_> {
             lr: 1e-5,
             weight_decay: 0.01,
             clip_grad: 1.0,
-            recompute,
         };
+        let executor = Executor::single(&model, &device, recompute)?;
+        let mut optimizer = Optimizer::new(
+            &model,
+            executor.parallel(),
+            &AdamWOptions::default(),
+            &DataParallelOptions::default(),
+        )?;
         let batch = batch(args, config.vocab_size);
         let mut times = Vec::new();
         let mut startup = 0.0;
         for step in 0..args.warmup + args.steps {
             let start = Instant::now();
             let outcome = train_step(
+                &executor,
                 &model,
                 &mut optimizer,
                 std::slice::from_ref(&batch),
-                &device,
                 &options,
-            );
+                [false; 2],
+            )?;
             if let Some(problem) = outcome.non_finite {
                 return Err(Failure::running(format!("step {step}: {problem}")));
             }

@@ -1,0 +1,168 @@
+//! One micro-batch through a stretch of segments, forward and backward.
+
+use std::ops::Range;
+
+use bridge_models::{ForwardContext, SegmentedModel, Targets};
+use bridge_ops::{Float, Ops, Tape, Var};
+
+use crate::config::RecomputeGranularity;
+
+/// What is kept of a segment between its forward and its backward pass.
+enum Kept<B: Ops> {
+    /// Everything its backward pass needs.
+    Tape {
+        tape: Tape<B>,
+        input: Option<Var<B>>,
+        output: Var<B>,
+    },
+    /// Its input, from which it runs again.
+    Input(Float<B>),
+}
+
+/// What a chunk's forward pass leaves for its backward pass.
+pub(super) struct ChunkState<B: Ops> {
+    first: usize,
+    kept: Vec<Kept<B>>,
+    /// The gradient of the token losses, where the chunk ends in the head.
+    seed: Option<Float<B>>,
+}
+
+/// What a chunk's forward pass gives.
+pub(super) enum ChunkOutput<B: Ops> {
+    /// Hidden states for the next chunk.
+    Hidden(Float<B>),
+    /// The loss of each token, fp32, not scaled, 0 where there is none.
+    TokenLosses(Float<B>),
+}
+
+impl<B: Ops> ChunkState<B> {
+    /// Runs `segments` forward. `input` is what the segment before them gave, `None` from segment 0 on. `labels` are the
+    /// tokens to predict, -100 where there is no loss, and are read by the head alone, whose gradients will be those of
+    /// `loss_scale` times the sum of the token losses.
+    pub(super) fn forward(
+        model: &dyn SegmentedModel<B>,
+        segments: Range<usize>,
+        input: Option<Float<B>>,
+        ctx: &ForwardContext<'_, B>,
+        labels: &[i64],
+        loss_scale: f64,
+        recompute: RecomputeGranularity,
+    ) -> (Self, ChunkOutput<B>) {
+        let head = model.num_segments() - 1;
+        let mut state = Self {
+            first: segments.start,
+            kept: Vec::with_capacity(segments.len()),
+            seed: None,
+        };
+        let mut hidden = input;
+        for index in segments.start..segments.end.min(head) {
+            hidden = Some(match (hidden.take(), recompute) {
+                // The embedding has no input to run again from, and keeps next to nothing.
+                (Some(input), RecomputeGranularity::Full) => {
+                    let tape = Tape::inference();
+                    let output = model.forward_segment(
+                        index,
+                        &tape,
+                        Some(&tape.constant(input.clone())),
+                        ctx,
+                    );
+                    state.kept.push(Kept::Input(input));
+                    output.into_value()
+                }
+                (input, _) => {
+                    let recorded = record(model, index, input, ctx);
+                    let value = recorded.2.value();
+                    state.kept.push(Kept::Tape {
+                        tape: recorded.0,
+                        input: recorded.1,
+                        output: recorded.2,
+                    });
+                    value
+                }
+            });
+        }
+        let hidden = hidden.expect("a chunk has an input or begins with the embedding");
+        if segments.end <= head {
+            return (state, ChunkOutput::Hidden(hidden));
+        }
+        let tape = Tape::new();
+        let input = tape.leaf(hidden);
+        // The head is told what its losses will be seeded with, so that it can do forward and backward in one.
+        let targets = Targets::weighted(labels, loss_scale as f32, ctx.device());
+        let output = model.head_loss(&tape, &input, &targets, ctx);
+        let losses = output.value();
+        state.seed = targets.loss_gradient;
+        state.kept.push(Kept::Tape {
+            tape,
+            input: Some(input),
+            output,
+        });
+        (state, ChunkOutput::TokenLosses(losses))
+    }
+
+    /// Runs the chunk backward and adds to the parameters' slots. `gradient` is that of the hidden states the chunk gave,
+    /// `None` where it ended in the head. Returns the gradient of its input, if it has one. `done` is told each segment
+    /// when its backward pass is over.
+    pub(super) fn backward(
+        self,
+        model: &dyn SegmentedModel<B>,
+        gradient: Option<Float<B>>,
+        ctx: &ForwardContext<'_, B>,
+        mut done: impl FnMut(usize),
+    ) -> Option<Float<B>> {
+        let mut gradient = gradient.or(self.seed);
+        for (index, kept) in self.kept.into_iter().enumerate().rev() {
+            let index = self.first + index;
+            // Without a gradient nothing from here on depends on a trained weight.
+            if let Some(seed) = gradient.take() {
+                let (tape, input, output) = match kept {
+                    Kept::Tape {
+                        tape,
+                        input,
+                        output,
+                    } => (tape, input, output),
+                    Kept::Input(input) => record(model, index, Some(input), ctx),
+                };
+                let leaves: Vec<&Var<B>> = input.iter().collect();
+                gradient = tape.backward(vec![(output, seed)], &leaves).pop().flatten();
+            }
+            done(index);
+        }
+        gradient
+    }
+}
+
+/// Runs one segment on a recording tape.
+fn record<B: Ops>(
+    model: &dyn SegmentedModel<B>,
+    index: usize,
+    input: Option<Float<B>>,
+    ctx: &ForwardContext<'_, B>,
+) -> (Tape<B>, Option<Var<B>>, Var<B>) {
+    let tape = Tape::new();
+    let input = input.map(|value| tape.leaf(value));
+    let output = model.forward_segment(index, &tape, input.as_ref(), ctx);
+    (tape, input, output)
+}
+
+/// Runs `segments` forward without keeping anything. As [`ChunkState::forward`].
+pub(super) fn infer<B: Ops>(
+    model: &dyn SegmentedModel<B>,
+    segments: Range<usize>,
+    input: Option<Float<B>>,
+    ctx: &ForwardContext<'_, B>,
+    labels: &[i64],
+) -> ChunkOutput<B> {
+    let tape = Tape::inference();
+    let head = model.num_segments() - 1;
+    let mut hidden = input.map(|input| tape.constant(input));
+    for index in segments.start..segments.end.min(head) {
+        hidden = Some(model.forward_segment(index, &tape, hidden.as_ref(), ctx));
+    }
+    let hidden = hidden.expect("a chunk has an input or begins with the embedding");
+    if segments.end <= head {
+        return ChunkOutput::Hidden(hidden.into_value());
+    }
+    let targets = Targets::new(labels, ctx.device());
+    ChunkOutput::TokenLosses(model.head_loss(&tape, &hidden, &targets, ctx).into_value())
+}

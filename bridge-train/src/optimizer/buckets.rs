@@ -1,0 +1,236 @@
+//! Gradients gathered in buckets, each summed over the ranks that hold the same weights while the backward pass goes on.
+
+use bridge_ops::{DType, Float, Ops, Param, float_zeros};
+use bridge_parallel::{Axis, ParallelContext, Pending, ReduceOp};
+use burn::tensor::{FloatDType, Slice};
+
+use super::placement::Placement;
+
+/// Elements that the start of a weight in a bucket is a multiple of, so that its part of a gathered bucket is aligned for
+/// any kernel.
+const ALIGNMENT: usize = 64;
+
+/// Weights whose gradients travel together: alike in everything that is decided for a whole bucket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Bucket {
+    /// What holds for all of its weights.
+    pub(super) kind: BucketKind,
+    /// Its weights, in order.
+    pub(super) slots: Vec<Slot>,
+    /// Elements, a multiple of the number of replicas.
+    pub(super) len: usize,
+}
+
+/// What holds for all weights of a bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BucketKind {
+    /// The ranks that hold the same elements.
+    pub(super) replicas: Axis,
+    /// Whether norms count them here.
+    pub(super) counts: bool,
+    /// Whether weight decay applies.
+    pub(super) decayed: bool,
+    /// Whether their gradients are complete only after the whole backward pass.
+    pub(super) late: bool,
+    /// Dtype of the weights.
+    pub(super) dtype: DType,
+}
+
+/// A weight's place in a bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Slot {
+    /// Which weight.
+    pub(super) param: usize,
+    /// First element.
+    pub(super) offset: usize,
+    /// Number of elements.
+    pub(super) numel: usize,
+}
+
+/// Cuts weights into buckets of about `bucket_size` elements, in the order in which `order` lists them. All ranks of a
+/// replica group get the same buckets.
+pub(super) fn plan_buckets<B: Ops>(
+    params: &[Param<B>],
+    placements: &[Placement],
+    decayed: &[bool],
+    order: &[usize],
+    bucket_size: usize,
+    parallel: &ParallelContext<B>,
+) -> Vec<Bucket> {
+    let mut done: Vec<Bucket> = Vec::new();
+    let mut open: Vec<Bucket> = Vec::new();
+    for &param in order {
+        let placement = &placements[param];
+        let kind = BucketKind {
+            replicas: placement.replicas,
+            counts: placement.counts,
+            decayed: decayed[param],
+            late: placement.incomplete,
+            dtype: params[param].dtype(),
+        };
+        let index = open
+            .iter()
+            .position(|bucket| bucket.kind == kind)
+            .unwrap_or_else(|| {
+                open.push(Bucket {
+                    kind,
+                    slots: Vec::new(),
+                    len: 0,
+                });
+                open.len() - 1
+            });
+        let bucket = &mut open[index];
+        let numel = params[param].numel();
+        bucket.slots.push(Slot {
+            param,
+            offset: bucket.len,
+            numel,
+        });
+        bucket.len += numel.next_multiple_of(ALIGNMENT);
+        if bucket.len >= bucket_size {
+            done.push(open.remove(index));
+        }
+    }
+    done.extend(open);
+    for bucket in &mut done {
+        let replicas = parallel.group(bucket.kind.replicas).size();
+        bucket.len = bucket.len.next_multiple_of(ALIGNMENT * replicas);
+    }
+    done
+}
+
+impl Bucket {
+    /// The bucket as one fp32 or narrower vector `[len]`, zeros between the weights. `part` gives each weight's elements.
+    pub(super) fn join<B: Ops>(
+        &self,
+        device: &B::Device,
+        dtype: DType,
+        mut part: impl FnMut(usize) -> Option<Float<B>>,
+    ) -> Float<B> {
+        let zeros = |len: usize| float_zeros::<B>(&[len], dtype, device);
+        let mut parts = Vec::with_capacity(2 * self.slots.len() + 1);
+        let mut end = 0;
+        for slot in &self.slots {
+            if slot.offset > end {
+                parts.push(zeros(slot.offset - end));
+            }
+            parts.push(match part(slot.param) {
+                Some(values) => flat::<B>(values, slot.numel),
+                None => zeros(slot.numel),
+            });
+            end = slot.offset + slot.numel;
+        }
+        if self.len > end {
+            parts.push(zeros(self.len - end));
+        }
+        B::float_cat(parts, 0)
+    }
+
+    /// Cuts a vector `[len]` back into the weights' shapes.
+    pub(super) fn split<B: Ops>(
+        &self,
+        joined: &Float<B>,
+        params: &[Param<B>],
+        mut give: impl FnMut(&Param<B>, Float<B>),
+    ) {
+        for slot in &self.slots {
+            let param = &params[slot.param];
+            let values = narrow::<B>(joined.clone(), slot.offset, slot.numel);
+            give(param, B::float_reshape(values, param.shape().into()));
+        }
+    }
+}
+
+pub(super) fn flat<B: Ops>(x: Float<B>, numel: usize) -> Float<B> {
+    B::float_reshape(x, vec![numel].into())
+}
+
+/// Elements `start..start + len` of a vector.
+pub(super) fn narrow<B: Ops>(x: Float<B>, start: usize, len: usize) -> Float<B> {
+    B::float_slice(x, &[Slice::from(start..start + len)])
+}
+
+pub(super) fn to_dtype<B: Ops>(x: Float<B>, dtype: DType) -> Float<B> {
+    use burn::tensor::TensorMetadata;
+    if x.dtype() == dtype {
+        x
+    } else {
+        B::float_cast(x, FloatDType::from(dtype))
+    }
+}
+
+/// What each rank gets of a summed bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Share {
+    /// All of it.
+    Whole,
+    /// An equal part, in the order of ranks.
+    Part,
+}
+
+/// The sums of one step's gradients, under way.
+pub struct Reduction<'a, B: Ops> {
+    pub(super) params: &'a [Param<B>],
+    pub(super) buckets: &'a [Bucket],
+    /// By segment, the weights that it uses.
+    pub(super) segments: &'a [Vec<usize>],
+    pub(super) parallel: &'a ParallelContext<B>,
+    pub(super) share: Share,
+    /// Whether sums start as soon as a bucket is full.
+    pub(super) overlap: bool,
+    /// By weight: segments whose backward pass is still to come.
+    pub(super) uses_left: Vec<usize>,
+    /// By bucket: weights whose gradients are still to come.
+    pub(super) missing: Vec<usize>,
+    pub(super) started: Vec<Option<Pending<B>>>,
+}
+
+impl<B: Ops> Reduction<'_, B> {
+    /// A segment's backward pass is over for the last micro-batch.
+    pub fn segment_done(&mut self, segment: usize) {
+        if !self.overlap {
+            return;
+        }
+        let segments = self.segments;
+        for &param in segments.get(segment).into_iter().flatten() {
+            self.uses_left[param] -= 1;
+            if self.uses_left[param] > 0 {
+                continue;
+            }
+            let bucket = self
+                .buckets
+                .iter()
+                .position(|bucket| bucket.slots.iter().any(|slot| slot.param == param));
+            let Some(bucket) = bucket else { continue };
+            self.missing[bucket] -= 1;
+            if self.missing[bucket] == 0 && !self.buckets[bucket].kind.late {
+                self.start(bucket);
+            }
+        }
+    }
+
+    fn start(&mut self, index: usize) {
+        let bucket = &self.buckets[index];
+        let joined = bucket.join::<B>(self.parallel.device(), DType::F32, |param| {
+            self.params[param].take_grad()
+        });
+        let group = self.parallel.group(bucket.kind.replicas);
+        self.started[index] = Some(match self.share {
+            Share::Whole => group.start_all_reduce(joined, ReduceOp::Sum),
+            Share::Part => group.start_reduce_scatter(joined, 0),
+        });
+    }
+
+    /// Starts what has not been started and waits for everything. Returns each bucket's sum, or this rank's part of it.
+    pub(super) fn finish(mut self) -> Vec<Float<B>> {
+        for index in 0..self.buckets.len() {
+            if self.started[index].is_none() {
+                self.start(index);
+            }
+        }
+        self.started
+            .into_iter()
+            .map(|pending| pending.expect("every bucket was started").wait())
+            .collect()
+    }
+}

@@ -1,0 +1,465 @@
+//! The optimizer of a run: gradients summed over ranks, their norm, and AdamW with its state whole or divided.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bridge_models::SegmentedModel;
+use bridge_ops::{AdamWStep, DType, Float, Ops, Param, float_from_f32, float_zeros};
+use bridge_parallel::{Axis, ParallelContext, ReduceOp, complete_gradients};
+
+use super::adamw::{AdamW, AdamWOptions};
+use super::buckets::{Bucket, Reduction, Share, narrow, plan_buckets, to_dtype};
+use super::grad_norm::{non_finite_gradients, sum_of_squares};
+use super::placement::{Placement, placements};
+use super::sharded::{BucketState, Stretch, non_finite, stretches};
+use crate::agree;
+use crate::error::Result;
+
+/// How data-parallel ranks share the work of the optimizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DataParallelOptions {
+    /// Whether each rank keeps a part of the optimizer's state rather than all of it.
+    pub distributed_optimizer: bool,
+    /// Whether gradients are summed over ranks while the backward pass goes on.
+    pub overlap_grad_reduce: bool,
+    /// Elements that are summed together.
+    pub bucket_size: usize,
+}
+
+impl Default for DataParallelOptions {
+    /// Whole state on every rank, sums during the backward pass, in buckets of 40 million elements, which Megatron-Core
+    /// starts from as well.
+    fn default() -> Self {
+        Self {
+            distributed_optimizer: false,
+            overlap_grad_reduce: true,
+            bucket_size: 40_000_000,
+        }
+    }
+}
+
+/// The optimizer of the weights that this rank holds.
+///
+/// One rank alone runs [`AdamW`] and nothing else. With several, gradients are summed in buckets over the ranks that hold
+/// the same weights, and the state is kept whole on each of them or divided among them.
+pub struct Optimizer<B: Ops> {
+    parallel: Arc<ParallelContext<B>>,
+    params: Vec<Param<B>>,
+    placements: Vec<Placement>,
+    buckets: Vec<Bucket>,
+    /// By segment, the weights that it uses.
+    segments: Vec<Vec<usize>>,
+    overlap: bool,
+    state: State<B>,
+}
+
+enum State<B: Ops> {
+    Whole(AdamW<B>),
+    Divided {
+        buckets: Vec<BucketState<B>>,
+        options: AdamWOptions,
+        steps: u64,
+    },
+}
+
+/// Summed gradients of a step.
+pub struct Gradients<B: Ops> {
+    /// This rank's part of each bucket, where the state is divided. Else the gradients are in the weights' slots.
+    parts: Vec<Float<B>>,
+}
+
+/// A part of a weight's optimizer state that this rank keeps.
+pub struct StatePart<B: Ops> {
+    /// The weight.
+    pub param: Param<B>,
+    /// The state's name and values, fp32: all of the weight's elements, or a vector of `start..end`.
+    pub values: Vec<(&'static str, Float<B>)>,
+    /// Which of the weight's elements here, in row-major order.
+    pub elements: std::ops::Range<usize>,
+}
+
+impl<B: Ops> Optimizer<B> {
+    /// A fresh optimizer of the weights of `model` that require a gradient. Every rank calls this.
+    ///
+    /// # Errors
+    /// If two weights have one name, or the ranks do not hold what they should.
+    pub fn new(
+        model: &dyn SegmentedModel<B>,
+        parallel: &Arc<ParallelContext<B>>,
+        adamw: &AdamWOptions,
+        options: &DataParallelOptions,
+    ) -> Result<Self> {
+        let params: Vec<Param<B>> = model
+            .params()
+            .into_iter()
+            .filter(Param::requires_grad)
+            .collect();
+        let placements = placements(&params, parallel)?;
+        let index: HashMap<&str, usize> = params
+            .iter()
+            .enumerate()
+            .map(|(index, param)| (param.name(), index))
+            .collect();
+        let segments: Vec<Vec<usize>> = (0..model.num_segments())
+            .map(|segment| {
+                let params = model.segment_params(segment);
+                params
+                    .iter()
+                    .filter_map(|param| index.get(param.name()).copied())
+                    .collect()
+            })
+            .collect();
+        // Gradients are complete from the last segment to the first, of a shared weight with the lowest that uses it.
+        let mut order: Vec<usize> = Vec::new();
+        for segment in segments.iter() {
+            for param in segment {
+                if !order.contains(param) {
+                    order.push(*param);
+                }
+            }
+        }
+        order.reverse();
+        let divided = options.distributed_optimizer && parallel.world_size() > 1;
+        if !divided {
+            order.retain(|param| parallel.group(placements[*param].replicas).size() > 1);
+        }
+        let decayed: Vec<bool> = params.iter().map(|p| adamw.decays(p.name())).collect();
+        let buckets = plan_buckets(
+            &params,
+            &placements,
+            &decayed,
+            &order,
+            options.bucket_size,
+            parallel,
+        );
+        let state = if divided {
+            State::Divided {
+                buckets: buckets
+                    .iter()
+                    .map(|bucket| BucketState::new(bucket, &params, parallel))
+                    .collect(),
+                options: adamw.clone(),
+                steps: 0,
+            }
+        } else {
+            State::Whole(AdamW::new(params.clone(), adamw)?)
+        };
+        Ok(Self {
+            parallel: Arc::clone(parallel),
+            params,
+            placements,
+            buckets,
+            segments,
+            overlap: options.overlap_grad_reduce,
+            state,
+        })
+    }
+
+    /// The weights that are trained, as far as this rank holds them.
+    pub fn params(&self) -> &[Param<B>] {
+        &self.params
+    }
+
+    /// What this rank is to each of them.
+    pub fn placements(&self) -> &[Placement] {
+        &self.placements
+    }
+
+    /// Elements of the trained weights that this rank is the one to count.
+    pub fn counted_elements(&self) -> u64 {
+        let of = |param: &Param<B>| match param.shard() {
+            Some(shard) => shard
+                .ranges
+                .iter()
+                .map(ExactSizeIterator::len)
+                .product::<usize>(),
+            None => param.numel(),
+        };
+        self.params
+            .iter()
+            .zip(&self.placements)
+            .filter(|(_, placement)| placement.writes())
+            .map(|(param, _)| of(param) as u64)
+            .sum()
+    }
+
+    /// Forgets the gradients.
+    pub fn clear_grads(&self) {
+        self.params.iter().for_each(Param::clear_grad);
+    }
+
+    /// Begins the sums of a step's gradients. To be told of every segment that is done, and then
+    /// [finished](Self::finish_reduction).
+    pub fn start_reduction(&self) -> Reduction<'_, B> {
+        let mut uses_left = vec![0; self.params.len()];
+        for param in self.segments.iter().flatten() {
+            uses_left[*param] += 1;
+        }
+        Reduction {
+            params: &self.params,
+            buckets: &self.buckets,
+            segments: &self.segments,
+            parallel: &self.parallel,
+            share: match self.state {
+                State::Whole(_) => Share::Whole,
+                State::Divided { .. } => Share::Part,
+            },
+            overlap: self.overlap,
+            uses_left,
+            missing: self.buckets.iter().map(|b| b.slots.len()).collect(),
+            started: self.buckets.iter().map(|_| None).collect(),
+        }
+    }
+
+    /// Waits for the sums.
+    ///
+    /// # Errors
+    /// If a rank failed; the gradients are worthless then.
+    pub fn finish_reduction(&self, reduction: Reduction<'_, B>) -> Result<Gradients<B>> {
+        complete_gradients(&self.params, &self.parallel);
+        self.complete_tied();
+        let sums = reduction.finish();
+        let parts = match self.state {
+            State::Divided { .. } => sums,
+            State::Whole(_) => {
+                for (bucket, sum) in self.buckets.iter().zip(&sums) {
+                    bucket.split(sum, &self.params, |param, grad| param.set_grad(Some(grad)));
+                }
+                // A weight that met no token takes a step like any other, so that no layout differs from another.
+                for param in self.params.iter().filter(|param| param.grad().is_none()) {
+                    let zeros = float_zeros::<B>(&param.shape(), DType::F32, &param.device());
+                    param.set_grad(Some(zeros));
+                }
+                Vec::new()
+            }
+        };
+        self.parallel.health()?;
+        Ok(Gradients { parts })
+    }
+
+    /// Sums the gradients of weights that the first and the last stage share.
+    fn complete_tied(&self) {
+        let group = self.parallel.group(Axis::Embedding);
+        for (param, placement) in self.params.iter().zip(&self.placements) {
+            if placement.tied_across_stages {
+                let own = param.take_grad().unwrap_or_else(|| {
+                    float_zeros::<B>(&param.shape(), DType::F32, &param.device())
+                });
+                param.set_grad(Some(group.all_reduce(own, ReduceOp::Sum)));
+            }
+        }
+    }
+
+    /// This rank's part of the square of the gradient's norm: summed over all ranks, every element of every weight is in
+    /// it once. Waits for the device.
+    pub fn local_squared_norm(&self, gradients: &Gradients<B>) -> f64 {
+        match &self.state {
+            State::Whole(_) => sum_of_squares::<B>(
+                self.params
+                    .iter()
+                    .zip(&self.placements)
+                    .filter(|(_, placement)| placement.writes())
+                    .filter_map(|(param, _)| param.grad()),
+            ),
+            State::Divided { .. } => sum_of_squares::<B>(
+                self.buckets
+                    .iter()
+                    .zip(&gradients.parts)
+                    .filter(|(bucket, _)| bucket.kind.counts)
+                    .map(|(_, part)| part.clone()),
+            ),
+        }
+    }
+
+    /// The names of the weights whose gradient holds a NaN or an infinity on any rank, at most `limit` of them. Every
+    /// rank calls this.
+    ///
+    /// # Errors
+    /// If a rank failed.
+    pub fn non_finite(&self, gradients: &Gradients<B>, limit: usize) -> Result<Vec<String>> {
+        let own = match &self.state {
+            State::Whole(_) => non_finite_gradients(&self.params, limit),
+            State::Divided { .. } => self
+                .buckets
+                .iter()
+                .zip(&gradients.parts)
+                .flat_map(|(bucket, part)| non_finite(part, &self.stretches(bucket), &self.params))
+                .collect(),
+        };
+        agree::texts(&self.parallel, own, limit)
+    }
+
+    fn stretches(&self, bucket: &Bucket) -> Vec<Stretch> {
+        let group = self.parallel.group(bucket.kind.replicas);
+        stretches(bucket, group.size(), group.rank())
+    }
+
+    /// One update. `grad_scale` multiplies every gradient (see [`super::clip_coefficient`]).
+    ///
+    /// # Errors
+    /// If a rank failed; the weights are worthless then.
+    pub fn step(
+        &mut self,
+        gradients: Gradients<B>,
+        lr: f64,
+        weight_decay: f64,
+        grad_scale: f64,
+    ) -> Result<()> {
+        match &mut self.state {
+            State::Whole(adamw) => adamw.step(lr, weight_decay, grad_scale),
+            State::Divided {
+                buckets,
+                options,
+                steps,
+            } => {
+                *steps += 1;
+                let betas = (options.beta1, options.beta2);
+                let mut gathered = Vec::with_capacity(buckets.len());
+                for ((bucket, state), grad) in self.buckets.iter().zip(buckets).zip(gradients.parts)
+                {
+                    let decay = if bucket.kind.decayed {
+                        weight_decay
+                    } else {
+                        0.0
+                    };
+                    let step = AdamWStep {
+                        grad_scale,
+                        ..AdamWStep::new(*steps, lr, betas, options.eps, decay)
+                    };
+                    let weight = state.update(grad, &step);
+                    let group = self.parallel.group(bucket.kind.replicas);
+                    // The next bucket is updated while this one's weights travel.
+                    gathered
+                        .push(group.start_all_gather(to_dtype::<B>(weight, bucket.kind.dtype), 0));
+                }
+                for (bucket, pending) in self.buckets.iter().zip(gathered) {
+                    let weights = pending.wait();
+                    bucket.split(&weights, &self.params, |param, value| {
+                        param.set_value(value)
+                    });
+                }
+            }
+        }
+        self.parallel.health()?;
+        Ok(())
+    }
+
+    /// Updates done, which the bias correction depends on.
+    pub fn steps(&self) -> u64 {
+        match &self.state {
+            State::Whole(adamw) => adamw.steps(),
+            State::Divided { steps, .. } => *steps,
+        }
+    }
+
+    /// Sets the number of updates done, when state is restored.
+    pub fn set_steps(&mut self, done: u64) {
+        match &mut self.state {
+            State::Whole(adamw) => adamw.set_steps(done),
+            State::Divided { steps, .. } => *steps = done,
+        }
+    }
+
+    /// The parts of the state that this rank is the one to write: over all ranks, everything once.
+    pub fn state_parts(&self) -> Vec<StatePart<B>> {
+        match &self.state {
+            State::Whole(adamw) => adamw
+                .states()
+                .iter()
+                .zip(&self.placements)
+                .filter(|(_, placement)| placement.writes())
+                .map(|(state, _)| StatePart {
+                    values: [
+                        ("exp_avg", Some(state.exp_avg())),
+                        ("exp_avg_sq", Some(state.exp_avg_sq())),
+                        ("master", state.master()),
+                    ]
+                    .into_iter()
+                    .filter_map(|(kind, values)| Some((kind, values?)))
+                    .collect(),
+                    elements: 0..state.param.numel(),
+                    param: state.param.clone(),
+                })
+                .collect(),
+            State::Divided { buckets, .. } => {
+                let mut parts = Vec::new();
+                for (bucket, state) in self.buckets.iter().zip(buckets) {
+                    if !bucket.kind.counts {
+                        continue;
+                    }
+                    let [weight, m, v] = state.parts();
+                    for s in self.stretches(bucket) {
+                        let cut = |x: &Float<B>| narrow::<B>(x.clone(), s.at, s.end - s.start);
+                        let mut values = vec![("exp_avg", cut(&m)), ("exp_avg_sq", cut(&v))];
+                        // Where the weights are fp32 themselves, these are the same.
+                        if bucket.kind.dtype != DType::F32 {
+                            values.push(("master", cut(&weight)));
+                        }
+                        parts.push(StatePart {
+                            param: self.params[s.param].clone(),
+                            values,
+                            elements: s.start..s.end,
+                        });
+                    }
+                }
+                parts
+            }
+        }
+    }
+
+    /// Restores the state: `read` gives the elements of a weight's state by kind (`exp_avg`, `exp_avg_sq`, `master`, the
+    /// last being the fp32 weight), fp32.
+    ///
+    /// # Errors
+    /// The first error of `read`.
+    pub fn restore(
+        &mut self,
+        mut read: impl FnMut(&str, &Param<B>, std::ops::Range<usize>) -> Result<Vec<f32>>,
+    ) -> Result<()> {
+        let device = self.parallel.device().clone();
+        let tensor = |values: &[f32], shape: &[usize]| float_from_f32::<B>(values, shape, &device);
+        let per_bucket: Vec<Vec<Stretch>> =
+            self.buckets.iter().map(|b| self.stretches(b)).collect();
+        match &mut self.state {
+            State::Whole(adamw) => {
+                for state in adamw.states_mut() {
+                    let (param, shape) = (state.param.clone(), state.param.shape());
+                    let mut all = |kind| read(kind, &param, 0..param.numel());
+                    let (m, v, weight) = (all("exp_avg")?, all("exp_avg_sq")?, all("master")?);
+                    state.set_moments(tensor(&m, &shape), tensor(&v, &shape));
+                    state.set_weight(tensor(&weight, &shape));
+                }
+            }
+            State::Divided { buckets, .. } => {
+                for ((bucket, state), stretches) in
+                    self.buckets.iter().zip(buckets).zip(&per_bucket)
+                {
+                    let share = bucket.len / self.parallel.group(bucket.kind.replicas).size();
+                    let mut parts = [vec![0.0; share], vec![0.0; share], vec![0.0; share]];
+                    for s in stretches {
+                        for (kind, part) in
+                            ["master", "exp_avg", "exp_avg_sq"].iter().zip(&mut parts)
+                        {
+                            let values = read(*kind, &self.params[s.param], s.start..s.end)?;
+                            part[s.at..s.at + values.len()].copy_from_slice(&values);
+                        }
+                    }
+                    state.set_parts(parts.map(|part| tensor(&part, &[share])));
+                }
+            }
+        }
+        // The weights that the model runs with are those that are trained on.
+        if let State::Divided { buckets, .. } = &self.state {
+            for (bucket, state) in self.buckets.iter().zip(buckets) {
+                let [weight, ..] = state.parts();
+                let group = self.parallel.group(bucket.kind.replicas);
+                let weights = group.all_gather(to_dtype::<B>(weight, bucket.kind.dtype), 0);
+                bucket.split(&weights, &self.params, |param, value| {
+                    param.set_value(value)
+                });
+            }
+            self.parallel.health()?;
+        }
+        Ok(())
+    }
+}
