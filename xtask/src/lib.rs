@@ -14,6 +14,8 @@ mod failure;
 mod flags;
 mod generate;
 mod import;
+mod job;
+mod launch;
 mod model;
 mod models;
 mod plan;
@@ -23,6 +25,7 @@ mod recipes;
 mod report;
 mod roundtrip;
 mod test;
+mod transport;
 mod verify;
 
 use std::process::ExitCode;
