@@ -218,13 +218,11 @@ fn elements(
                     total += *input as f64;
                 }
             }
+            // What the MLP's last matrix takes in is the output of the activation function.
             (ShardRule::Split { dim: 1 } | ShardRule::Heads { dim: 1, .. }, [_, input])
-                if weight =>
+                if weight && (recompute == Recompute::None || !parent.ends_with("mlp")) =>
             {
-                // What the MLP's last matrix takes in is the output of the activation function.
-                if recompute == Recompute::None || !parent.ends_with("mlp") {
-                    total += *input as f64 / layout.tp as f64;
-                }
+                total += *input as f64 / layout.tp as f64;
             }
             // Of the experts a token meets a few. Each rank's experts see as many tokens as a rank has, times those few.
             (ShardRule::Expert { count, .. }, [out, input]) if weight => {
