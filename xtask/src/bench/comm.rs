@@ -64,6 +64,7 @@ impl OnBackend for Work {
                 dp: job.options.world_size,
                 ..LayoutSpec::default()
             };
+            let device = B::device(&job)?;
             let transport = B::connect(&job, &device)?;
             let ctx = ParallelContext::<B>::new(layout, device, Arc::clone(&transport))?;
             let measured = measure(&ctx, bytes, seconds);
