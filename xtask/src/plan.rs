@@ -196,10 +196,11 @@ fn one_layout(subject: &Subject, layout: LayoutSpec, report: Report) -> Result {
         .enumerate()
         .map(|(stage, memory)| [vec![format!("stage {stage}")], columns(memory)].concat())
         .collect();
-    report.text(format!(
-        "{layout}, {} ranks; per rank:",
-        layout.world_size()
-    ))?;
+    let ranks = layout.world_size();
+    report.text(match ranks {
+        1 => "a single rank:".to_owned(),
+        ranks => format!("{layout}: each of {ranks} ranks, by pipeline stage:"),
+    })?;
     report.text(
         table(
             &[

@@ -54,7 +54,7 @@ struct Work {
 impl OnBackend for Work {
     type Output = Vec<Value>;
 
-    fn run<B: ProcessBackend>(self, device: B::Device) -> Result<Vec<Value>> {
+    fn run<B: ProcessBackend>(self, _: B::Device) -> Result<Vec<Value>> {
         let (bytes, seconds) = (
             self.args.bytes,
             Duration::from_secs_f64(self.args.seconds.clamp(0.0, 3600.0)),
