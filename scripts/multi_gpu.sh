@@ -3,6 +3,7 @@
 #
 #   scripts/multi_gpu.sh [--out DIR] [--gpus N] [--stages "comm verify train peer fault"] [--program PATH]
 #
+# Build before: cargo build --release -p xtask && cargo build --release -p bridge-parallel --example nccl_check
 # Each stage takes at most ten minutes. Results are JSON lines in DIR/results.jsonl, everything else is in DIR/*.log, and
 # a table comes last. The exit code is 0 when every check held and every measurement came about.
 set -uo pipefail
@@ -18,7 +19,7 @@ while [ "$#" -gt 0 ]; do
         --gpus) gpus="$2" ;;
         --stages) stages="$2" ;;
         --program) program="$2" ;;
-        *) sed -n '2,8p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,9p' "$0" >&2; exit 2 ;;
     esac
     shift 2
 done
@@ -73,6 +74,12 @@ export program
 in_stage() { case " $stages " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
 if in_stage comm; then
+    # Every collective against the thread transport, then a rank that dies while the others wait for it on their GPUs.
+    check="$(dirname "$program")/examples/nccl_check"
+    if [ -x "$check" ]; then
+        run comm "nccl_check" 200 "$check" "$gpus"
+        run comm "nccl_check --die" 100 "$check" "$gpus" --die
+    fi
     log="$out/comm.log"
     for size in 1MB 64MB 512MB; do
         timeout 200 "$program" launch --nproc "$gpus" --timeout 60 -- \
@@ -220,7 +227,8 @@ if in_stage fault; then
     echo "{\"passed\": $passed, \"launcher_exit\": $code, \"seconds\": $took, \"ranks_that_name_it\": $named}" >> "$log"
     record fault "rank 1 of $gpus killed" "$log" 0
     last="$(basename "$(ls -d "$dir"/iter_* 2> /dev/null | tail -n 1)")"
-    iterations=$((10#${last#iter_} + 20))
+    last="${last#iter_}"
+    iterations=$((10#${last:-0} + 20))
     run fault "resumed on $half GPUs" 280 "$program" launch --nproc "$half" --timeout 60 -- "${settings[@]}" \
         "train.train_iters=$iterations" "parallel.data_parallel_size=$half"
 fi
