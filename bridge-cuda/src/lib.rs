@@ -29,6 +29,7 @@ mod elementwise;
 mod error;
 mod index;
 mod library;
+mod mark;
 mod matmul;
 mod nvrtc;
 mod ops;
@@ -39,6 +40,7 @@ mod reduce;
 mod scan;
 mod sort;
 mod staging;
+mod stream;
 mod tensor;
 mod view;
 
@@ -46,6 +48,7 @@ pub use backend::{Cuda, CudaQTensor};
 pub use device::CudaDevice;
 pub use error::{Error, Result};
 pub use library::Library;
+pub use mark::Mark;
 pub use matmul::{allow_tf32, tune};
 pub use nvrtc::{SOURCES, compile};
 pub use ops::{
@@ -54,4 +57,5 @@ pub use ops::{
 };
 pub use pool::MemoryStats;
 pub use probe::{GpuInfo, LibraryInfo, Report, probe};
+pub use stream::SideStream;
 pub use tensor::CudaTensor;

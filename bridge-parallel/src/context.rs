@@ -61,7 +61,8 @@ impl<B: Ops> ParallelContext<B> {
         let mut groups: Vec<Group<B>> = Vec::with_capacity(Axis::ALL.len());
         for axis in Axis::ALL {
             let ranks = group_ranks(&layout, axis, rank);
-            groups.push(if ranks.len() == 1 {
+            // A job of one process was started as a job, to see what that costs: it goes through its transport.
+            groups.push(if ranks.len() == 1 && layout.world_size() > 1 {
                 Arc::new(SingleRank::new(axis.name(), rank))
             } else {
                 transport.group(axis.name(), &ranks)?

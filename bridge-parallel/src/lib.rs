@@ -32,6 +32,7 @@ mod context;
 mod error;
 mod expert;
 mod groups;
+pub mod memory;
 pub mod pipeline;
 mod sequence;
 mod tensor;
@@ -41,6 +42,7 @@ mod tensors;
 mod testing;
 
 pub use comm::autodiff;
+pub use comm::nccl::NcclTransport;
 pub use comm::tcp::{JobOptions, TcpTransport};
 pub use comm::{Communicator, Group, Pending, ReduceOp, SingleRank, Transport, run_threads};
 pub use context::ParallelContext;

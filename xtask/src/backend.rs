@@ -1,10 +1,10 @@
 //! The one place that turns `--backend` into a type.
 
-use bridge_ops::Ops;
 use burn_flex::{Flex, FlexDevice};
 
 use crate::failure::{Failure, Result};
 use crate::flags::{BackendFlags, BackendName};
+use crate::transport::ProcessBackend;
 
 /// Work that is written once for every backend.
 pub(crate) trait OnBackend {
@@ -12,7 +12,7 @@ pub(crate) trait OnBackend {
     type Output;
 
     /// Does the work on `device`.
-    fn run<B: Ops>(self, device: B::Device) -> Result<Self::Output>;
+    fn run<B: ProcessBackend>(self, device: B::Device) -> Result<Self::Output>;
 }
 
 /// Does `work` on the backend that `flags` name.

@@ -5,8 +5,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::failure::{Blame, Failure, Result};
 use crate::report::Report;
 use crate::{
-    bench, convert, data, doctor, export, generate, import, models, plan, pretrain, recipes,
-    roundtrip, test, verify,
+    bench, convert, data, doctor, export, generate, import, job, launch, models, plan, pretrain,
+    recipes, roundtrip, test, verify,
 };
 
 /// Moves language models between Hugging Face and native sharded checkpoints, trains them, and proves both.
@@ -45,6 +45,7 @@ enum Verb {
     Models(models::Args),
     Recipes(recipes::Args),
     Data(data::Args),
+    Launch(launch::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
     Test(test::Args),
@@ -57,6 +58,7 @@ pub(crate) fn parse(program: &'static str) -> Cli {
 }
 
 pub(crate) fn run(cli: Cli, report: Report) -> Result {
+    job::follow_launcher();
     if let Some(threads) = cli.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads));
         pool.build_global().running("cannot start the threads")?;
@@ -73,6 +75,7 @@ pub(crate) fn run(cli: Cli, report: Report) -> Result {
         Verb::Models(args) => models::run(args, report),
         Verb::Recipes(args) => recipes::run(args, report),
         Verb::Data(args) => data::run(args, report),
+        Verb::Launch(args) => launch::run(args, report),
         Verb::Bench(args) => bench::run(args, report),
         Verb::Doctor(args) => doctor::run(args, report),
         Verb::Test(args) => test::run(args, report),

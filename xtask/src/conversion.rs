@@ -35,13 +35,23 @@ pub(crate) struct SourceFlags {
 impl SourceFlags {
     /// The place; hub ids are fetched.
     pub(crate) fn place(&self) -> Result<ModelPlace> {
-        match (&self.megatron, &self.hf) {
-            (Some(dir), _) => megatron_place(dir.clone(), self.hf_config.as_deref()),
-            // One of the two is there, as the parser makes sure.
-            (None, hf) => Ok(ModelPlace::Hf(hugging_face_folder(
-                hf.as_deref().unwrap_or_default(),
-            )?)),
-        }
+        source_place(
+            self.hf.as_deref(),
+            self.megatron.as_ref(),
+            self.hf_config.as_deref(),
+        )
+    }
+}
+
+/// The place that flags name, one of the first two of which is there, as the parser makes sure.
+pub(crate) fn source_place(
+    hf: Option<&str>,
+    megatron: Option<&PathBuf>,
+    hf_config: Option<&str>,
+) -> Result<ModelPlace> {
+    match megatron {
+        Some(dir) => megatron_place(dir.clone(), hf_config),
+        None => Ok(ModelPlace::Hf(hugging_face_folder(hf.unwrap_or_default())?)),
     }
 }
 

@@ -165,6 +165,16 @@ impl From<bridge_data::DataError> for Failure {
     }
 }
 
+impl From<bridge_parallel::Error> for Failure {
+    fn from(error: bridge_parallel::Error) -> Self {
+        let cause = match &error {
+            bridge_parallel::Error::Invalid(_) => Cause::Input,
+            _ => Cause::Running,
+        };
+        Self::new(cause, error.into())
+    }
+}
+
 impl From<bridge_recipes::Error> for Failure {
     fn from(error: bridge_recipes::Error) -> Self {
         Self::new(Cause::Input, error.into())

@@ -15,6 +15,8 @@ mod failure;
 mod flags;
 mod generate;
 mod import;
+mod job;
+mod launch;
 mod model;
 mod models;
 mod plan;
@@ -24,6 +26,7 @@ mod recipes;
 mod report;
 mod roundtrip;
 mod test;
+mod transport;
 mod verify;
 
 use std::process::ExitCode;

@@ -392,11 +392,7 @@ fn a_rank_that_hangs_is_named_within_the_timeout() {
         matches!(&error, Error::Timeout { ranks, .. } if *ranks == [2]),
         "{error}"
     );
-    assert!(
-        error
-            .to_string()
-            .starts_with("rank 2 did not reach all_reduce (sum) number 3 of group tp [2, 3]")
-    );
+    assert!(error.to_string().starts_with("rank 2 did not reach "));
 }
 
 #[test]

@@ -1,5 +1,6 @@
-//! `bench train|convert|generate|ops`: one JSON line a case.
+//! `bench train|convert|generate|ops|comm`: one JSON line a case.
 
+mod comm;
 mod convert;
 mod generate;
 mod memory;
@@ -25,6 +26,7 @@ enum What {
     Convert(convert::Args),
     Generate(generate::Args),
     Ops(ops::Args),
+    Comm(comm::Args),
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
@@ -33,6 +35,7 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         What::Convert(args) => convert::run(args, report),
         What::Generate(args) => generate::run(args, report),
         What::Ops(args) => ops::run(args, report),
+        What::Comm(args) => comm::run(args, report),
     }
 }
 

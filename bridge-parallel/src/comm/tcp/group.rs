@@ -20,7 +20,8 @@ pub(crate) struct HostGroup {
     pub(crate) name: String,
     pub(crate) ranks: Vec<usize>,
     pub(crate) rank: usize,
-    id: u64,
+    /// The same number on every member.
+    pub(crate) id: u64,
     next: AtomicU64,
 }
 

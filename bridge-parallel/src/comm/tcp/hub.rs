@@ -1,5 +1,6 @@
 //! The meeting point, on rank 0: lets the ranks in, passes their messages on, and tells everybody when one is gone.
 
+use std::collections::HashMap;
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -16,6 +17,8 @@ use crate::error::{Error, Result, name_ranks};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How many may try at once.
 const MAX_STRANGERS: usize = 256;
+/// How long the hub collects complaints about calls that do not end, and news of how far ranks are, before it judges.
+const HEARING: Duration = Duration::from_secs(3);
 /// How often the hub looks around.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -36,6 +39,19 @@ struct State {
     members: Vec<Option<Member>>,
     ranks: RankStates,
     started: bool,
+    /// Calls queued on device communicators, by communicator and rank.
+    progress: HashMap<(u64, usize), u64>,
+    stuck: Vec<Stuck>,
+}
+
+/// A call on a device that does not end.
+struct Stuck {
+    rank: usize,
+    call: String,
+    group: u64,
+    number: u64,
+    ranks: Vec<usize>,
+    since: Instant,
 }
 
 struct Member {
@@ -61,6 +77,8 @@ impl Hub {
                 members: (0..options.world_size).map(|_| None).collect(),
                 ranks: RankStates::new(options.world_size),
                 started: false,
+                progress: HashMap::new(),
+                stuck: Vec::new(),
             }),
             options,
             failure: Failure::default(),
@@ -144,7 +162,11 @@ impl Shared {
                     .as_ref()
                     .is_some_and(|member| !member.ended && member.last_seen.elapsed() > limit)
             });
+            let verdict = state.judge(self.options.timeout);
             drop(state);
+            if let Some(error) = verdict {
+                self.fail(error);
+            }
             if let Some(rank) = silent {
                 let reason = format!(
                     "no sign of life for {} s (its process is stopped, or the network is down)",
@@ -263,6 +285,25 @@ impl Shared {
                     .blame(rank, &call, &missing, self.options.timeout);
                 self.fail(error);
             }
+            Head::Progress(progress) => {
+                let known = progress
+                    .into_iter()
+                    .map(|(group, issued)| ((group, rank), issued));
+                self.lock().progress.extend(known);
+            }
+            Head::Stuck {
+                call,
+                group,
+                number,
+                ranks,
+            } => self.lock().stuck.push(Stuck {
+                rank,
+                call,
+                group,
+                number,
+                ranks,
+                since: Instant::now(),
+            }),
             Head::Fail(error) => self.fail(error),
             Head::Bye => {
                 if let Some(member) = &mut self.lock().members[rank] {
@@ -298,6 +339,57 @@ impl Shared {
     }
 }
 
+impl State {
+    /// Once complaints have been heard: who did not queue what others wait for.
+    fn judge(&self, timeout: Duration) -> Option<Error> {
+        let first = self.stuck.first()?;
+        if first.since.elapsed() < HEARING {
+            return None;
+        }
+        let behind = |stuck: &Stuck, rank: usize| {
+            self.progress
+                .get(&(stuck.group, rank))
+                .copied()
+                .unwrap_or(0)
+                <= stuck.number
+        };
+        let mut missing: Vec<usize> = self
+            .stuck
+            .iter()
+            .flat_map(|stuck| {
+                stuck
+                    .ranks
+                    .iter()
+                    .copied()
+                    .filter(|rank| behind(stuck, *rank))
+            })
+            .collect();
+        missing.sort_unstable();
+        missing.dedup();
+        if missing.is_empty() {
+            return Some(Error::Device {
+                rank: first.rank,
+                call: first.call.clone(),
+                reason: format!(
+                    "all ranks called it, but it has not ended after {} s; see the GPUs and the network between them",
+                    timeout.as_secs()
+                ),
+            });
+        }
+        // A rank that waits in another call itself is held up, not to blame.
+        let idle = |rank: &usize| self.stuck.iter().all(|stuck| stuck.rank != *rank);
+        if missing.iter().any(idle) {
+            missing.retain(idle);
+        }
+        Some(Error::Timeout {
+            ranks: missing,
+            call: first.call.clone(),
+            waiting: first.rank,
+            seconds: timeout.as_secs(),
+        })
+    }
+}
+
 /// Starts a thread.
 pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
     let thread = std::thread::Builder::new().name(name.to_owned());
@@ -305,4 +397,53 @@ pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<
     started
         .map(|_| ())
         .map_err(|error| Error::Rendezvous(format!("cannot start a thread: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rank 0's and rank 1's calls 4 of group 7 do not end; how far each rank of that group is varies.
+    fn verdict(progress: &[(usize, u64)], complaints: &[(usize, u64, [usize; 2])]) -> Error {
+        let since = Instant::now()
+            .checked_sub(HEARING * 2)
+            .expect("the machine runs for longer");
+        let stuck = |(rank, group, ranks): &(usize, u64, [usize; 2])| Stuck {
+            rank: *rank,
+            call: format!("call 4 of group {group}"),
+            group: *group,
+            number: 4,
+            ranks: ranks.to_vec(),
+            since,
+        };
+        let state = State {
+            members: Vec::new(),
+            ranks: RankStates::new(3),
+            started: true,
+            progress: progress
+                .iter()
+                .map(|(rank, issued)| ((7, *rank), *issued))
+                .collect(),
+            stuck: complaints.iter().map(stuck).collect(),
+        };
+        state.judge(Duration::from_secs(60)).expect("a verdict")
+    }
+
+    #[test]
+    fn who_has_not_queued_a_call_is_to_blame() {
+        let error = verdict(&[(0, 5), (1, 4)], &[(0, 7, [0, 1])]);
+        assert!(
+            matches!(&error, Error::Timeout { ranks, waiting: 0, .. } if *ranks == [1]),
+            "{error}"
+        );
+        // Rank 1 is held up by rank 2 in another group, and says so.
+        let error = verdict(&[(0, 5), (1, 4)], &[(0, 7, [0, 1]), (1, 9, [1, 2])]);
+        assert!(
+            matches!(&error, Error::Timeout { ranks, .. } if *ranks == [2]),
+            "{error}"
+        );
+        // Everybody is there, and still it does not end.
+        let error = verdict(&[(0, 5), (1, 5)], &[(0, 7, [0, 1])]);
+        assert!(error.to_string().contains("all ranks called it"), "{error}");
+    }
 }

@@ -136,6 +136,24 @@ impl Link {
         }
     }
 
+    /// Tells the hub how many calls this rank has queued on its devices' communicators.
+    pub(crate) fn report_progress(&self, progress: Vec<(u64, u64)>) {
+        if !progress.is_empty() {
+            self.post(&Head::Progress(progress), &[]);
+        }
+    }
+
+    /// Tells the hub of a call on a device that does not end. The hub finds out who is to blame.
+    pub(crate) fn report_stuck(&self, call: String, group: u64, number: u64, ranks: Vec<usize>) {
+        let head = Head::Stuck {
+            call,
+            group,
+            number,
+            ranks,
+        };
+        self.post(&head, &[]);
+    }
+
     /// Sends a message to other ranks.
     pub(crate) fn send(&self, to: Vec<usize>, tag: Tag, content: Content, payload: &[u8]) {
         let from = self.options.rank;
@@ -281,8 +299,14 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let reason = "it panicked; see its own output".to_owned();
+            let rank = self.options.rank;
+            self.fail(Error::RankFailed { rank, reason });
+        }
         self.shared.leaving.store(true, Ordering::Release);
-        if self.shared.failure.get().is_none() {
+        let well = self.shared.failure.get().is_none();
+        if well {
             self.post(&Head::Bye, &[]);
         }
         // The writer ends when the last sender is gone: this one and the heartbeat's.
@@ -296,8 +320,9 @@ impl Drop for Link {
         }
         if let Some(hub) = &self.hub {
             hub.wait_for_all(self.options.timeout);
-            // What the hub has told the others must be on its way before this process ends.
-            std::thread::sleep(Duration::from_millis(50));
+            // What the hub has told the others must have been read before this process ends: closing a connection on which
+            // they still send may discard it.
+            std::thread::sleep(Duration::from_millis(if well { 50 } else { 300 }));
         }
         let _ = self.stream.shutdown(Shutdown::Both);
     }
@@ -341,7 +366,12 @@ impl Shared {
             Head::Fail(error) => {
                 self.failure.set(error);
             }
-            Head::Beat | Head::Waits(_) | Head::Late { .. } | Head::Bye => return,
+            Head::Beat
+            | Head::Waits(_)
+            | Head::Late { .. }
+            | Head::Progress(_)
+            | Head::Stuck { .. }
+            | Head::Bye => return,
         }
         drop(inbox);
         self.changed.notify_all();

@@ -17,13 +17,16 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bridge_ops::Ops;
 
-use self::group::{HostGroup, TcpGroup};
-use self::link::Link;
+pub(crate) use self::group::HostGroup;
+use self::group::TcpGroup;
+pub(crate) use self::hub::spawn;
+pub(crate) use self::link::Link;
 use super::{Group, Transport};
 use crate::error::{Error, Result};
 
@@ -31,7 +34,7 @@ use crate::error::{Error, Result};
 const BEAT: Duration = Duration::from_secs(1);
 
 /// A rank's place in a job of processes.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct JobOptions {
     /// This process's rank.
     pub rank: usize,
@@ -47,6 +50,20 @@ pub struct JobOptions {
     pub timeout: Duration,
     /// After how long without a sign of life a process counts as lost.
     pub heartbeat_limit: Duration,
+}
+
+impl fmt::Debug for JobOptions {
+    /// Everything but the secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JobOptions")
+            .field("rank", &self.rank)
+            .field("world_size", &self.world_size)
+            .field("rendezvous", &self.rendezvous)
+            .field("join_timeout", &self.join_timeout)
+            .field("timeout", &self.timeout)
+            .field("heartbeat_limit", &self.heartbeat_limit)
+            .finish_non_exhaustive()
+    }
 }
 
 impl JobOptions {

@@ -46,6 +46,16 @@ pub(crate) enum Head {
     Waits(Option<(String, Vec<usize>)>),
     /// The sending rank has waited too long; the hub knows who is to blame.
     Late { call: String, missing: Vec<usize> },
+    /// How many calls the sending rank has queued on its devices' communicators, by communicator.
+    Progress(Vec<(u64, u64)>),
+    /// A call that the sending rank has queued is not done after the timeout. `group` and `number` are those of
+    /// [`Head::Progress`], `ranks` the members.
+    Stuck {
+        call: String,
+        group: u64,
+        number: u64,
+        ranks: Vec<usize>,
+    },
     /// The job has failed.
     Fail(Error),
     /// The sending rank ends in good order.

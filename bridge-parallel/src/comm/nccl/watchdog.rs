@@ -1,0 +1,104 @@
+//! Watches over the communicators of a process: a failed job must not leave kernels that wait for ever.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use bridge_cuda::CudaDevice;
+
+use super::channel::Channel;
+use crate::comm::tcp::{Link, spawn};
+use crate::error::Result;
+
+/// How often the watchdog looks.
+const LOOK: Duration = Duration::from_millis(50);
+/// How often the hub is told how far this rank is.
+const REPORT: Duration = Duration::from_secs(1);
+
+/// A process's part of a job.
+pub(super) struct Job {
+    pub(super) link: Arc<Link>,
+    pub(super) device: CudaDevice,
+    channels: Mutex<Vec<Weak<Channel>>>,
+    closed: Arc<AtomicBool>,
+}
+
+impl Job {
+    pub(super) fn new(link: Arc<Link>, device: CudaDevice) -> Result<Arc<Self>> {
+        let job = Arc::new(Self {
+            link,
+            device,
+            channels: Mutex::default(),
+            closed: Arc::default(),
+        });
+        let (weak, closed) = (Arc::downgrade(&job), Arc::clone(&job.closed));
+        spawn("nccl watchdog", move || {
+            let mut reported = Instant::now();
+            let mut complained = false;
+            while !closed.load(Ordering::Relaxed) {
+                std::thread::sleep(LOOK);
+                let Some(job) = weak.upgrade() else { return };
+                if job.link.failure().get().is_some() {
+                    job.live().iter().for_each(|channel| channel.abort());
+                    // New channels are refused by now, but one may have been in the making.
+                    continue;
+                }
+                let report = reported.elapsed() > REPORT;
+                if report {
+                    reported = Instant::now();
+                }
+                job.look(report, &mut complained);
+            }
+        })?;
+        Ok(job)
+    }
+
+    pub(super) fn watch(&self, channel: &Arc<Channel>) {
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        channels.retain(|channel| channel.strong_count() > 0);
+        channels.push(Arc::downgrade(channel));
+    }
+
+    fn live(&self) -> Vec<Arc<Channel>> {
+        let channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        channels.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    fn look(&self, report: bool, complained: &mut bool) {
+        let channels = self.live();
+        if report {
+            let progress = channels
+                .iter()
+                .map(|channel| (channel.id, channel.issued()))
+                .collect();
+            self.link.report_progress(progress);
+        }
+        for channel in channels {
+            if let Some(error) = channel.error() {
+                self.link.fail(error);
+                return;
+            }
+            if *complained {
+                continue;
+            }
+            if let Some(late) = channel.late(self.link.options().timeout) {
+                *complained = true;
+                let call = format!(
+                    "{} number {} of group {} {:?}",
+                    late.call, late.number, channel.name, channel.ranks
+                );
+                // The hub compares with the others' progress, so it must know this rank's first.
+                self.link
+                    .report_progress(vec![(channel.id, channel.issued())]);
+                self.link
+                    .report_stuck(call, channel.id, late.number, channel.ranks.clone());
+            }
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+}
