@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use bridge_core::LayoutSpec;
 use bridge_core::convert::{ConvertOptions, ExportOptions, export, import, roundtrip};
 use bridge_core::dtype::DType;
+use bridge_core::{Error, LayoutSpec};
 use bridge_models::registry;
-use bridge_tests::{FAMILIES, fixture};
+use bridge_tests::{families, fixture};
 use serde_json::Value;
 
 /// Dtype, shape and bytes of every tensor in a folder's `model*.safetensors`.
@@ -71,7 +71,7 @@ fn there_and_back(hf: &Path, scratch: &Path, options: &ExportOptions) -> std::pa
 
 #[test]
 fn tensors_config_and_companions_come_back_byte_for_byte() {
-    for name in FAMILIES {
+    for name in &families() {
         let scratch = tempfile::tempdir().expect("a temporary folder");
         let back = there_and_back(&fixture(name), scratch.path(), &ExportOptions::default());
         assert_eq!(tensors(&fixture(name)), tensors(&back), "{name}");
@@ -91,8 +91,8 @@ fn tensors_config_and_companions_come_back_byte_for_byte() {
 #[test]
 fn every_legal_layout_gives_the_same_bytes() {
     let scratch = tempfile::tempdir().expect("a temporary folder");
-    let mut tried = 0;
-    for name in FAMILIES {
+    for name in &families() {
+        let mut legal = Vec::new();
         for (tp, pp) in [
             (1, 1),
             (2, 1),
@@ -111,18 +111,24 @@ fn every_legal_layout_gives_the_same_bytes() {
                 Some(scratch.path()),
                 &ConvertOptions::default(),
                 &(),
-            )
-            .unwrap_or_else(|e| panic!("{name} at {layout}: {e}"));
+            );
+            let report = match report {
+                // This model's sizes do not divide so.
+                Err(Error::Layout { .. }) => continue,
+                report => report.unwrap_or_else(|e| panic!("{name} at {layout}: {e}")),
+            };
             assert!(
                 report.passed(),
                 "{name} at {layout}: {:?}",
                 report.mismatches
             );
             assert_eq!(report.tensors, tensors(&fixture(name)).len());
-            tried += 1;
+            legal.push((tp, pp));
+        }
+        for layout in [(1, 1), (2, 1), (1, 2), (2, 2)] {
+            assert!(legal.contains(&layout), "{name}: {layout:?} was refused");
         }
     }
-    assert_eq!(tried, 32);
     assert_eq!(
         fs::read_dir(scratch.path()).expect("the folder").count(),
         0,
