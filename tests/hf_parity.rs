@@ -6,7 +6,7 @@ use std::path::Path;
 use bridge_core::HfConfig;
 use bridge_models::registry;
 use bridge_models::verify::{VerifyOptions, verify};
-use bridge_tests::{FAMILIES, fixture};
+use bridge_tests::{families, fixture};
 use burn_flex::Flex;
 
 /// Compares the model in `hf` with the reference `name`, with the tolerances that users get.
@@ -52,21 +52,21 @@ fn in_hub_spelling(name: &str) -> tempfile::TempDir {
 
 #[test]
 fn every_family_agrees_with_the_reference() {
-    for name in FAMILIES {
+    for name in &families() {
         agrees(&fixture(name), name);
     }
 }
 
 #[test]
 fn every_family_agrees_when_its_config_is_spelt_as_on_the_hub() {
-    for name in FAMILIES {
+    for name in &families() {
         agrees(in_hub_spelling(name).path(), name);
     }
 }
 
 #[test]
 fn both_spellings_are_one_typed_config() {
-    for name in FAMILIES {
+    for name in &families() {
         let typed = |dir: &Path| {
             let config = HfConfig::load(dir).expect("a config");
             registry()
