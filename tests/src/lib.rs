@@ -30,8 +30,10 @@ pub const FAMILIES: &[&str] = &[
     "moonlight",
     "nemotron",
     "nemotron_h",
+    "nemotron_h_moe",
     "olmoe",
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "qwen3_next",
 ];

@@ -1,5 +1,6 @@
 //! The weight names that most families share.
 
+use bridge_core::mapping::{View, ViewError};
 use bridge_core::{DecoderConfig, WeightMap};
 
 /// Everything but the norms around the MLP, which families place differently.
@@ -55,4 +56,10 @@ pub(super) fn sandwich_norm_weights(config: &DecoderConfig) -> WeightMap {
             "layers.{l}.mlp_output_norm.{leaf}",
             "model.layers.{l}.post_feedforward_layernorm.{leaf}",
         )
+}
+
+/// Filters `[channels, taps]` as the weight `[channels, 1, taps]` of a convolution with one filter per channel.
+pub(super) fn one_input_channel(filters: View) -> Result<View, ViewError> {
+    let channels = filters.shape().first().copied().unwrap_or(0);
+    filters.split(0, &[channels, 1])
 }

@@ -35,6 +35,7 @@ pub mod olmoe;
 pub mod qwen2;
 pub mod qwen3;
 pub mod qwen3_moe;
+pub mod qwen3_next;
 mod qwen_windows;
 mod sizes;
 mod spec;
@@ -56,6 +57,7 @@ pub static FAMILIES: &[&FamilySpec] = &[
     &nemotron::SPEC,
     &llama_nemotron::SPEC,
     &nemotron_h::SPEC,
+    &qwen3_next::SPEC,
     &qwen3_moe::SPEC,
     &olmoe::SPEC,
     &deepseek_v2::SPEC,

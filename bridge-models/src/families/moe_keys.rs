@@ -146,6 +146,51 @@ pub(super) fn first_dense(config: &DecoderConfig) -> usize {
     first.unwrap_or(config.layers.len())
 }
 
+/// `mlp_only_layers` and `decoder_sparse_step`: a layer has experts unless it is listed, or its number counted from 1 is
+/// no multiple of the step.
+pub(super) const DENSE_LAYERS: ConfigKey = ConfigKey {
+    key: "mlp_only_layers",
+    read: |keys, config| {
+        let step = keys.size_or("decoder_sparse_step", 1);
+        if step == 0 {
+            keys.problem("decoder_sparse_step is 0, expected at least 1");
+            return;
+        }
+        let dense = layer_numbers(keys, "mlp_only_layers");
+        for (index, layer) in config.layers.iter_mut().enumerate() {
+            if !dense.contains(&index) && (index + 1) % step == 0 {
+                layer.ffn = Ffn::Moe;
+            }
+        }
+    },
+    write: |config| {
+        let dense = config.layers.iter().enumerate();
+        let dense = dense.filter(|(_, layer)| layer.ffn != Ffn::Moe);
+        Some(json!(dense.map(|(index, _)| index).collect::<Vec<_>>()))
+    },
+};
+
+/// Read with `mlp_only_layers`, which new files say everything by.
+pub(super) const SPARSE_STEP: ConfigKey = ConfigKey {
+    key: "decoder_sparse_step",
+    read: |_, _| (),
+    write: |_| Some(json!(1)),
+};
+
+fn layer_numbers(keys: &ConfigReader<'_>, key: &str) -> Vec<usize> {
+    let Some(value) = keys.get(key) else {
+        return Vec::new();
+    };
+    let number = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
+    let numbers = value
+        .as_array()
+        .and_then(|items| items.iter().map(number).collect());
+    numbers.unwrap_or_else(|| {
+        keys.problem(format!("{key} is no list of layer numbers"));
+        Vec::new()
+    })
+}
+
 /// Reads `n_group` and `topk_group`. One group is no grouping.
 pub(super) fn read_groups(
     keys: &ConfigReader<'_>,

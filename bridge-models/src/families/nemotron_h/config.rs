@@ -2,11 +2,12 @@
 
 use bridge_core::DecoderConfig;
 use bridge_core::config::{
-    Activation, AttentionLayer, ConfigReader, Ffn, LayerConfig, LayerRope, MAX_LAYERS,
-    Mamba2Config, Mixer, MlpLayer, NormConfig,
+    Activation, AttentionLayer, ConfigReader, Ffn, GroupScoring, LayerConfig, LayerRope,
+    MAX_LAYERS, Mamba2Config, Mixer, MlpLayer, MoeConfig, NormConfig, RouterScoring,
 };
 
 use crate::families::keys::{BOS, EOS, KEY_VALUE_HEADS, plain_decoder};
+use crate::families::moe_keys::{TOPK_GROUP, n_group, read_groups};
 use crate::families::spec::{ConfigKey, activation, constant, flag, number, size};
 
 pub(super) fn base() -> DecoderConfig {
@@ -29,8 +30,17 @@ pub(super) fn base() -> DecoderConfig {
             chunk_size: 128,
             time_step_min: 0.001,
         }),
+        moe: Some(experts()),
         ..plain
     }
+}
+
+/// Experts of no size behind the family's router.
+pub(super) fn experts() -> MoeConfig {
+    let mut moe = MoeConfig::plain();
+    moe.router.score = RouterScoring::Sigmoid;
+    moe.router.correction_bias = true;
+    moe
 }
 
 /// A key of the Mamba-2 layers: `mamba!(key, field, |keys| value)`.
@@ -45,6 +55,22 @@ macro_rules! mamba {
                 }
             },
             write: |config| config.mamba2.as_ref().map(|mamba2| mamba2.$field.into()),
+        }
+    };
+}
+
+/// A key of the layers with experts, which counts only where there are such: `experts!(key, field, |keys| value)`.
+macro_rules! experts {
+    ($key:literal, $($field:ident).+, $read:expr) => {
+        ConfigKey {
+            key: $key,
+            read: |keys, config| {
+                let read: fn(&ConfigReader<'_>) -> _ = $read;
+                if let Some(moe) = &mut config.moe {
+                    moe.$($field).+ = read(keys);
+                }
+            },
+            write: |config| config.moe.as_ref().map(|moe| moe.$($field).+.into()),
         }
     };
 }
@@ -134,6 +160,55 @@ pub(super) const MAP: &[ConfigKey] = &[
         },
         write: |_| Some("silu".into()),
     },
+    experts!("n_routed_experts", num_experts, |keys| {
+        let count = keys.size_opt("n_routed_experts");
+        count.unwrap_or_else(|| keys.size_or("num_local_experts", 8))
+    }),
+    experts!("num_experts_per_tok", num_experts_per_tok, |keys| keys
+        .size_or("num_experts_per_tok", 2)),
+    experts!("moe_intermediate_size", intermediate_size, |keys| keys
+        .size_or("moe_intermediate_size", 7688)),
+    experts!(
+        "moe_shared_expert_intermediate_size",
+        shared_intermediate_size,
+        |keys| Some(keys.size_or("moe_shared_expert_intermediate_size", 7688))
+    ),
+    experts!("norm_topk_prob", router.normalize, |keys| keys
+        .flag_or("norm_topk_prob", true)),
+    experts!("routed_scaling_factor", router.scaling_factor, |keys| keys
+        .number_or("routed_scaling_factor", 1.0)),
+    ConfigKey {
+        key: "n_group",
+        read: |keys, config| {
+            if config.moe.is_some() {
+                read_groups(keys, config, [1, 1], GroupScoring::SumOfTopTwo);
+            }
+        },
+        write: n_group,
+    },
+    TOPK_GROUP,
+    ConfigKey {
+        key: "moe_latent_size",
+        read: |keys, config| {
+            if config.moe.is_some() && keys.has("moe_latent_size") {
+                keys.problem(
+                    "moe_latent_size is there; experts in a latent space are not supported",
+                );
+            }
+        },
+        write: |_| None,
+    },
+    ConfigKey {
+        key: "num_nextn_predict_layers",
+        read: |keys, _| {
+            if keys.size_or("num_nextn_predict_layers", 0) > 0 {
+                keys.problem(
+                    "num_nextn_predict_layers is above 0; multi-token prediction is not supported in this family",
+                );
+            }
+        },
+        write: |_| None,
+    },
     flag!("tie_word_embeddings", false, tie_word_embeddings),
     number!("initializer_range", initializer_range, 0.02),
     BOS,
@@ -170,6 +245,7 @@ pub(super) fn layer(letter: char) -> Option<LayerConfig> {
             Ffn::None,
         ),
         '-' => (Mixer::None, Ffn::Mlp(MlpLayer::default())),
+        'E' => (Mixer::None, Ffn::Moe),
         _ => return None,
     };
     Some(LayerConfig { mixer, ffn })
@@ -220,16 +296,11 @@ fn read_layers(keys: &ConfigReader<'_>, config: &mut DecoderConfig) {
         ));
         return;
     }
-    let layers = letters.iter().enumerate().filter_map(|(index, letter)| {
-        let layer = layer(*letter);
-        if layer.is_none() {
-            keys.problem(format!(
-                "layer {index} is a mixture of experts, which this family does not run yet"
-            ));
-        }
-        layer
-    });
-    config.layers = layers.collect();
+    if !letters.contains(&'E') {
+        // Files say much of experts also where no layer has any.
+        config.moe = None;
+    }
+    config.layers = letters.into_iter().filter_map(layer).collect();
     config.num_hidden_layers = config.layers.len();
 }
 

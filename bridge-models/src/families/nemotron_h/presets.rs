@@ -3,7 +3,7 @@
 use bridge_core::DecoderConfig;
 use bridge_core::config::Activation;
 
-use super::config::{base, layer};
+use super::config::{base, experts, layer};
 use crate::families::spec::Preset;
 
 pub(super) const ALL: &[Preset] = &[
@@ -38,6 +38,11 @@ pub(super) const ALL: &[Preset] = &[
         config: nemotron_nano_v2_12b,
     },
     Preset {
+        name: "nemotron3_nano_30b_a3b",
+        hub_id: "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+        config: nemotron3_nano_30b_a3b,
+    },
+    Preset {
         name: "nemotron_h_tiny",
         hub_id: "",
         config: tiny,
@@ -50,6 +55,7 @@ const PATTERN_47B: &str = "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-
 const PATTERN_56B: &str = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-\
                            M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-";
 const PATTERN_9B: &str = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-";
+const PATTERN_30B: &str = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME";
 const PATTERN_12B: &str = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-";
 
 /// The dimensions that tell sizes apart.
@@ -65,6 +71,7 @@ struct Size {
 
 fn nemotron_h(size: Size) -> DecoderConfig {
     let mut config = base();
+    config.moe = None;
     config.hidden_size = size.hidden_size;
     config.intermediate_size = size.intermediate_size;
     config.layers = size.pattern.chars().filter_map(layer).collect();
@@ -165,6 +172,31 @@ pub fn nemotron_nano_v2_12b() -> DecoderConfig {
             heads: 40,
             mamba_heads: 128,
             mamba_head_dim: 80,
+            state_size: 128,
+        })
+    }
+}
+
+/// Nemotron 3 Nano 30B, of which 3B work on each token.
+pub fn nemotron3_nano_30b_a3b() -> DecoderConfig {
+    let mut moe = experts();
+    moe.num_experts = 128;
+    moe.num_experts_per_tok = 6;
+    moe.intermediate_size = 1856;
+    moe.shared_intermediate_size = Some(3712);
+    moe.router.normalize = true;
+    moe.router.scaling_factor = 2.5;
+    DecoderConfig {
+        num_key_value_heads: 2,
+        max_position_embeddings: 262_144,
+        moe: Some(moe),
+        ..nemotron_h(Size {
+            pattern: PATTERN_30B,
+            hidden_size: 2688,
+            intermediate_size: 1856,
+            heads: 32,
+            mamba_heads: 64,
+            mamba_head_dim: 64,
             state_size: 128,
         })
     }

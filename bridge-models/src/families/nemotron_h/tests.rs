@@ -15,6 +15,7 @@ fn presets_have_the_published_sizes_and_survive_their_config_file() {
             ("nemotron_h_56b", 56_324_350_464),
             ("nemotron_nano_v2_9b", 8_888_227_328),
             ("nemotron_nano_v2_12b", 12_310_001_152),
+            ("nemotron3_nano_30b_a3b", 31_577_940_288),
         ],
     );
 }
@@ -107,6 +108,8 @@ fn what_cannot_be_read_is_refused() {
 }
 
 #[test]
-fn the_reference_is_matched() {
-    check_reference("nemotron_h");
+fn references_are_matched() {
+    for name in ["nemotron_h", "nemotron_h_moe"] {
+        check_reference(name);
+    }
 }

@@ -1,7 +1,9 @@
 //! The weight map.
 
-use bridge_core::mapping::{Fused, View, ViewError};
+use bridge_core::mapping::Fused;
 use bridge_core::{DecoderConfig, WeightMap};
+
+use crate::families::maps::one_input_channel;
 
 pub(super) fn map(config: &DecoderConfig) -> WeightMap {
     let proj = |leaf: &str| {
@@ -14,6 +16,22 @@ pub(super) fn map(config: &DecoderConfig) -> WeightMap {
         Fused::new(&format!("backbone.layers.{{l}}.mixer.{foreign}"), &parts)
     };
     WeightMap::new()
+        .copy(
+            "layers.{l}.mlp.router.correction_bias",
+            "backbone.layers.{l}.mixer.gate.e_score_correction_bias",
+        )
+        .copy(
+            "layers.{l}.mlp.router.weight",
+            "backbone.layers.{l}.mixer.gate.weight",
+        )
+        .unstacked_experts(
+            "layers.{l}.mlp.experts.{p}_proj.weight",
+            "backbone.layers.{l}.mixer.experts.{e}.{p}_proj.weight",
+        )
+        .copy(
+            "layers.{l}.mlp.shared_expert.{part}.{leaf}",
+            "backbone.layers.{l}.mixer.shared_experts.{part}.{leaf}",
+        )
         .copy("embedding.weight", "backbone.embeddings.weight")
         .copy(
             "layers.{l}.input_norm.weight",
@@ -56,10 +74,4 @@ pub(super) fn map(config: &DecoderConfig) -> WeightMap {
             "embedding.weight",
             config.tie_word_embeddings,
         )
-}
-
-/// Filters `[channels, taps]` as a convolution's weight `[channels, 1, taps]`.
-fn one_input_channel(filters: View) -> Result<View, ViewError> {
-    let channels = filters.shape().first().copied().unwrap_or(0);
-    filters.split(0, &[channels, 1])
 }
