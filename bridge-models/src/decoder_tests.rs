@@ -10,7 +10,7 @@ use burn_flex::Flex;
 use super::*;
 use crate::context::Positions;
 use crate::families::llama::presets::tiny;
-use crate::families::{deepseek_v2, gpt_oss, llama_nemotron, nemotron_h, qwen3_moe};
+use crate::families::{deepseek_v2, gpt_oss, llama_nemotron, nemotron_h, qwen3_moe, qwen3_next};
 use crate::run::loss_and_gradients;
 use crate::{Init, RandomInit};
 
@@ -81,6 +81,10 @@ fn varied() -> Vec<(&'static str, DecoderConfig)> {
         ),
         ("sinks and biases", every_expert(gpt_oss::presets::tiny())),
         ("experts", every_expert(qwen3_moe::presets::tiny())),
+        (
+            "delta net and experts",
+            every_expert(qwen3_next::presets::tiny()),
+        ),
     ]
 }
 

@@ -5,9 +5,7 @@ use bridge_core::config::{Activation, MoeConfig, QkNorm};
 use serde_json::json;
 
 use crate::families::keys::{BOS, EOS, HEAD_DIM, LAYERS, ROPE_SCALING, ROPE_THETA};
-use crate::families::moe_keys::{
-    DENSE_LAYERS, NUM_EXPERTS, SPARSE_STEP, moe_size, normalize,
-};
+use crate::families::moe_keys::{DENSE_LAYERS, NUM_EXPERTS, SPARSE_STEP, moe_size, normalize};
 use crate::families::spec::{ConfigKey, activation, constant, flag, number, size};
 
 pub(super) fn base() -> DecoderConfig {
