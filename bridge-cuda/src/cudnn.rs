@@ -29,7 +29,6 @@ pub(crate) mod kind {
     pub(crate) const REDUCTION: i32 = 21;
     pub(crate) const OPERATION_REDUCTION: i32 = 22;
     pub(crate) const OPERATION_RESHAPE: i32 = 31;
-    pub(crate) const KERNEL_CACHE: i32 = 34;
     #[cfg(test)]
     pub(crate) const DEVICE_PROPERTIES: i32 = 38;
 }
@@ -47,7 +46,6 @@ pub(crate) mod attribute {
     pub(crate) const PLAN_HANDLE: i32 = 400;
     pub(crate) const PLAN_ENGINE_CONFIG: i32 = 401;
     pub(crate) const PLAN_WORKSPACE_SIZE: i32 = 402;
-    pub(crate) const PLAN_KERNEL_CACHE: i32 = 406;
     #[cfg(test)]
     pub(crate) const PLAN_DEVICE: i32 = 407;
     pub(crate) const OPERATION_POINTWISE: i32 = 750;
@@ -59,7 +57,6 @@ pub(crate) mod attribute {
     pub(crate) const OPERATION_POINTWISE_T: i32 = 758;
     pub(crate) const GRAPH_HANDLE: i32 = 800;
     pub(crate) const GRAPH_OPERATIONS: i32 = 801;
-    pub(crate) const GRAPH_DYNAMIC_SHAPE: i32 = 803;
     pub(crate) const TENSOR_ALIGNMENT: i32 = 900;
     pub(crate) const TENSOR_DATA_TYPE: i32 = 901;
     pub(crate) const TENSOR_DIMENSIONS: i32 = 902;
@@ -86,7 +83,6 @@ pub(crate) mod attribute {
     pub(crate) const OPERATION_REDUCTION: i32 = 1612;
     pub(crate) const OPERATION_RESHAPE_X: i32 = 2200;
     pub(crate) const OPERATION_RESHAPE_Y: i32 = 2201;
-    pub(crate) const KERNEL_CACHE_GRAPH: i32 = 2400;
     #[cfg(test)]
     pub(crate) const DEVICE_PROPERTIES_JSON: i32 = 2702;
 }

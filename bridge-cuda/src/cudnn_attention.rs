@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn_backend::DType;
 
-use crate::cudnn::{Api, Descriptor, Raw};
+use crate::cudnn::{Api, Raw};
 use crate::cudnn_graph::{
     Element, Four, Graph, Node, Plan, Pointwise, Reduction, Target, packed, transposed,
 };
@@ -26,6 +26,8 @@ pub(crate) struct Problem {
     pub(crate) batch: i64,
     pub(crate) queries: i64,
     pub(crate) keys: i64,
+    /// Keys that there is room for in every batch entry of k, v and their gradients.
+    pub(crate) room: i64,
     pub(crate) heads: i64,
     pub(crate) key_heads: i64,
     pub(crate) d: i64,
@@ -88,39 +90,15 @@ pub(crate) enum Pass {
     },
 }
 
-/// What one compiled kernel serves: a problem without its batch and lengths.
-type Family = (Element, [i64; 4], [bool; 5]);
-
 impl Problem {
     /// Makes this problem, of packed tensors, one of `documents` packed documents of at most `longest` tokens.
     pub(crate) fn pack(&mut self, documents: i64, longest: i64) {
         self.packed = true;
         self.batch = documents;
-        (self.queries, self.keys) = (longest, longest);
+        (self.queries, self.keys, self.room) = (longest, longest, longest);
         for strides in [&mut self.q, &mut self.k, &mut self.v] {
             strides[0] = longest * strides[1];
         }
-    }
-
-    /// Whether the kernel compiled for this problem serves other lengths. Backward engines cannot do that, and forward a
-    /// kernel compiled for lengths that fill whole tiles gave wrong results for others (cuDNN 9.19 on an H100); packed
-    /// documents always check their lengths.
-    fn shares_kernels(&self, pass: Pass) -> bool {
-        self.packed && pass == Pass::Forward
-    }
-
-    fn family(&self) -> Family {
-        (
-            self.element,
-            [self.heads, self.key_heads, self.d, self.dv],
-            [
-                self.softcap.is_some(),
-                self.last.is_some(),
-                self.first.is_some(),
-                self.sinks,
-                self.packed,
-            ],
-        )
     }
 
     fn q_sizes(&self) -> Four {
@@ -137,6 +115,11 @@ impl Problem {
 
     fn v_sizes(&self) -> Four {
         [self.batch, self.key_heads, self.keys, self.dv]
+    }
+
+    /// Strides of the packed gradient of keys or values.
+    fn with_room(&self, [batch, heads, _, columns]: Four) -> Four {
+        by_sequence([batch, heads, self.room, columns])
     }
 
     fn score_sizes(&self) -> Four {
@@ -334,8 +317,8 @@ impl Problem {
         let lse = self.rows(graph, packing)?;
         // Gradients lie packed, and so at the same positions as packed inputs; the caller sees to it that they are.
         let dq = graph.ragged(q_sizes, by_sequence(q_sizes), element, packing.q)?;
-        let dk = graph.ragged(k_sizes, by_sequence(k_sizes), element, packing.k)?;
-        let dv = graph.ragged(v_sizes, by_sequence(v_sizes), element, packing.v)?;
+        let dk = graph.ragged(k_sizes, self.with_room(k_sizes), element, packing.k)?;
+        let dv = graph.ragged(v_sizes, self.with_room(v_sizes), element, packing.v)?;
 
         // rowsum(dout out), kept in memory between cuDNN's kernels.
         let both = graph.inner(out_sizes, by_sequence(out_sizes), Element::F32)?;
@@ -443,13 +426,7 @@ pub(crate) struct Served {
 }
 
 /// Makes the plan of a pass over a problem.
-fn plan(
-    api: &'static Api,
-    pass: Pass,
-    problem: &Problem,
-    target: Target,
-    cache: Option<&mut Option<Descriptor>>,
-) -> Result<Served> {
+fn plan(api: &'static Api, pass: Pass, problem: &Problem, target: Target) -> Result<Served> {
     let mut graph = Graph::new(api);
     let nodes = match pass {
         Pass::Forward => problem.forward(&mut graph)?,
@@ -457,19 +434,17 @@ fn plan(
     };
     Ok(Served {
         tensors: nodes.iter().map(|node| node.id).collect(),
-        plan: graph.plan(target, cache)?,
+        plan: graph.plan(target)?,
     })
 }
 
 /// What is kept of a problem: its plan, or why there is none.
 type Kept = std::result::Result<Arc<Served>, String>;
 
-#[derive(Default)]
-struct Plans {
-    by_problem: HashMap<(Pass, Problem), Kept>,
-    /// Compiled kernels that serve problems of every length.
-    kernels: HashMap<Family, Option<Descriptor>>,
-}
+/// Plans by problem. cuDNN could share one compiled kernel among lengths, but in 9.19 on an H100 a kernel compiled for one
+/// length gave wrong results for another, for whole and for packed batches. What it compiles it keeps by itself, so that
+/// another length costs a twentieth of the first one's second.
+type Plans = HashMap<(Pass, Problem), Kept>;
 
 /// cuDNN on one device.
 pub(crate) struct Dnn {
@@ -522,7 +497,7 @@ impl Dnn {
 
     /// The plan of a pass over a problem, or why cuDNN does not serve it.
     pub(crate) fn plan(&self, pass: Pass, problem: &Problem) -> Kept {
-        if let Some(kept) = self.plans().by_problem.get(&(pass, *problem)) {
+        if let Some(kept) = self.plans().get(&(pass, *problem)) {
             return kept.clone();
         }
         let known_wrong = self.known_wrong(pass, problem);
@@ -531,16 +506,13 @@ impl Dnn {
             Err(reason)
         } else {
             let target = Target::Handle(self.handle);
-            let cache = problem
-                .shares_kernels(pass)
-                .then(|| plans.kernels.entry(problem.family()).or_default());
             self.gpu
                 .bind()
-                .and_then(|()| plan(self.api, pass, problem, target, cache))
+                .and_then(|()| plan(self.api, pass, problem, target))
                 .map(Arc::new)
                 .map_err(|error| error.to_string())
         };
-        plans.by_problem.insert((pass, *problem), kept.clone());
+        plans.insert((pass, *problem), kept.clone());
         kept
     }
 

@@ -380,16 +380,9 @@ impl Graph {
 
     /// The plan of the engine that cuDNN's heuristics prefer.
     ///
-    /// With `cache`, a plan is not compiled anew when the cache has seen the same operations in another size. The cache
-    /// is made when it is empty.
-    ///
     /// # Errors
     /// No engine takes the graph; the text says why the last one did not.
-    pub(crate) fn plan(
-        self,
-        target: Target,
-        cache: Option<&mut Option<Descriptor>>,
-    ) -> Result<Plan> {
+    pub(crate) fn plan(self, target: Target) -> Result<Plan> {
         let api = self.api;
         let graph = Descriptor::new(api, kind::GRAPH)?;
         graph.set(
@@ -403,9 +396,6 @@ impl Graph {
             }
             #[cfg(test)]
             Target::Described(_) => {}
-        }
-        if cache.is_some() {
-            graph.set(attribute::GRAPH_DYNAMIC_SHAPE, value::BOOLEAN, &[true])?;
         }
         let graph = graph.finalize("the graph")?;
 
@@ -429,15 +419,6 @@ impl Graph {
         if configs.is_empty() {
             return Err(refusal);
         }
-        let cache = match cache {
-            Some(slot) if slot.is_none() => {
-                let new = Descriptor::new(api, kind::KERNEL_CACHE)?;
-                new.link(attribute::KERNEL_CACHE_GRAPH, graph.raw())?;
-                Some(slot.insert(new.finalize("a kernel cache")?).raw())
-            }
-            Some(slot) => slot.as_ref().map(Descriptor::raw),
-            None => None,
-        };
         for config in configs {
             let plan = Descriptor::new(api, kind::PLAN)?;
             plan.link(attribute::PLAN_ENGINE_CONFIG, config.raw())?;
@@ -447,9 +428,6 @@ impl Graph {
                 }
                 #[cfg(test)]
                 Target::Described(device) => plan.link(attribute::PLAN_DEVICE, device)?,
-            }
-            if let Some(cache) = cache {
-                plan.link(attribute::PLAN_KERNEL_CACHE, cache)?;
             }
             match plan.finalize("a plan") {
                 Ok(plan) => {

@@ -2,7 +2,7 @@
 //! driver's library, though no GPU; without it, only the graphs are checked.
 
 use super::*;
-use crate::cudnn::{attribute, kind, value};
+use crate::cudnn::{Descriptor, attribute, kind, value};
 use crate::library::Library;
 
 /// What cuDNN reports of an H100.
@@ -25,6 +25,7 @@ fn causal(
         batch,
         queries,
         keys,
+        room: keys,
         heads,
         key_heads,
         d,
@@ -156,7 +157,6 @@ fn an_h100_serves_what_models_need() {
     if !driver {
         println!("the graphs are checked but no plans are made: the driver's library is missing");
     }
-    let mut kernels: HashMap<Family, Option<Descriptor>> = HashMap::new();
     for (name, problem) in problems() {
         for pass in [
             Pass::Forward,
@@ -186,11 +186,8 @@ fn an_h100_serves_what_models_need() {
                 nodes.unwrap_or_else(|error| panic!("{name}, {pass:?}: {error}"));
                 continue;
             }
-            let cache = problem
-                .shares_kernels(pass)
-                .then(|| kernels.entry(problem.family()).or_default());
             let start = std::time::Instant::now();
-            let served = plan(api, pass, &problem, Target::Described(device.raw()), cache)
+            let served = plan(api, pass, &problem, Target::Described(device.raw()))
                 .unwrap_or_else(|error| panic!("{name}, {pass:?}: {error}"));
             println!(
                 "{name}, {pass:?}: {} bytes of workspace, {:.0} ms",

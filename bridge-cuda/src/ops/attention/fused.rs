@@ -15,8 +15,8 @@ use crate::tensor::CudaTensor;
 /// longer than the attention.
 const FEWEST_QUERIES: usize = 64;
 /// Batches whose length is not a multiple of this are put as packed documents, one a row: plans for those serve every
-/// length up to the next power of two, where each other length would take a plan of its own, compiled in half a second.
-const PLANNED_LENGTH: usize = 512;
+/// length up to the next power of two, where each other length would take a plan of its own.
+const PLANNED_LENGTH: usize = 128;
 /// Most scratch memory, in bytes, that deterministic gradients may take; cuDNN keeps a gradient of every score for them.
 const MOST_WORKSPACE: usize = 1 << 30;
 
@@ -265,6 +265,7 @@ fn problem(
         batch: sizes.batch as i64,
         queries,
         keys,
+        room: sizes.t as i64,
         heads: sizes.heads as i64,
         key_heads: sizes.kv_heads as i64,
         d: sizes.d as i64,
