@@ -128,6 +128,10 @@ impl<B: Ops> Moe<B> {
             routing.weights =
                 auxiliary.attach(tape, &self.name, &self.spec, &logits, &routing, ctx);
         }
+        // Recomputation runs a layer first without a record, and must then drop the same assignments.
+        if let Some(auxiliary) = ctx.auxiliary() {
+            routing.experts = auxiliary.within_capacity(&routing, self.num_experts);
+        }
         let parallel = &self.expert_parallel;
         let experts = parallel.own_assignments(routing.experts, self.num_experts);
         let order = ExpertOrder::new(experts, self.num_experts);
