@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bridge_ops::{
-    BalanceLoss, DType, Float, Ops, Param, RouterLossSpec, RouterLosses, RouterSpec, Routing, Tape,
-    Var, float_from_f32, to_f32_vec, with_router_losses,
+    BalanceLoss, DType, DropPolicy, Float, Int, Ops, Param, RouterLossSpec, RouterLosses,
+    RouterSpec, Routing, Tape, Var, drop_over_capacity, expert_capacity, float_from_f32,
+    to_f32_vec, with_router_losses,
 };
 use bridge_parallel::ExpertParallel;
 
@@ -37,6 +38,17 @@ pub struct AuxiliaryOptions {
     pub router_z: f64,
     /// Factor of the mean of the multi-token prediction losses.
     pub mtp: f64,
+    /// A limit on the tokens of an expert; `None` drops none.
+    pub capacity: Option<Capacity>,
+}
+
+/// A limit on how many tokens of a micro-batch an expert takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Capacity {
+    /// The limit, as a multiple of an equal share.
+    pub factor: f64,
+    /// Which assignments stay.
+    pub policy: DropPolicy,
 }
 
 impl Default for AuxiliaryOptions {
@@ -46,6 +58,7 @@ impl Default for AuxiliaryOptions {
             scope: BalanceScope::MicroBatch,
             router_z: 0.0,
             mtp: 0.0,
+            capacity: None,
         }
     }
 }
@@ -148,6 +161,23 @@ impl<B: Ops> AuxiliaryLosses<B> {
             with_router_losses(tape, &routing.weights, logits, &routing.experts, &spec);
         self.note(name, share, losses);
         weights
+    }
+
+    /// The assignments of one router, `num_experts` in the place of those that are dropped.
+    pub(crate) fn within_capacity(&self, routing: &Routing<B>, num_experts: usize) -> Int<B> {
+        let experts = routing.experts.clone();
+        let Some(Capacity { factor, policy }) = self.options.capacity else {
+            return experts;
+        };
+        let shape = routing.weights.shape();
+        let capacity = expert_capacity(factor, shape[0], shape[1], num_experts);
+        drop_over_capacity::<B>(
+            experts,
+            routing.weights.value(),
+            num_experts,
+            capacity,
+            policy,
+        )
     }
 
     fn counts_so_far(&self, name: &str) -> Option<Float<B>> {
@@ -354,6 +384,29 @@ mod tests {
         // The same tokens twice are as balanced as once.
         let once = step(&model, Some(options), "final_norm.weight").1;
         assert!((report.balance.unwrap() - once.balance.unwrap()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_capacity_of_all_changes_nothing_and_one_of_none_takes_the_experts_out() {
+        let model = model(qwen3_moe::presets::tiny());
+        let options = |factor| AuxiliaryOptions {
+            capacity: Some(Capacity {
+                factor,
+                policy: DropPolicy::Weight,
+            }),
+            ..AuxiliaryOptions::default()
+        };
+        let down = "layers.2.mlp.experts.down_proj.weight";
+        let (plain, _, loss) = step(&model, None, down);
+        // Three of eight experts per token: at eight thirds of its share an expert takes every token.
+        let (roomy, _, same_loss) = step(&model, Some(options(8.0 / 3.0)), down);
+        assert_eq!((roomy, same_loss), (plain.clone(), loss));
+        let (tight, report, other_loss) = step(&model, Some(options(0.5)), down);
+        assert!(tight != plain && other_loss != loss);
+        // Load is what the router asked for.
+        assert_eq!(report.load[2].counts.iter().sum::<f32>(), 42.0);
+        let (none, ..) = step(&model, Some(options(0.0)), down);
+        assert!(none.iter().all(|gradient| *gradient == 0.0));
     }
 
     #[test]

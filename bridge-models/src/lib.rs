@@ -34,7 +34,7 @@ pub mod verify;
 pub mod weights;
 
 pub use auxiliary::{
-    AuxiliaryLosses, AuxiliaryOptions, AuxiliaryReport, BalanceScope, ExpertLoad,
+    AuxiliaryLosses, AuxiliaryOptions, AuxiliaryReport, BalanceScope, Capacity, ExpertLoad,
     update_correction_biases,
 };
 pub use context::{

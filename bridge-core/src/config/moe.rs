@@ -150,7 +150,6 @@ impl MoeConfig {
         if self.shared_expert_gate && self.shared_intermediate_size.is_none() {
             problems.push("a gate of the shared expert without a shared expert".to_owned());
         }
-        let mut reach = experts;
         if let Some(groups) = &self.router.groups {
             let RouterGroups {
                 n_group,
@@ -165,13 +164,11 @@ impl MoeConfig {
                 problems.push(format!(
                     "topk_group is {topk_group}, expected 1 to n_group={n_group}"
                 ));
-            } else {
-                reach = experts / n_group * topk_group;
             }
         }
-        if top_k == 0 || top_k > reach {
+        if top_k == 0 || top_k > experts {
             problems.push(format!(
-                "num_experts_per_tok is {top_k}, expected 1 to the {reach} experts that are searched"
+                "num_experts_per_tok is {top_k}, expected 1 to the {experts} experts"
             ));
         }
         let clamp = self.clamped_swiglu;

@@ -130,6 +130,10 @@ impl<B: Ops> Moe<B> {
                 tape, &self.name, &self.spec, &logits, &routing, ctx, parallel,
             );
         }
+        // Recomputation runs a layer first without a record, and must then drop the same assignments.
+        if let Some(auxiliary) = ctx.auxiliary() {
+            routing.experts = auxiliary.within_capacity(&routing, self.num_experts);
+        }
         let experts = parallel.own_assignments(routing.experts, self.num_experts);
         let order = ExpertOrder::new(experts, self.num_experts);
         let rows = permute(tape, &tokens, &order); // [tokens * k, hidden]

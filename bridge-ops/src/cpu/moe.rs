@@ -9,7 +9,7 @@ use super::threads::{SharedMut, num_parts, part, run_jobs};
 use super::{fast_path, pool};
 use crate::data::int_from_i64;
 use crate::moe::permute::sort_on_host;
-use crate::moe::router::SUM_FLOOR;
+use crate::moe::router::{SUM_FLOOR, select};
 use crate::moe::{GroupScore, RouterGroups, RouterOutput, RouterScore, RouterSpec, SortedExperts};
 use crate::primitive::dims;
 
@@ -69,10 +69,17 @@ fn route_token(
     if let Some(groups) = &spec.groups {
         leave_best_groups(choice, groups);
     }
-    for slot in chosen.iter_mut() {
-        let best = argmax(choice);
-        choice[best] = f32::NEG_INFINITY;
-        *slot = best as i64;
+    let filled_up = spec.fills_up(choice.len());
+    if filled_up {
+        for (slot, expert) in chosen.iter_mut().zip(select(choice, spec.top_k)) {
+            *slot = expert as i64;
+        }
+    } else {
+        for slot in chosen.iter_mut() {
+            let best = argmax(choice);
+            choice[best] = f32::NEG_INFINITY;
+            *slot = best as i64;
+        }
     }
     let picked = chosen.iter().map(|&expert| logits[expert as usize]);
     match (spec.score, spec.normalize) {
@@ -100,6 +107,13 @@ fn route_token(
             if normalize {
                 let sum = weights.iter().sum::<f32>() + SUM_FLOOR;
                 weights.iter_mut().for_each(|w| *w /= sum);
+            }
+        }
+    }
+    if filled_up && spec.score == RouterScore::Softmax {
+        for (w, expert) in weights.iter_mut().zip(chosen.iter()) {
+            if choice[*expert as usize] == f32::NEG_INFINITY {
+                *w = 0.0;
             }
         }
     }

@@ -10,6 +10,7 @@
 //!
 //! What orders the rows is an [`ExpertOrder`]. Auxiliary losses of the router are in [`router_loss`].
 
+mod capacity;
 pub(crate) mod grouped_linear;
 pub(crate) mod permute;
 pub(crate) mod router;
@@ -18,6 +19,7 @@ mod router_loss;
 #[cfg(test)]
 mod tests;
 
+pub use capacity::{DropPolicy, drop_over_capacity, expert_capacity};
 pub use grouped_linear::grouped_linear;
 pub use permute::{ExpertOffsets, ExpertOrder, SortedExperts, permute, unpermute};
 pub use router::{GroupScore, RouterGroups, RouterOutput, RouterScore, RouterSpec, Routing, route};

@@ -7,14 +7,20 @@
 //! w = scale p[experts]                  or, normalised, scale p[experts] / sum p[experts]
 //! ```
 //!
+//! Where the groups that are searched hold fewer than k experts, the reference implementations fill up with experts from
+//! outside: with softmax at weight 0, with sigmoid at their own weight, in whatever order their library's selection
+//! leaves equal scores. [`select`] leaves them in that order, so that such a model, which nobody would train but a test
+//! may make up, gives the reference's numbers.
+//!
 //! A normalised softmax is the softmax over the k chosen logits, which is how it is computed. Sources: Qwen3-MoE and
 //! OLMoE (softmax), gpt-oss (softmax after the choice), DeepSeek-V2 (arXiv 2405.04434, groups by their best expert),
 //! DeepSeek-V3 (arXiv 2412.19437, sigmoid, correction bias, groups by the sum of their best two).
 
 use burn::tensor::{IndexingUpdateOp, Int as IntKind, Tensor, activation};
+use burn_backend::DType;
 
 use crate::ops::Ops;
-use crate::primitive::{Float, Int, float, tensor, to_f32};
+use crate::primitive::{Float, Int, float, tensor, to_dtype, to_f32};
 use crate::tape::{Tape, Var};
 
 /// Keeps a sum of sigmoids from being a divisor of zero, as in the reference implementations.
@@ -98,7 +104,17 @@ pub fn route<B: Ops>(
     let RouterOutput { weights, experts } =
         B::router_forward(logits.value(), correction_bias, spec);
     let (logits_value, chosen, spec) = (logits.value(), experts.clone(), *spec);
+    // An expert from outside the groups has the constant weight 0.
+    let constant = spec.fills_up(logits.shape()[1]) && spec.score == RouterScore::Softmax;
+    let kept = constant.then(|| {
+        let weights = tensor::<B, 2>(weights.clone());
+        float::<B, 2>(weights.not_equal_elem(0.0).float())
+    });
     let weights = tape.record(weights, &[logits], move |dweights| {
+        let dweights = match kept {
+            Some(kept) => B::mul(dweights, to_dtype::<B>(kept, DType::F32)),
+            None => dweights,
+        };
         vec![Some(B::router_backward(
             logits_value,
             chosen,
@@ -114,23 +130,82 @@ fn check(logits: &[usize], spec: &RouterSpec) {
     let &[_, experts] = logits else {
         panic!("route: logits have shape {logits:?}, expected [tokens, experts]");
     };
-    let reach = match spec.groups {
-        None => experts,
-        Some(RouterGroups {
-            groups, top_groups, ..
-        }) => {
-            assert!(
-                groups > 0 && experts.is_multiple_of(groups) && (1..=groups).contains(&top_groups),
-                "route: {experts} experts in {groups} groups of which {top_groups} are searched"
-            );
-            experts / groups * top_groups
-        }
-    };
+    if let Some(RouterGroups {
+        groups, top_groups, ..
+    }) = spec.groups
+    {
+        assert!(
+            groups > 0 && experts.is_multiple_of(groups) && (1..=groups).contains(&top_groups),
+            "route: {experts} experts in {groups} groups of which {top_groups} are searched"
+        );
+    }
     assert!(
-        (1..=reach).contains(&spec.top_k),
-        "route: {} experts per token out of {reach}",
+        (1..=experts).contains(&spec.top_k),
+        "route: {} experts per token out of {experts}",
         spec.top_k
     );
+}
+
+impl RouterSpec {
+    /// Whether the groups that are searched hold fewer experts than a token is given.
+    pub(crate) fn fills_up(&self, experts: usize) -> bool {
+        self.groups
+            .is_some_and(|rule| experts / rule.groups.max(1) * rule.top_groups < self.top_k)
+    }
+}
+
+/// The indices of the `k` largest scores, in no particular order, ties as `std::nth_element` of GNU's C++ library leaves
+/// them, with which PyTorch selects on a CPU (Musser 1997, "Introspective Sorting and Selection Algorithms").
+pub(crate) fn select(scores: &[f32], k: usize) -> Vec<usize> {
+    let mut items: Vec<(f32, usize)> = scores.iter().copied().zip(0..).collect();
+    let before = |a: (f32, usize), b: (f32, usize)| a.0 > b.0;
+    let (mut first, mut last) = (0, items.len());
+    while last - first > 3 {
+        // The median of three goes to the front, and the rest is parted around it.
+        let (a, b, c) = (first + 1, first + (last - first) / 2, last - 1);
+        let (x, y, z) = (items[a], items[b], items[c]);
+        let median = if before(x, y) {
+            if before(y, z) {
+                b
+            } else if before(x, z) {
+                c
+            } else {
+                a
+            }
+        } else if before(x, z) {
+            a
+        } else if before(y, z) {
+            c
+        } else {
+            b
+        };
+        items.swap(first, median);
+        let pivot = items[first];
+        let (mut low, mut high) = (first + 1, last);
+        let cut = loop {
+            while before(items[low], pivot) {
+                low += 1;
+            }
+            high -= 1;
+            while before(pivot, items[high]) {
+                high -= 1;
+            }
+            if low >= high {
+                break low;
+            }
+            items.swap(low, high);
+            low += 1;
+        };
+        if cut < k {
+            first = cut;
+        } else {
+            last = cut;
+        }
+    }
+    // Insertion sort, which leaves equal ones as they are.
+    items[first..last].sort_by(|a, b| b.0.total_cmp(&a.0));
+    items.truncate(k);
+    items.into_iter().map(|(_, index)| index).collect()
 }
 
 pub(crate) fn portable<B: Ops>(
@@ -148,7 +223,11 @@ pub(crate) fn portable<B: Ops>(
         Some(groups) => within_groups(choice, &groups),
         None => choice,
     };
-    let (_, experts) = choice.topk_with_indices(spec.top_k, 1);
+    let (chosen, experts) = if spec.fills_up(logits.dims()[1]) {
+        filled_up::<B>(choice, spec.top_k)
+    } else {
+        choice.topk_with_indices(spec.top_k, 1)
+    };
     let weights = match (spec.score, spec.normalize) {
         (RouterScore::Softmax, true) => activation::softmax(logits.gather(1, experts.clone()), 1),
         (RouterScore::Sigmoid, true) => {
@@ -158,10 +237,28 @@ pub(crate) fn portable<B: Ops>(
         }
         (_, false) => scores.gather(1, experts.clone()),
     };
+    let weights = match spec.score {
+        RouterScore::Softmax => weights.mask_fill(chosen.equal_elem(f32::NEG_INFINITY), 0.0),
+        RouterScore::Sigmoid => weights,
+    };
     RouterOutput {
         weights: float(weights.mul_scalar(spec.scale)),
         experts: experts.into_primitive(),
     }
+}
+
+/// [`select`] for every token: the chosen scores and their experts, [tokens, k] each.
+fn filled_up<B: Ops>(choice: Tensor<B, 2>, top_k: usize) -> (Tensor<B, 2>, Tensor<B, 2, IntKind>) {
+    let ([tokens, experts], device) = (choice.dims(), choice.device());
+    let scores = crate::data::to_f32_vec::<B>(float(choice.clone()));
+    let chosen: Vec<i64> = scores
+        .chunks(experts)
+        .flat_map(|scores| select(scores, top_k))
+        .map(|expert| expert as i64)
+        .collect();
+    let chosen = crate::data::int_from_i64::<B>(&chosen, &[tokens, top_k], &device);
+    let chosen = Tensor::<B, 2, IntKind>::from_primitive(chosen);
+    (choice.gather(1, chosen.clone()), chosen)
 }
 
 fn scores<B: Ops>(logits: Tensor<B, 2>, score: RouterScore) -> Tensor<B, 2> {

@@ -97,6 +97,38 @@ fn routing_gradients_match_autodiff() {
 }
 
 #[test]
+fn experts_from_outside_fill_up_groups_that_are_too_small() {
+    let rule = RouterGroups {
+        groups: 4,
+        top_groups: 1,
+        score: GroupScore::Max,
+    };
+    for score in [RouterScore::Softmax, RouterScore::Sigmoid] {
+        let spec = RouterSpec {
+            top_k: 5,
+            ..spec(score, false, Some(rule))
+        };
+        let found = Flex::router_forward(logits(37), None, &spec);
+        let expected = router::portable::<Flex>(logits(37), None, &spec);
+        let experts = to_i64_vec::<Flex>(found.experts.clone());
+        assert_eq!(experts, to_i64_vec::<Flex>(expected.experts));
+        assert_close("weights", &found.weights, &expected.weights, ROUNDING);
+        let weights = to_f32_vec::<Flex>(found.weights);
+        for (experts, weights) in experts.chunks(5).zip(weights.chunks(5)) {
+            let distinct: std::collections::BTreeSet<_> = experts.iter().collect();
+            assert_eq!(distinct.len(), 5);
+            let counted = weights.iter().filter(|w| **w > 0.0).count();
+            assert_eq!(counted, if score == RouterScore::Softmax { 3 } else { 5 });
+        }
+    }
+    // What numpy's and PyTorch's library makes of ties: torch.topk(x, 3, sorted=False) of these on a CPU.
+    let inf = f32::NEG_INFINITY;
+    let mut found = router::select(&[inf, inf, 0.3, 0.9, inf, inf, inf, inf], 3);
+    found.sort_unstable();
+    assert_eq!(found, [2, 3, 6]);
+}
+
+#[test]
 fn groups_and_bias_sway_the_choice_and_nothing_else() {
     // Two groups of three. By their best expert the first wins, by their best two the second.
     let logits = float_from_f32::<Flex>(&[2.0, -5.0, -5.0, 1.0, 1.5, -5.0], &[1, 6], &DEVICE);
