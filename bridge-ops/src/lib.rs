@@ -86,8 +86,8 @@ pub use linear_cross_entropy::{
     tokens_per_piece,
 };
 pub use moe::{
-    BalanceLoss, CountsAcross, DropPolicy, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups, RouterLossSpec,
-    RouterLosses, RouterOutput, RouterScore, RouterSpec, Routing, SortedExperts,
+    BalanceLoss, CountsAcross, DropPolicy, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups,
+    RouterLossSpec, RouterLosses, RouterOutput, RouterScore, RouterSpec, Routing, SortedExperts,
     drop_over_capacity, expert_capacity, grouped_linear, permute, route, unpermute,
     with_router_losses,
 };
