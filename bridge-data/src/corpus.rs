@@ -52,7 +52,7 @@ mod tests {
         assert!(
             chapters
                 .iter()
-                .all(|chapter| chapter.len() > 200 && chapter.ends_with(|c| c == '\n'))
+                .all(|chapter| chapter.len() > 200 && chapter.ends_with('\n'))
         );
         assert_eq!(chapters.join("\n\n"), text());
     }

@@ -68,8 +68,7 @@ impl GlobalBatchSampler {
     ) -> Result<Vec<Vec<u64>>> {
         let round = self
             .micro_batch_size
-            .checked_mul(self.data_parallel_size)
-            .unwrap_or(usize::MAX);
+            .saturating_mul(self.data_parallel_size);
         if global_batch_size == 0 || !global_batch_size.is_multiple_of(round) {
             return Err(DataError::BadOption {
                 option: "global_batch_size",

@@ -19,7 +19,7 @@ pub(crate) fn train_bpe<'a>(
 ) -> Result<Tokenizer> {
     let special = byte_level::SPECIAL.len();
     let bad = |reason: String| TokenizerError::BadTraining { vocab_size, reason };
-    if vocab_size < byte_level::VOCAB_SIZE || vocab_size > 1 << 24 {
+    if !(byte_level::VOCAB_SIZE..=1 << 24).contains(&vocab_size) {
         return Err(bad(format!(
             "it must lie between {} (256 bytes and {special} special tokens) and 16777216",
             byte_level::VOCAB_SIZE

@@ -21,6 +21,9 @@ use crate::signals::StopFlag;
 use crate::sources::{load_tokenizer, load_training_data};
 use crate::trainer::{Trainer, TrainerOptions};
 
+/// How `transformers` is to generate text with a model.
+const GENERATION_CONFIG_FILE: &str = "generation_config.json";
+
 /// What a run needs beside its configuration.
 pub struct PretrainContext<'a, B: Ops> {
     /// Where it computes.
@@ -199,6 +202,15 @@ fn checkpoint_store(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Result<Ch
     for (name, bytes) in tokenizer_files(tokenizer)? {
         store = store.with_file(format!("{HF_DIR}/{name}"), bytes);
     }
+    // How text is to be generated is no part of any section, so it is passed on as it came.
+    let generation = config.model.hf_dir.as_ref();
+    if let Some(path) = generation
+        .map(|dir| dir.join(GENERATION_CONFIG_FILE))
+        .filter(|p| p.is_file())
+    {
+        let bytes = std::fs::read(&path).map_err(|source| Error::io("read", &path, source))?;
+        store = store.with_file(format!("{HF_DIR}/{GENERATION_CONFIG_FILE}"), bytes);
+    }
     Ok(store)
 }
 
@@ -208,7 +220,10 @@ fn hf_config_json(config: &ResolvedConfig) -> Result<Vec<u8>> {
     if model.hf_dir.is_some() {
         return Ok(model.hf_config.raw().to_vec());
     }
-    let json = model.bridge.hf_config(&model.decoder)?;
+    let mut json = model.bridge.hf_config(&model.decoder)?;
+    // Master weights are fp32; an export in another type changes this.
+    json.entry("torch_dtype")
+        .or_insert_with(|| "float32".into());
     Ok(HfConfig::from_json(json, "the model's config.json")
         .raw()
         .to_vec())

@@ -37,3 +37,8 @@ pub const FAMILIES: &[&str] = &[
     "qwen3_moe",
     "qwen3_next",
 ];
+
+/// The Rust in the README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

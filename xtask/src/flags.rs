@@ -165,7 +165,7 @@ pub(crate) fn byte_size(text: &str) -> Result<u64, String> {
         .parse::<f64>()
         .map_err(|_| format!("{text:?} is no size; write it as 5GB, 500MB or 2GiB"))?
         * scale;
-    if value >= 1.0 && value < 1e18 {
+    if (1.0..1e18).contains(&value) {
         Ok(value as u64)
     } else {
         Err(format!("{text:?} is no size between 1 byte and 10^18"))

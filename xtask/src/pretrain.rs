@@ -186,14 +186,15 @@ fn tell(config: &ResolvedConfig, trained: &Trained, report: Report) -> Result {
     let tensorboard = exists(reports.join("tensorboard"));
     let plot = exists(reports.join("loss.png"));
 
-    let loss = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |v| format!("{v:.4}"));
-    report.text(format!(
-        "step {}: loss {}, evaluation loss {}, {:.0} tokens/s",
-        summary.iteration,
-        loss(summary.last_loss),
-        loss(summary.last_eval_loss),
-        summary.tokens_per_s()
-    ))?;
+    let known = |what: &str, value: Option<f64>| value.map(|v| format!("{what} {v:.4}"));
+    let speed = (summary.tokens > 0).then(|| format!("{:.0} tokens/s", summary.tokens_per_s()));
+    let facts = [
+        known("loss", summary.last_loss),
+        known("evaluation loss", summary.last_eval_loss),
+        speed,
+    ];
+    let facts: Vec<String> = facts.into_iter().flatten().collect();
+    report.text(format!("step {}: {}", summary.iteration, facts.join(", ")))?;
     for (what, path) in [
         ("checkpoint", &checkpoint),
         ("metrics", &metrics),

@@ -501,6 +501,99 @@ fn a_full_disk_leaves_nothing_behind() {
 }
 
 #[test]
+fn damaged_native_checkpoints_are_refused() {
+    type Damage = fn(&Path);
+    let cases: [(Damage, &str); 7] = [
+        (
+            |dir| fs::remove_file(dir.join("model/rank_00000.safetensors")).expect("removed"),
+            "rank_00000.safetensors",
+        ),
+        (
+            |dir| {
+                let path = dir.join("model/rank_00000.safetensors");
+                let bytes = fs::read(&path).expect("weights");
+                fs::write(&path, &bytes[..bytes.len() / 2]).expect("truncated");
+            },
+            "rank_00000.safetensors",
+        ),
+        (
+            |dir| fs::remove_file(dir.join("index.json")).expect("removed"),
+            "index.json",
+        ),
+        (
+            |dir| fs::write(dir.join("index.json"), "{").expect("written"),
+            "index.json",
+        ),
+        (
+            |dir| {
+                edit_json(&dir.join("index.json"), |v| {
+                    v["groups"]["model"]["final_norm.weight"]["pieces"][0]["file"] =
+                        json!("model/../../../x.safetensors")
+                })
+            },
+            "final_norm.weight",
+        ),
+        (
+            |dir| {
+                edit_json(&dir.join("index.json"), |v| {
+                    v["groups"]["model"]["final_norm.weight"]["pieces"] = json!([])
+                })
+            },
+            "final_norm.weight",
+        ),
+        (
+            |dir| {
+                edit_json(&dir.join("index.json"), |v| {
+                    v["groups"]["model"]
+                        .as_object_mut()
+                        .expect("tensors")
+                        .remove("layers.1.mlp.up_proj.weight");
+                })
+            },
+            "layers.1.mlp.up_proj.weight",
+        ),
+    ];
+    for (damage, word) in cases {
+        let bench = single();
+        let (hf, native) = (bench.hf(), bench.path("native"));
+        xtask(&format!("import --hf {} --out {}", arg(&hf), arg(&native))).ok();
+        damage(&support::latest(&native));
+        let out = bench.path("out");
+        xtask(&format!(
+            "export --checkpoint {} --out {}",
+            arg(&native),
+            arg(&out)
+        ))
+        .fails(2, &[word]);
+        xtask(&format!(
+            "generate --checkpoint {} --prompt-ids 1,2,3 --max-new-tokens 2",
+            arg(&native)
+        ))
+        .fails(2, &[word]);
+        assert_eq!(bench.entries(), ["hf", "native"], "{word}");
+    }
+}
+
+#[test]
+fn a_save_that_fails_keeps_the_checkpoint_before_it() {
+    let bench = Workbench::empty();
+    let run = bench.path("run");
+    finish(support::pretrain(&run, &["train.train_iters=2"])).ok();
+    let before = support::native_tensors(&support::latest(&run));
+    // Files may not grow beyond 50 kB now; the weights take more.
+    let more = support::pretrain(&run, &["train.train_iters=4"]);
+    let mut command = surroundings(Command::new("sh"));
+    command.args(["-c", "trap '' XFSZ; ulimit -f 50; exec \"$0\" \"$@\""]);
+    command.arg(BRIDGE).args(more.get_args());
+    finish(command).fails(3, &[]);
+    assert!(support::latest(&run).ends_with("iter_0000002"));
+    assert!(support::native_tensors(&support::latest(&run)) == before);
+    // With room again, the run goes on as if nothing had been.
+    finish(support::pretrain(&run, &["train.train_iters=4"])).ok();
+    assert!(support::latest(&run).ends_with("iter_0000004"));
+}
+
+#[test]
 fn unreadable_folders_and_files_are_named() {
     let bench = Workbench::new("llama2");
     // Root reads everything, so where tests run as root the binary runs as nobody, from a place that nobody can reach.

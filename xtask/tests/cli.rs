@@ -402,7 +402,7 @@ fn text_becomes_a_dataset_that_can_be_inspected_and_trained_on() {
         .map(|i| format!("{{\"text\": \"Sentence number {i}, and some more words.\"}}"))
         .collect();
     fs::write(&text, lines.join("\n")).expect("written");
-    let data = bench.path("data");
+    let data = bench.path("made/here/data");
     let args = [
         "data",
         "preprocess",
@@ -438,7 +438,7 @@ fn text_becomes_a_dataset_that_can_be_inspected_and_trained_on() {
     xtask(&format!(
         "data preprocess --input {} --output {} --tokenizer byte",
         arg(&text),
-        arg(&bench.path("bad"))
+        arg(&bench.path("bad/data"))
     ))
     .fails(2, &["text.jsonl", "1"]);
     assert!(

@@ -63,8 +63,9 @@ fn micro_batches_do_not_change_the_loss() {
     }
 }
 
-#[test]
-fn an_interrupted_run_saves_exits_130_and_continues_exactly() {
+/// Stops a run with `signal`, and continues it to its end.
+#[track_caller]
+fn stops_gracefully(signal: &str) {
     let bench = Workbench::empty();
     let (whole, stopped) = (bench.path("whole"), bench.path("stopped"));
     let steps = ["train.train_iters=200", "scheduler.lr_decay_iters=200"];
@@ -88,7 +89,7 @@ fn an_interrupted_run_saves_exits_130_and_continues_exactly() {
     let pid = child.id().to_string();
     assert!(
         Command::new("kill")
-            .args(["-INT", &pid])
+            .args([signal, &pid])
             .status()
             .expect("kill runs")
             .success()
@@ -108,6 +109,16 @@ fn an_interrupted_run_saves_exits_130_and_continues_exactly() {
 
     finish(pretrain(&stopped, &steps)).ok();
     same_weights_and_state(&whole, &stopped);
+}
+
+#[test]
+fn an_interrupted_run_saves_exits_130_and_continues_exactly() {
+    stops_gracefully("-INT");
+}
+
+#[test]
+fn a_terminated_run_saves_exits_130_and_continues_exactly() {
+    stops_gracefully("-TERM");
 }
 
 #[test]

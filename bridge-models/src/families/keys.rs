@@ -69,11 +69,15 @@ pub(super) const QUERY_SCALAR: ConfigKey = ConfigKey {
     read: |keys, config| {
         config.attention_scale = Some(keys.number_or("query_pre_attn_scalar", 256.0).powf(-0.5))
     },
-    // Published values are whole numbers; the rounding undoes that of the square root.
+    // Published values are whole numbers, and transformers takes nothing else; the rounding undoes that of the square
+    // root.
     write: |config| {
-        config
-            .attention_scale
-            .map(|scale| json!((scale.powi(-2) * 1e6).round() / 1e6))
+        let scalar = (config.attention_scale?.powi(-2) * 1e6).round() / 1e6;
+        Some(if scalar.fract() == 0.0 && scalar < 2f64.powi(53) {
+            json!(scalar as u64)
+        } else {
+            json!(scalar)
+        })
     },
 };
 

@@ -40,7 +40,8 @@ pub(super) fn compare(
             tolerances,
         );
         // NaN counts as worst.
-        if worst.is_none_or(|(known, _)| !(difference <= known) && !known.is_nan()) {
+        let worse = |known: f64| difference > known || (difference.is_nan() && !known.is_nan());
+        if worst.is_none_or(|(known, _)| worse(known)) {
             worst = Some((difference, name));
         }
     }

@@ -395,7 +395,7 @@ impl Sections {
         }
         let has_folder = self.tokenizer.path.is_some() || model.is_none_or(|m| m.hf_dir.is_some());
         problems.require(self.tokenizer.kind != TokenizerKind::HuggingFace || has_folder, "tokenizer.path", || {
-            "must be set: the folder with tokenizer.json (or set tokenizer.kind to bytes or bpe)".into()
+            "must be set: the folder with tokenizer.json (or set tokenizer.kind to bytes, bpe or null)".into()
         });
         let needs_text = matches!(data.source, DataSource::Corpus | DataSource::Text);
         problems.require(

@@ -69,20 +69,16 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     let cp_before = copy_time(&source, &copy)?;
     let progress = ConversionProgress::new()?;
     let (import_s, import_peak) = phase(|| {
-        Ok(drop(import(
-            &source,
-            &native,
-            &registry,
-            &options(),
-            &progress,
-        )?))
+        let _: () = drop(import(&source, &native, &registry, &options(), &progress)?);
+        Ok(())
     })?;
     let (export_s, export_peak) = phase(|| {
         let how = ExportOptions {
             convert: options(),
             ..ExportOptions::default()
         };
-        Ok(drop(export(&native, &back, &registry, &how, &progress)?))
+        let _: () = drop(export(&native, &back, &registry, &how, &progress)?);
+        Ok(())
     })?;
     drop(progress);
     let cp_after = copy_time(&source, &copy)?;

@@ -1,13 +1,16 @@
 //! `data pack`: documents to windows of equal length, once and for all.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bridge_data::indexed::WrittenDataset;
 use bridge_data::{
-    Dataset, GptDataset, GptOptions, IGNORE_INDEX, IndexedDataset, IndexedWriter, TokenSource,
+    Dataset, GptDataset, GptOptions, IGNORE_INDEX, IndexedDataset, IndexedWriter, TokenDtype,
+    TokenSource,
 };
 use serde_json::json;
 
+use super::in_new_folder;
 use crate::failure::{Failure, Result};
 use crate::progress::ByteProgress;
 use crate::report::Report;
@@ -48,8 +51,28 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         ..GptOptions::new(args.seq_length, args.seed)
     };
     let windows = GptDataset::new(Arc::new(dataset), documents, options)?;
+    let written = in_new_folder(&args.output, || pack(&windows, &args.output, dtype))?;
+    let left_out = windows
+        .tokens()
+        .saturating_sub(written.documents * args.seq_length as u64 + 1);
+    report.text(format!(
+        "{}: {} windows of {} tokens; {left_out} tokens at the end fill no window",
+        written.prefix.display(),
+        written.documents,
+        args.seq_length + 1
+    ))?;
+    report.json(&json!({
+        "prefix": written.prefix,
+        "windows": written.documents,
+        "tokens": written.tokens,
+        "tokens_left_out": left_out,
+    }))
+}
+
+/// Writes every window that is full.
+fn pack(windows: &GptDataset, output: &Path, dtype: TokenDtype) -> Result<WrittenDataset> {
     let count = windows.samples_per_epoch();
-    let mut writer = IndexedWriter::create(&args.output, dtype)?;
+    let mut writer = IndexedWriter::create(output, dtype)?;
     let progress = ByteProgress::new("packing");
     for index in 0..count {
         let sample = windows.sample(index)?;
@@ -67,21 +90,5 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         }
         progress.update(index + 1, count, "windows");
     }
-    drop(progress);
-    let written = writer.finish()?;
-    let left_out = windows
-        .tokens()
-        .saturating_sub(written.documents * args.seq_length as u64 + 1);
-    report.text(format!(
-        "{}: {} windows of {} tokens; {left_out} tokens at the end fill no window",
-        written.prefix.display(),
-        written.documents,
-        args.seq_length + 1
-    ))?;
-    report.json(&json!({
-        "prefix": written.prefix,
-        "windows": written.documents,
-        "tokens": written.tokens,
-        "tokens_left_out": left_out,
-    }))
+    Ok(writer.finish()?)
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use bridge_data::preprocess::{PreprocessOptions, TextDocuments, preprocess};
 use serde_json::json;
 
+use super::in_new_folder;
 use crate::failure::Result;
 use crate::model::tokenizer;
 use crate::progress::ByteProgress;
@@ -75,8 +76,10 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     let started = Instant::now();
     let written = {
         let shown = ByteProgress::new("tokenizing");
-        preprocess(&options, &tokenizer, &mut |p| {
-            shown.update(p.bytes, p.total_bytes, "")
+        in_new_folder(&options.output_prefix, || {
+            Ok(preprocess(&options, &tokenizer, &mut |p| {
+                shown.update(p.bytes, p.total_bytes, "")
+            })?)
         })?
     };
     let seconds = started.elapsed().as_secs_f64();

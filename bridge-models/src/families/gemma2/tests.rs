@@ -30,6 +30,14 @@ fn caps_are_on_unless_null() {
 }
 
 #[test]
+fn a_whole_query_scalar_is_written_as_the_integer_that_transformers_demands() {
+    let config = presets::tiny();
+    let json = written(&SPEC, &config);
+    assert_eq!(json["query_pre_attn_scalar"], json!(40));
+    assert_eq!(parse(&SPEC, json).unwrap(), config);
+}
+
+#[test]
 fn every_second_layer_slides_unless_the_file_says_which() {
     let windows = |json: &Value| {
         let config = parse(&SPEC, json.clone()).unwrap();
