@@ -137,6 +137,22 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// Whether what the user gave is at fault, and not the machine (a full disk, a failing one).
+    pub fn is_input(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => matches!(
+                source.kind(),
+                std::io::ErrorKind::NotFound
+                    | std::io::ErrorKind::PermissionDenied
+                    | std::io::ErrorKind::NotADirectory
+                    | std::io::ErrorKind::IsADirectory
+            ),
+            Self::Loader { .. } => false,
+            Self::Tokenizer(error) => error.is_input(),
+            _ => true,
+        }
+    }
+
     pub(crate) fn io(
         action: &'static str,
         path: impl Into<PathBuf>,

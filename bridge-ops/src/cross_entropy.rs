@@ -247,8 +247,8 @@ mod tests {
             let part = |x: Float<Flex>, range: &std::ops::Range<usize>| {
                 float(tensor::<Flex, 2>(x).narrow(1, range.start, range.len()))
             };
-            let mut exps = vec![0.0f64; 5];
-            let mut target_logits = vec![0.0f64; 5];
+            let mut exps = [0.0f64; 5];
+            let mut target_logits = [0.0f64; 5];
             for range in &parts {
                 let local: Vec<i64> = TARGETS
                     .iter()

@@ -115,6 +115,9 @@ pub enum TokenizerError {
         /// Why it cannot be.
         reason: String,
     },
+    /// A conversation without a message, of which most templates would make nothing at all.
+    #[error("the conversation is empty; a chat template needs at least one message")]
+    EmptyConversation,
     /// The tokenizer has no chat template.
     #[error(
         "the tokenizer in {place} has no chat template{named}; add a chat_template.jinja to its folder or pass a template"
@@ -136,6 +139,20 @@ pub enum TokenizerError {
 }
 
 impl TokenizerError {
+    /// Whether what the user gave is at fault, and not the machine (a full disk, a failing one).
+    pub fn is_input(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => matches!(
+                source.kind(),
+                std::io::ErrorKind::NotFound
+                    | std::io::ErrorKind::PermissionDenied
+                    | std::io::ErrorKind::NotADirectory
+                    | std::io::ErrorKind::IsADirectory
+            ),
+            _ => true,
+        }
+    }
+
     pub(crate) fn io(
         action: &'static str,
         path: impl Into<PathBuf>,

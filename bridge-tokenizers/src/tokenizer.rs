@@ -353,8 +353,11 @@ impl Tokenizer {
     /// the result: encode it with [`SpecialTokens::Omit`].
     ///
     /// # Errors
-    /// If there is no template, or the template refuses the conversation.
+    /// If the conversation is empty, there is no template, or the template refuses the conversation.
     pub fn render_chat(&self, request: &ChatRequest) -> Result<RenderedChat> {
+        if request.messages.is_empty() {
+            return Err(TokenizerError::EmptyConversation);
+        }
         let for_tools = request
             .tools
             .is_some()

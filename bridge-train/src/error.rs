@@ -190,9 +190,8 @@ impl Error {
             Error::NonFinite { .. } | Error::Plot { .. } => false,
             Error::Core(error) => error.is_input(),
             Error::Model(error) => error.is_input(),
-            Error::Data(bridge_data::DataError::Io { source, .. }) => names_something_wrong(source),
-            Error::Data(bridge_data::DataError::Loader { .. }) => false,
-            Error::Data(_) | Error::Tokenizer(_) => true,
+            Error::Data(error) => error.is_input(),
+            Error::Tokenizer(error) => error.is_input(),
         }
     }
 

@@ -125,8 +125,10 @@ macro_rules! blame_by_is_input {
 
 blame_by_is_input!(
     bridge_core::checkpoint::CheckpointError,
+    bridge_data::DataError,
     bridge_hub::Error,
     bridge_models::Error,
+    bridge_tokenizers::TokenizerError,
     bridge_train::Error
 );
 
@@ -136,30 +138,6 @@ impl From<bridge_core::Error> for Failure {
             bridge_core::Error::Cancelled => Cause::Interrupted,
             error if error.is_input() => Cause::Input,
             _ => Cause::Running,
-        };
-        Self::new(cause, error.into())
-    }
-}
-
-impl From<bridge_tokenizers::TokenizerError> for Failure {
-    fn from(error: bridge_tokenizers::TokenizerError) -> Self {
-        Self::new(Cause::Input, error.into())
-    }
-}
-
-impl From<bridge_data::DataError> for Failure {
-    fn from(error: bridge_data::DataError) -> Self {
-        use std::io::ErrorKind;
-        let cause = match &error {
-            bridge_data::DataError::Io { source, .. } => match source.kind() {
-                ErrorKind::NotFound
-                | ErrorKind::PermissionDenied
-                | ErrorKind::NotADirectory
-                | ErrorKind::IsADirectory => Cause::Input,
-                _ => Cause::Running,
-            },
-            bridge_data::DataError::Loader { .. } => Cause::Running,
-            _ => Cause::Input,
         };
         Self::new(cause, error.into())
     }

@@ -112,7 +112,7 @@ fn models_and_recipes_are_listed() {
         xtask("models show llama")
             .ok()
             .stdout
-            .contains("layers.{l}.attention.q_proj.weight")
+            .contains("model.layers.*.self_attn.q_proj.weight")
     );
     let recipes = xtask("recipes list").ok().stdout;
     for name in ["tiny_llama", "smollm2_135m", "llama32_1b", "llama3_8b"] {
@@ -411,32 +411,41 @@ fn text_becomes_a_dataset_that_can_be_inspected_and_trained_on() {
         "--output",
         arg(&data),
         "--tokenizer",
-        "byte",
+        "bytes",
         "--json",
     ];
     let result = bridge(&args).ok().json();
     assert_eq!(result["documents"], 200);
-    let inspected = xtask(&format!("data inspect --data {} --json", arg(&data)))
+    // A prefix holds a dataset for each key of the JSON objects.
+    let data = std::path::Path::new(result["datasets"][0]["prefix"].as_str().expect("a prefix"));
+    assert_eq!(data, bench.path("made/here/data_text_document"));
+    let inspected = xtask(&format!("data inspect --data {} --json", arg(data)))
         .ok()
         .json();
     assert_eq!(inspected["documents"], 200);
     assert_eq!(inspected["tokens"], result["tokens"]);
     let shown = xtask(&format!(
-        "data inspect --data {} --tokenizer byte --document 3",
-        arg(&data)
+        "data inspect --data {} --tokenizer bytes --document 3",
+        arg(data)
     ))
     .ok()
     .stdout;
     assert!(shown.contains("Sentence number 3"), "{shown}");
-    let path = format!("data.data_path=[{:?}]", arg(&data));
+    let path = format!("data.data_path=[{:?}]", arg(data));
     finish(pretrain(
         &bench.path("run"),
-        &["train.train_iters=2", "data.source=indexed", &path],
+        &[
+            "train.train_iters=2",
+            "data.source=indexed",
+            &path,
+            "tokenizer.kind=bytes",
+            "model.vocab_size=260",
+        ],
     ))
     .ok();
     fs::write(&text, "{\"text\": 3}\n").expect("written");
     xtask(&format!(
-        "data preprocess --input {} --output {} --tokenizer byte",
+        "data preprocess --input {} --output {} --tokenizer bytes",
         arg(&text),
         arg(&bench.path("bad/data"))
     ))

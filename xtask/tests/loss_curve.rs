@@ -7,11 +7,11 @@ use support::{Workbench, finish, losses, pretrain};
 /// A model without any idea has a loss of ln(vocabulary).
 const UNIFORM: f64 = 5.5;
 /// Letter frequencies alone give about 3.0 nats a byte for English prose; pairs of letters about 2.4. A run this short
-/// lands between the two. Measured: 2.47 for the seed below.
-const LEARNT: f64 = 2.7;
+/// passes both. Measured: 2.17 for the seed below.
+const LEARNT: f64 = 2.4;
 
 #[test]
-fn two_hundred_steps_on_the_bundled_text_pass_letter_frequencies() {
+fn two_hundred_steps_on_the_bundled_text_pass_pairs_of_letters() {
     let bench = Workbench::empty();
     let dir = bench.path("run");
     let overrides = [
@@ -20,6 +20,11 @@ fn two_hundred_steps_on_the_bundled_text_pass_letter_frequencies() {
         "train.micro_batch_size=8",
         "data.seq_length=64",
         "train.seed=7",
+        "optimizer.lr=1e-2",
+        "model.initializer_range=0.1",
+        // The numbers above are nats a byte.
+        "tokenizer.kind=bytes",
+        "model.vocab_size=260",
     ];
     finish(pretrain(&dir, &overrides)).ok();
     let losses: Vec<f64> = losses(&dir).into_values().collect();

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use minijinja::value::{Kwargs, Rest, Value};
-use minijinja::{Environment, Error, ErrorKind, State};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Rest, Serde, Value};
+use minijinja::{Environment, Error, ErrorKind};
 
 use super::generation::{self, Marker};
 use super::{ChatRequest, RenderedChat, json, python};
@@ -36,7 +37,7 @@ pub(super) fn render(
         .template_from_str(rewritten.as_deref().unwrap_or(source))
         .map_err(|error| explain(&error))?;
     let text = template
-        .render(Value::from_serialize(&variables))
+        .render(Value::from(Serde(&variables)))
         .map_err(|error| explain(&error))?;
     Ok(match marker {
         None => RenderedChat {
@@ -94,8 +95,11 @@ fn with_reasoning(message: &serde_json::Value) -> serde_json::Value {
 
 fn environment(now: Option<SystemTime>) -> Environment<'static> {
     let mut env = Environment::new();
-    env.set_trim_blocks(true);
-    env.set_lstrip_blocks(true);
+    let syntax = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build();
+    env.set_syntax(syntax.expect("the engine's own delimiters are valid"));
     env.set_fuel(Some(FUEL));
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.set_formatter(|out, _state, value| {
@@ -141,12 +145,7 @@ fn explain(error: &Error) -> String {
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-fn tojson(
-    _state: &State,
-    value: Value,
-    positional: Rest<Value>,
-    kwargs: Kwargs,
-) -> Result<Value, Error> {
+fn tojson(value: Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     let option = |index: usize, name: &str| -> Result<Value, Error> {
         match positional.get(index) {
             Some(value) => Ok(value.clone()),

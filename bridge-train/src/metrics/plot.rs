@@ -137,6 +137,7 @@ fn draw(history: &History, title: &str, path: &Path) -> Result<(), String> {
     }
     chart
         .configure_series_labels()
+        .legend_area_size(38)
         .position(SeriesLabelPosition::UpperRight)
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
