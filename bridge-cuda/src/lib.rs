@@ -36,6 +36,7 @@ mod reduce;
 mod scan;
 mod sort;
 mod staging;
+mod stream;
 mod tensor;
 mod view;
 
@@ -48,4 +49,5 @@ pub use nvrtc::{SOURCES, compile};
 pub use ops::{AdamWTensor, AttentionPath, adamw_step_many, sum_squares_many};
 pub use pool::MemoryStats;
 pub use probe::{GpuInfo, LibraryInfo, Report, probe};
+pub use stream::SideStream;
 pub use tensor::CudaTensor;

@@ -97,16 +97,27 @@ impl CudaTensor {
     /// A packed tensor whose content is arbitrary.
     #[track_caller]
     pub(crate) fn empty(gpu: &'static Gpu, shape: &[usize], dtype: DType) -> Self {
+        let device = CudaDevice {
+            ordinal: gpu.ordinal,
+        };
+        Self::uninitialized(device, shape, dtype).or_panic()
+    }
+
+    /// A packed tensor whose content is arbitrary, for a library that fills it.
+    ///
+    /// # Errors
+    /// The device cannot be opened, or has no memory left.
+    pub fn uninitialized(device: CudaDevice, shape: &[usize], dtype: DType) -> Result<Self> {
+        let gpu = Gpu::get(device.ordinal)?;
         let dtype = storage_dtype(dtype);
         let bytes = shape.iter().product::<usize>() * dtype.size();
-        let buffer = Arc::new(Buffer::new(gpu, bytes).or_panic());
-        Self {
-            buffer,
+        Ok(Self {
+            buffer: Arc::new(Buffer::new(gpu, bytes)?),
             offset: 0,
             shape: shape.to_vec(),
             strides: packed_strides(shape),
             dtype,
-        }
+        })
     }
 
     /// A packed tensor of zeros.
@@ -187,7 +198,7 @@ impl CudaTensor {
     }
 
     /// Whether the elements lie one after the other in row-major order.
-    pub(crate) fn is_packed(&self) -> bool {
+    pub fn is_packed(&self) -> bool {
         let mut expected = 1;
         for (&size, &stride) in self.shape.iter().zip(&self.strides).rev() {
             if size != 1 && stride != expected {
@@ -199,13 +210,13 @@ impl CudaTensor {
     }
 
     /// Whether no other tensor shares the buffer, so that it may be written in place.
-    pub(crate) fn is_unique(&self) -> bool {
+    pub fn is_unique(&self) -> bool {
         Arc::strong_count(&self.buffer) == 1
     }
 
     /// This tensor if it is packed, else a packed copy.
     #[track_caller]
-    pub(crate) fn packed(&self) -> Self {
+    pub fn packed(&self) -> Self {
         if self.is_packed() {
             self.with_packed_strides()
         } else {

@@ -12,6 +12,7 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::tensor::Tensor;
+use burn_backend::{DType, TensorMetadata};
 
 use crate::ops::Ops;
 use crate::param::Param;
@@ -44,6 +45,11 @@ impl<B: Ops> Var<B> {
     /// The shape.
     pub fn shape(&self) -> Vec<usize> {
         dims(&self.value)
+    }
+
+    /// The number format.
+    pub fn dtype(&self) -> DType {
+        self.value.dtype()
     }
 
     /// The value as a Burn tensor of rank `D`.

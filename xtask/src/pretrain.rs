@@ -4,16 +4,15 @@ use std::path::{Path, PathBuf};
 
 use bridge_core::Registry;
 use bridge_models::generate::{GenerateOptions, Sampling, generate};
-use bridge_ops::Ops;
 use bridge_tokenizers::{SpecialTokens, TokenizerKind};
 use bridge_train::callback::{StopReason, Summary};
-use bridge_train::config::{ConfigLayers, Platform, ResolveContext, ResolvedConfig, resolve};
+use bridge_train::config::{ConfigLayers, ResolveContext, ResolvedConfig, resolve};
 use bridge_train::metrics::Console;
 use bridge_train::signals::StopFlag;
 use bridge_train::{PretrainContext, PretrainOutcome, pretrain};
 use serde_json::json;
 
-use crate::backend::{OnBackend, dispatch};
+use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
 use crate::flags::{BackendFlags, hugging_face_folder};
 use crate::report::Report;
@@ -92,7 +91,6 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         config: &config,
         registry: &registry,
         name: &name,
-        backend: args.backend,
     };
     let trained = dispatch(args.backend, work)?;
     tell(&config, &trained, report)?;
@@ -115,22 +113,18 @@ struct Pretrain<'a> {
     config: &'a ResolvedConfig,
     registry: &'a Registry,
     name: &'a str,
-    backend: BackendFlags,
 }
 
 impl OnBackend for Pretrain<'_> {
     type Output = Trained;
 
-    fn run<B: Ops>(self, device: B::Device) -> Result<Trained> {
+    fn run<B: Machine>(self, device: B::Device) -> Result<Trained> {
         let hf_folder =
             |source: &str| hugging_face_folder(source).map_err(|failure| failure.text());
         let mut console = Console::new(self.config.logging.log_interval);
         let context = PretrainContext::<B> {
             device,
-            platform: Platform {
-                backend: self.backend.backend.as_str(),
-                ..Platform::cpu()
-            },
+            platform: B::platform(),
             registry: self.registry,
             hf_folder: &hf_folder,
             name: self.name,

@@ -2,7 +2,7 @@
 
 mod convert;
 mod generate;
-mod memory;
+pub(crate) mod memory;
 mod ops;
 mod synthetic;
 mod train;
