@@ -5,7 +5,8 @@
 // Definitions: TYPE (x, y, dy, dx), WEIGHT (w), VECTOR (elements a thread moves at once), PACKS (packs of a row a thread
 // owns, for backward), OFFSET (0, or 1 when the weight is stored as its difference from one). x, dy: [rows, n] packed.
 // Computed in float. Forward: one block per row. Backward: a fixed grid of blocks walks the rows; each keeps its sum of dw
-// in registers and writes it to partial: [gridDim.x, n], which a column sum finishes, so results repeat exactly.
+// in registers and writes it to partial: [gridDim.x, n], which a column sum finishes, so results repeat exactly. Where
+// `so_far` is not null, it is added to dx, and may be dx.
 // Source: Zhang and Sennrich 2019. Launcher: src/ops/norm.rs.
 #include "common.cuh"
 
@@ -31,7 +32,7 @@ extern "C" __global__ void forward(T* y, const T* x, const W* w, i64 n, float ep
     }
 }
 
-extern "C" __global__ void backward(T* dx, float* partial, const T* x, const W* w, const T* dy, i64 rows, i64 n, float eps) {
+extern "C" __global__ void __launch_bounds__(512) backward(T* dx, float* partial, const T* x, const W* w, const T* dy, const T* so_far, i64 rows, i64 n, float eps) {
     float dw[PACKS][VECTOR], scale[PACKS][VECTOR];
     #pragma unroll
     for (int c = 0; c < PACKS; c++) {
@@ -45,7 +46,7 @@ extern "C" __global__ void backward(T* dx, float* partial, const T* x, const W* 
         }
     }
     for (i64 row = blockIdx.x; row < rows; row += gridDim.x) {
-        Pack<T, VECTOR> px[PACKS], pg[PACKS];
+        Pack<T, VECTOR> px[PACKS], pg[PACKS], ps[PACKS];
         float squares = 0, products = 0;
         #pragma unroll
         for (int c = 0; c < PACKS; c++) {
@@ -53,6 +54,7 @@ extern "C" __global__ void backward(T* dx, float* partial, const T* x, const W* 
             if (i < n) {
                 px[c] = load_pack<T, VECTOR>(x + row * n + i);
                 pg[c] = load_pack<T, VECTOR>(dy + row * n + i);
+                if (so_far) ps[c] = load_pack<T, VECTOR>(so_far + row * n + i);
                 #pragma unroll
                 for (int k = 0; k < VECTOR; k++) {
                     float v = load(px[c].at[k]);
@@ -73,7 +75,8 @@ extern "C" __global__ void backward(T* dx, float* partial, const T* x, const W* 
                 for (int k = 0; k < VECTOR; k++) {
                     float normed = (float)load(px[c].at[k]) * r, g = load(pg[c].at[k]);
                     dw[c][k] += g * normed;
-                    px[c].at[k] = store<T>(r * (g * scale[c][k] - normed * mean));
+                    float d = r * (g * scale[c][k] - normed * mean);
+                    px[c].at[k] = store<T>(so_far ? (float)load(ps[c].at[k]) + d : d);
                 }
                 store_pack(dx + row * n + i, px[c]);
             }

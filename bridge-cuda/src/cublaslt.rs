@@ -29,7 +29,7 @@ pub(crate) struct Layout {
     pub(crate) batch_stride: i64,
 }
 
-/// A product `D = op(A) op(B) + beta * D (+ bias)`, column-major, as cuBLASLt sees it.
+/// A product `D = op(A) op(B) + beta * C (+ bias)`, column-major, as cuBLASLt sees it. C lies like D.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Product {
     pub(crate) a: Layout,
@@ -38,17 +38,18 @@ pub(crate) struct Product {
     pub(crate) transpose_b: bool,
     pub(crate) d: Layout,
     pub(crate) batch: usize,
-    /// Adds to `d` instead of overwriting it.
+    /// Adds C, which may be D.
     pub(crate) accumulate: bool,
     /// Type of the bias added to every column, if there is one.
     pub(crate) bias: Option<DType>,
 }
 
-/// Addresses of a product's operands. `bias` is 0 when there is none.
+/// Addresses of a product's operands. `c` is read only by a product that accumulates; `bias` is 0 when there is none.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Operands {
     pub(crate) a: u64,
     pub(crate) b: u64,
+    pub(crate) c: u64,
     pub(crate) d: u64,
     pub(crate) bias: u64,
 }
@@ -58,7 +59,9 @@ pub(crate) struct Operands {
 struct Key {
     product: Product,
     /// Largest power of two, up to 256, that divides each address.
-    alignment: [u32; 3],
+    alignment: [u32; 4],
+    /// Whether C is D.
+    in_place: bool,
     tf32: bool,
 }
 
@@ -137,7 +140,8 @@ impl Blas {
         let tf32 = product.a.dtype == DType::F32 && self.tf32.load(Ordering::Relaxed);
         Key {
             product: *product,
-            alignment: [alignment(at.a), alignment(at.b), alignment(at.d)],
+            alignment: [at.a, at.b, at.c, at.d].map(alignment),
+            in_place: at.c == at.d,
             tf32,
         }
     }
@@ -145,7 +149,7 @@ impl Blas {
     /// Queues a product.
     ///
     /// # Safety
-    /// The operands must be device memory that the layouts fit in; `d` must not overlap the others.
+    /// The operands must be device memory that the layouts fit in; `d` must not overlap the others, unless it is `c`.
     pub(crate) unsafe fn run(&self, product: &Product, at: &Operands) -> Result<()> {
         let key = self.key(product, at);
         let mut plans = self
@@ -198,7 +202,7 @@ impl Blas {
                 at.b as *const c_void,
                 plan.b,
                 beta.pointer(),
-                at.d as *const c_void,
+                at.c as *const c_void,
                 plan.d,
                 at.d as *mut c_void,
                 plan.d,
@@ -364,11 +368,11 @@ impl Blas {
                 size_of::<usize>(),
             );
             check("cublasLtMatmulPreferenceSetAttribute", status, what)?;
-            let [a, b, d] = key.alignment;
+            let [a, b, c, d] = key.alignment;
             for (attribute, alignment) in [
                 (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
                 (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
-                (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),
+                (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
                 (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
             ] {
                 let pointer = std::ptr::from_ref(&alignment).cast();

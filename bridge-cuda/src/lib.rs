@@ -46,7 +46,7 @@ pub use error::{Error, Result};
 pub use library::Library;
 pub use matmul::{allow_tf32, tune};
 pub use nvrtc::{SOURCES, compile};
-pub use ops::{AdamWTensor, AttentionPath, adamw_step_many, sum_squares_many};
+pub use ops::AttentionPath;
 pub use pool::MemoryStats;
 pub use probe::{GpuInfo, LibraryInfo, Report, probe};
 pub use stream::SideStream;

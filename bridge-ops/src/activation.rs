@@ -112,10 +112,12 @@ impl FromStr for Activation {
 /// `y = act(x)`, elementwise.
 pub fn activation<B: Ops>(tape: &Tape<B>, x: &Var<B>, activation: Activation) -> Var<B> {
     let output = B::activation_forward(x.value(), activation);
+    let input = x.saved();
+    let y = tape.record(output, &[x], move |dy| {
+        vec![Some(B::activation_backward(input.get(), dy, activation))]
+    });
     let input = x.value();
-    tape.record(output, &[x], move |dy| {
-        vec![Some(B::activation_backward(input, dy, activation))]
-    })
+    tape.cheap(y, move || B::activation_forward(input.clone(), activation))
 }
 
 /// `y = act(gate) * up`, elementwise: SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer") with `Silu`.
@@ -131,10 +133,15 @@ pub fn gated_activation<B: Ops>(
 ) -> Var<B> {
     check_alike("gated_activation", gate, up);
     let output = B::gated_activation_forward(gate.value(), up.value(), activation);
-    let (gate_value, up_value) = (gate.value(), up.value());
-    tape.record(output, &[gate, up], move |dy| {
-        let (dgate, dup) = B::gated_activation_backward(gate_value, up_value, dy, activation);
+    let (gate_value, up_value) = (gate.saved(), up.saved());
+    let y = tape.record(output, &[gate, up], move |dy| {
+        let (dgate, dup) =
+            B::gated_activation_backward(gate_value.get(), up_value.get(), dy, activation);
         vec![Some(dgate), Some(dup)]
+    });
+    let (gate, up) = (gate.value(), up.value());
+    tape.cheap(y, move || {
+        B::gated_activation_forward(gate.clone(), up.clone(), activation)
     })
 }
 

@@ -48,13 +48,14 @@ mod primitive;
 mod reduce;
 mod rms_norm;
 mod rotary;
+mod saved;
 mod shape;
 mod tape;
 
 pub mod cpu;
 
 pub use activation::{Activation, UnknownActivation, activation, gated_activation};
-pub use adamw::AdamWStep;
+pub use adamw::{AdamWStep, AdamWTensors};
 pub use attention::{AttentionGrads, AttentionOutput, AttentionRule, AttentionSpec, attention};
 pub use burn_fn::{TrackedTensor, burn_fn};
 pub use cache::KvCache;
@@ -77,6 +78,7 @@ pub use primitive::{Float, Int};
 pub use reduce::sum;
 pub use rms_norm::{NormSpec, rms_norm};
 pub use rotary::{RotaryDirection, RotaryStyle, RotaryTable, rotary};
+pub use saved::Saved;
 pub use shape::{concat, matmul, reshape, slice, transpose};
 pub use tape::{Tape, Var};
 

@@ -48,7 +48,7 @@ pub fn forward_backward<B: Ops>(
                 output.into_value()
             }
             (input, _) => {
-                let recorded = record(model, index, input, ctx);
+                let recorded = record(model, index, input, ctx, recompute);
                 let value = recorded.2.value();
                 kept.push(Kept::Tape {
                     tape: recorded.0,
@@ -85,7 +85,7 @@ pub fn forward_backward<B: Ops>(
                 input,
                 output,
             } => (tape, input, output),
-            Kept::Input(input) => record(model, index, Some(input), ctx),
+            Kept::Input(input) => record(model, index, Some(input), ctx, recompute),
         };
         let leaves: Vec<&Var<B>> = input.iter().collect();
         gradient = tape.backward(vec![(output, seed)], &leaves).pop().flatten();
@@ -99,8 +99,15 @@ fn record<B: Ops>(
     index: usize,
     input: Option<Float<B>>,
     ctx: &ForwardContext<'_, B>,
+    recompute: RecomputeGranularity,
 ) -> (Tape<B>, Option<Var<B>>, Var<B>) {
-    let tape = Tape::new();
+    let tape = match recompute {
+        RecomputeGranularity::None => Tape::new(),
+        // A layer that runs again holds its activations for a short time, yet all of them at once.
+        RecomputeGranularity::Selective | RecomputeGranularity::Full => {
+            Tape::new().recompute_cheap()
+        }
+    };
     let input = input.map(|value| tape.leaf(value));
     let output = model.forward_segment(index, &tape, input.as_ref(), ctx);
     (tape, input, output)

@@ -58,7 +58,11 @@ pub(crate) fn run(_args: Args, report: Report) -> Result {
     }
     let cuda = bridge_cuda::probe();
     rows.extend(gpu_rows(&cuda));
-    let backends = if cuda.is_ready() { vec!["cpu", "cuda"] } else { vec!["cpu"] };
+    let backends = if cuda.is_ready() {
+        vec!["cpu", "cuda"]
+    } else {
+        vec!["cpu"]
+    };
     rows.push(vec!["backends".to_owned(), backends.join(", ")]);
     report.text(table(&["what", "found"], &rows))?;
     report.json(&json!({
@@ -154,7 +158,9 @@ fn gpu_rows(cuda: &bridge_cuda::Report) -> Vec<Vec<String>> {
         };
         rows.push((info.library.to_string(), text));
     }
-    rows.into_iter().map(|(what, found)| vec![what, found]).collect()
+    rows.into_iter()
+        .map(|(what, found)| vec![what, found])
+        .collect()
 }
 
 /// The libraries for scripts: name, file (or nothing), and how to get it where it is missing.

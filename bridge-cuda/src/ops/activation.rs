@@ -42,7 +42,7 @@ fn kernel(
 
 /// Packed and aligned for 16-byte packs.
 fn aligned(x: CudaTensor) -> CudaTensor {
-    let x = x.packed();
+    let x = x.into_packed();
     if x.address().is_multiple_of(16) {
         x
     } else {
@@ -103,7 +103,9 @@ pub(super) fn gated_backward(
 ) -> (CudaTensor, CudaTensor) {
     let dy = aligned(cast(dy, gate.dtype()));
     let (gate, up) = (aligned(gate), aligned(up));
-    let (dgate, dup) = (like(&gate), like(&up));
+    // Each thread reads an element of every operand before it writes any, so a gradient may take the place of its value.
+    let place = |x: &CudaTensor| if x.is_unique() { x.clone() } else { like(x) };
+    let (dgate, dup) = (place(&gate), place(&up));
     if dgate.count() > 0 {
         let (gpu, kernel, shape, count) = kernel(&gate, activation, "gated_backward");
         // SAFETY: packed operands of `count` elements.

@@ -29,7 +29,7 @@ impl Plan {
         let mut operands = vec![&x, &weight];
         operands.extend(others);
         let vector = vector(n, &operands);
-        let threads = n.div_ceil(vector).next_multiple_of(32).clamp(32, 1024) as u32;
+        let threads = n.div_ceil(vector).next_multiple_of(32).clamp(32, 512) as u32;
         let offset = if spec.unit_offset { "1.0f" } else { "0.0f" };
         Self {
             gpu: x.gpu(),
@@ -71,7 +71,7 @@ pub(super) fn rms_forward(x: CudaTensor, weight: CudaTensor, spec: NormSpec) -> 
         ("OFFSET", plan.offset),
     ];
     let kernel = plan.gpu.kernel("rms_norm", &defines, "forward").or_panic();
-    let launch = Launch::linear(plan.rows, plan.threads.min(512));
+    let launch = Launch::linear(plan.rows, plan.threads);
     // SAFETY: packed operands, one block per row; the weight has one element per column.
     unsafe {
         launch!(plan.gpu, kernel, launch; y.address(), plan.x.address(), plan.weight.address(), plan.n as i64, spec.eps as f32)
@@ -85,14 +85,22 @@ pub(super) fn rms_backward(
     weight: CudaTensor,
     dy: CudaTensor,
     spec: NormSpec,
+    so_far: Option<CudaTensor>,
 ) -> (CudaTensor, CudaTensor) {
     let shape = x.dims().to_vec();
     let dy = matrix(cast(dy, x.dtype()));
-    let plan = Plan::new(x, weight, &[&dy], spec);
-    let dx = CudaTensor::empty(plan.gpu, &shape, plan.x.dtype());
+    let so_far = so_far.map(|so_far| matrix(cast(so_far, x.dtype())));
+    let others: Vec<&CudaTensor> = std::iter::once(&dy).chain(&so_far).collect();
+    let plan = Plan::new(x, weight, &others, spec);
+    // A thread reads the gradient so far before it writes there.
+    let dx = match &so_far {
+        Some(so_far) if so_far.is_unique() => so_far.clone().reshape(&shape),
+        _ => CudaTensor::empty(plan.gpu, &shape, plan.x.dtype()),
+    };
     if dx.count() == 0 {
         return (dx, CudaTensor::zeros(plan.gpu, &[plan.n], DType::F32));
     }
+    let so_far = so_far.as_ref().map_or(0, CudaTensor::address);
     let blocks = plan.blocks();
     let partial = CudaTensor::empty(plan.gpu, &[blocks, plan.n], DType::F32);
     let (vector, packs) = (plan.vector.to_string(), plan.packs().to_string());
@@ -108,7 +116,7 @@ pub(super) fn rms_backward(
     // SAFETY: packed operands; the blocks write one row of `partial` each.
     unsafe {
         launch!(plan.gpu, kernel, launch; dx.address(), partial.address(), plan.x.address(), plan.weight.address(),
-            dy.address(), plan.rows as i64, plan.n as i64, spec.eps as f32)
+            dy.address(), so_far, plan.rows as i64, plan.n as i64, spec.eps as f32)
         .or_panic();
     }
     (
@@ -144,7 +152,7 @@ pub(super) fn layer_forward(
         .gpu
         .kernel("layer_norm", &defines, "forward")
         .or_panic();
-    let launch = Launch::linear(plan.rows, plan.threads.min(512));
+    let launch = Launch::linear(plan.rows, plan.threads);
     let bias = bias.as_ref().map_or(0, CudaTensor::address);
     // SAFETY: packed operands, one block per row; weight and bias have one element per column.
     unsafe {

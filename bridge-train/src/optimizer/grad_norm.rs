@@ -5,16 +5,12 @@ use bridge_ops::{Float, Ops, Param, to_f32_vec};
 /// The 2-norm of the gradients of all `params` together, as if they were one vector. Parameters without a gradient count
 /// as zero. Waits for the device.
 pub fn grad_norm<B: Ops>(params: &[Param<B>]) -> f64 {
-    let squares: Vec<Float<B>> = params
-        .iter()
-        .filter_map(|p| p.grad())
-        .map(B::sum_squares)
-        .collect();
-    if squares.is_empty() {
+    let grads: Vec<Float<B>> = params.iter().filter_map(Param::grad).collect();
+    if grads.is_empty() {
         return 0.0;
     }
-    // Joined on the device, so that the host waits once and not once per parameter.
-    let squares = to_f32_vec::<B>(B::float_cat(squares, 0));
+    // Summed on the device, so that the host waits once and not once per parameter.
+    let squares = to_f32_vec::<B>(B::sum_squares_many(grads));
     squares.into_iter().map(f64::from).sum::<f64>().sqrt()
 }
 
