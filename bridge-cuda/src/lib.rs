@@ -38,13 +38,14 @@ mod sort;
 mod staging;
 mod stream;
 mod tensor;
+mod tuned;
 mod view;
 
 pub use backend::{Cuda, CudaQTensor};
 pub use device::CudaDevice;
 pub use error::{Error, Result};
 pub use library::Library;
-pub use matmul::{allow_tf32, tune};
+pub use matmul::{allow_tf32, allow_tuning};
 pub use nvrtc::{SOURCES, compile};
 pub use ops::AttentionPath;
 pub use pool::MemoryStats;

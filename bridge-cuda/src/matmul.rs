@@ -341,52 +341,14 @@ pub fn allow_tf32(device: crate::device::CudaDevice, allow: bool) -> crate::erro
     Ok(())
 }
 
-/// Measures cuBLASLt's candidates for `a @ b` and keeps the fastest for products of this shape. Returns (candidate,
-/// milliseconds).
+/// Lets large products measure cuBLASLt's candidates when they first run, and keep the fastest on disk. On unless
+/// turned off; results then depend on the measurements in their last bits.
 ///
 /// # Errors
-/// A product failed.
-pub fn tune(a: &CudaTensor, b: &CudaTensor) -> crate::error::Result<(usize, f32)> {
-    let (m, k, n) = (a.dims()[0], a.dims()[1], b.dims()[1]);
-    let out = CudaTensor::empty(a.gpu(), &[m, n], a.dtype());
-    let ((a, a_matrix), (b, b_matrix)) = (operand(a.clone()), operand(b.clone()));
-    let layout = |dtype, rows: usize, columns: usize, matrix: Matrix| {
-        let (rows, columns) = if matrix.transposed {
-            (rows, columns)
-        } else {
-            (columns, rows)
-        };
-        Layout {
-            dtype,
-            rows,
-            columns,
-            ld: matrix.ld,
-            batch_stride: 0,
-        }
-    };
-    let product = Product {
-        a: layout(b.dtype(), k, n, b_matrix),
-        transpose_a: b_matrix.transposed,
-        b: layout(a.dtype(), m, k, a_matrix),
-        transpose_b: a_matrix.transposed,
-        d: Layout {
-            dtype: out.dtype(),
-            rows: n,
-            columns: m,
-            ld: n,
-            batch_stride: 0,
-        },
-        batch: 1,
-        accumulate: false,
-        bias: None,
-    };
-    let operands = Operands {
-        a: b.address(),
-        b: a.address(),
-        c: out.address(),
-        d: out.address(),
-        bias: 0,
-    };
-    // SAFETY: the layouts come from the views themselves; `out` is new memory.
-    unsafe { out.gpu().blas()?.tune(&product, &operands) }
+/// The device or cuBLASLt cannot be opened.
+pub fn allow_tuning(device: crate::device::CudaDevice, allow: bool) -> crate::error::Result<()> {
+    crate::device::Gpu::get(device.ordinal)?
+        .blas()?
+        .allow_tuning(allow);
+    Ok(())
 }

@@ -3,10 +3,9 @@
 use std::path::PathBuf;
 
 use bridge_models::verify::{Tolerances, VerifyOptions, VerifyReport};
-use bridge_ops::Ops;
 use serde_json::to_value;
 
-use crate::backend::{OnBackend, dispatch};
+use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
 use crate::flags::{BackendFlags, LayoutFlags, hugging_face_folder};
 use crate::report::Report;
@@ -26,6 +25,9 @@ pub(crate) struct Args {
     /// Compare the gradient of every weight as well.
     #[arg(long)]
     grads: bool,
+    /// Run in bf16 (needs --backend cuda): the loss may differ by 1 %, the cosine between the logits must be above 0.999.
+    #[arg(long, conflicts_with = "grads")]
+    bf16: bool,
     /// Largest difference of a logit that passes; the loss may differ by a tenth of it.
     #[arg(long, value_name = "X", default_value_t = 1e-4)]
     atol: f64,
@@ -73,7 +75,7 @@ struct Verify {
 impl OnBackend for Verify {
     type Output = VerifyReport;
 
-    fn run<B: Ops>(self, device: B::Device) -> Result<VerifyReport> {
+    fn run<B: Machine>(self, device: B::Device) -> Result<VerifyReport> {
         let Self { args, folder } = self;
         let tolerances = Tolerances {
             logits: args.atol,
@@ -87,6 +89,20 @@ impl OnBackend for Verify {
         };
         let registry = bridge_models::registry();
         let name = args.backend.backend.as_str();
+        if args.bf16 {
+            if !B::platform().bf16 {
+                return Err(Failure::input(format!(
+                    "--bf16: the {name} backend does not compute in bf16; use --backend cuda"
+                )));
+            }
+            return Ok(bridge_models::verify::verify_bf16::<B>(
+                &registry,
+                &folder,
+                &args.reference,
+                &device,
+                name,
+            )?);
+        }
         Ok(bridge_models::verify::verify::<B>(
             &registry,
             &folder,

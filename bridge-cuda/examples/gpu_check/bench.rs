@@ -100,13 +100,6 @@ fn products(b: &Bench) {
                 slot,
             ));
         });
-        let (candidate, ms) =
-            bridge_cuda::tune(&x, &Cuda::float_transpose(w.clone())).expect("tuning runs");
-        println!(
-            "{:44} {ms:9.3} ms {:9.1} TFLOP/s (candidate {candidate})",
-            "  tuned y",
-            flop / f64::from(ms) * 1e-9
-        );
     }
 }
 

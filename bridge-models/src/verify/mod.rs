@@ -1,6 +1,7 @@
 //! Comparison of a model with reference numbers: logits, loss, every gradient, greedy text.
 
 mod gradients;
+mod narrow;
 mod reference;
 mod report;
 
@@ -13,6 +14,7 @@ use bridge_core::convert::HfModel;
 use bridge_core::{LayoutSpec, Registry};
 use bridge_ops::{Ops, to_f32_vec};
 
+pub use narrow::verify_bf16;
 pub use reference::{GradientStats, GreedyReference, LogitsReference, Reference};
 pub use report::{Comparison, VerifyReport};
 
