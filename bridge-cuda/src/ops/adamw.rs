@@ -87,8 +87,7 @@ pub(super) fn step(
 }
 
 /// Where the parts of a weight lie, as the kernels take it. Mirrors `Tensor` in `kernels/adamw.cu`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
+#[derive(Clone, Copy, Default)]
 struct Entry {
     param: u64,
     grad: u64,
@@ -99,6 +98,21 @@ struct Entry {
     /// The lower half of the weight, where `param` is 0 and `copy` the upper one.
     lower: u64,
     count: u64,
+}
+
+impl Entry {
+    fn words(&self) -> [u64; 7] {
+        let Self {
+            param,
+            grad,
+            m,
+            v,
+            copy,
+            lower,
+            count,
+        } = *self;
+        [param, grad, m, v, copy, lower, count]
+    }
 }
 
 /// A list of tensors cut into chunks of [`CHUNK`] elements, one for each block of a launch.
@@ -120,9 +134,14 @@ impl Chunks {
         if chunks.is_empty() {
             return None;
         }
-        let bytes: &[u8] = bytemuck::cast_slice(entries);
+        let words: Vec<u64> = entries.iter().flat_map(Entry::words).collect();
         Some(Self {
-            table: CudaTensor::from_bytes(gpu, bytes, &[bytes.len() / 8], DType::U64),
+            table: CudaTensor::from_bytes(
+                gpu,
+                bytemuck::cast_slice(&words),
+                &[words.len()],
+                DType::U64,
+            ),
             chunks: CudaTensor::from_bytes(
                 gpu,
                 bytemuck::cast_slice(&chunks),
@@ -276,13 +295,9 @@ pub(super) fn sum_squares_many(tensors: &[CudaTensor]) -> CudaTensor {
     let entries: Vec<Entry> = tensors
         .iter()
         .map(|x| Entry {
-            param: 0,
             grad: x.address(),
-            m: 0,
-            v: 0,
-            copy: 0,
-            lower: 0,
             count: x.count() as u64,
+            ..Entry::default()
         })
         .collect();
     let Some(list) = Chunks::new(gpu, &entries) else {
