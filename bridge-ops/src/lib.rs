@@ -61,7 +61,8 @@ pub use burn_fn::{TrackedTensor, burn_fn};
 pub use cache::KvCache;
 pub use cross_entropy::{CrossEntropyOutput, CrossEntropySpec, TARGET_ELSEWHERE, cross_entropy};
 pub use data::{
-    float_from_bytes, float_from_f32, float_zeros, int_from_i64, to_f32_vec, to_i64_vec, to_scalar,
+    float_from_bytes, float_from_f32, float_from_vec, float_zeros, int_from_i64, to_f32_vec,
+    to_i64_vec, to_scalar,
 };
 pub use elementwise::{add, add_bias, cast, mul, scale, softcap, sub};
 pub use embedding::{embedding, embedding_as};

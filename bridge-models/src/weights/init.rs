@@ -1,6 +1,6 @@
 //! Fresh weights that depend on the seed and the weight's name alone.
 
-use bridge_ops::{Float, Ops, float_from_f32};
+use bridge_ops::{Float, Ops, float_from_vec};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -83,7 +83,7 @@ impl RandomInit {
 impl<B: Ops> WeightSource<B> for RandomInit {
     fn weight(&mut self, name: &str, shape: &[usize], device: &B::Device) -> Result<Float<B>> {
         let values = self.elements(name, shape, 0..shape.iter().product());
-        Ok(float_from_f32::<B>(&values, shape, device))
+        Ok(float_from_vec::<B>(values, shape, device))
     }
 }
 

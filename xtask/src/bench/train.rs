@@ -150,6 +150,7 @@ impl OnBackend for Train<'_> {
                 )
             }
         };
+        let weights_s = started.elapsed().as_secs_f64();
         let config = model.config().clone();
         if args.seq > config.max_position_embeddings {
             let context = config.max_position_embeddings;
@@ -222,6 +223,7 @@ impl OnBackend for Train<'_> {
             "tokens_per_s": rounded(tokens / median, 1),
             "model_tflops": rounded(train_flops_per_token(&config, args.seq) * tokens / median / 1e12, 4),
             "peak_gib": memory::gib(B::peak_memory(&device)),
+            "weights_s": rounded(weights_s, 2),
             "startup_s": rounded(startup, 2),
             "gpu": B::gpu_name(&device),
         }))
