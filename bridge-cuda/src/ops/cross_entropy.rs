@@ -16,9 +16,6 @@ use crate::tensor::CudaTensor;
 /// which is read and written once per piece, wants them larger than the logits alone would.
 const PIECE: usize = 512 << 20;
 
-/// Shared memory of which a multiprocessor has room for one block only, in bytes.
-const ONE_BLOCK: usize = 120 << 10;
-
 fn kernel(
     logits: &CudaTensor,
     targets: &CudaTensor,
@@ -111,12 +108,7 @@ fn queue_both(
     if logits.dims()[0] == 0 {
         return;
     }
-    let (kernel, mut shape, cap) = kernel(logits, targets, spec, "both");
-    // The row is read twice. With one block on a multiprocessor (which the unused shared memory sees to) the rows at
-    // work fit in the L2 cache, so that the second read costs no memory traffic.
-    if logits.dims()[1] * logits.dtype().size() > 64 << 10 {
-        shape = Launch::linear(logits.dims()[0], 1024).shared(ONE_BLOCK);
-    }
+    let (kernel, shape, cap) = kernel(logits, targets, spec, "both");
     let n = logits.dims()[1] as i64;
     // SAFETY: packed operands, one block per row; the kernel reads a row's target logit before it overwrites the row.
     unsafe {

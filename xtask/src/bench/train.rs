@@ -63,7 +63,7 @@ struct Model {
     /// Hugging Face folder or hub id (org/name[@revision]).
     #[arg(long, value_name = "DIR")]
     hf: Option<String>,
-    /// A shape with fresh weights: tiny, llama3_8b_4l (four layers of it), or a named size of `models list`.
+    /// A shape with fresh weights: tiny, llama3_8b_4l (four layers of it), qwen3_600m, or a named size of `models list`.
     #[arg(long, value_name = "NAME")]
     shape: Option<String>,
 }
@@ -86,6 +86,7 @@ fn shape(name: &str) -> Result<DecoderConfig> {
     };
     match name {
         "llama3_8b_4l" => sized("llama3_8b", 4),
+        "qwen3_600m" => sized("qwen3_0_6b", usize::MAX),
         "tiny" => {
             let json = json!({
                 "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
@@ -106,7 +107,7 @@ fn shape(name: &str) -> Result<DecoderConfig> {
                 return Err(unknown_name(
                     "shape",
                     name,
-                    presets().chain(["tiny", "llama3_8b_4l"]),
+                    presets().chain(["tiny", "llama3_8b_4l", "qwen3_600m"]),
                 ));
             }
             sized(name, usize::MAX)
