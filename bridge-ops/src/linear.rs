@@ -44,7 +44,9 @@ pub fn linear<B: Ops>(
         let dx =
             input_tracked.then(|| B::linear_backward_input_add(dy.clone(), weight.value(), so_far));
         if let Some(input) = input {
-            weight.accumulate_with(|slot| B::linear_accumulate_weight_grad(input.get(), dy, slot));
+            input.use_when_made(move |input| {
+                weight.accumulate_with(|slot| B::linear_accumulate_weight_grad(input, dy, slot));
+            });
         }
         dx
     })

@@ -206,6 +206,17 @@ pub trait Ops: Backend {
         activation::portable_gated_backward::<Self>(gate, up, dy, activation)
     }
 
+    /// [`gated_activation_backward`](Self::gated_activation_backward) that makes the forward pass's result as well:
+    /// (dgate, dup, y).
+    fn gated_activation_backward_with_output(
+        gate: Float<Self>,
+        up: Float<Self>,
+        dy: Float<Self>,
+        activation: Activation,
+    ) -> (Float<Self>, Float<Self>, Float<Self>) {
+        activation::portable_gated_backward_with_output::<Self>(gate, up, dy, activation)
+    }
+
     /// Loss per token from logits. logits: [tokens, vocab], targets: `[tokens]` -> loss and log-sum-exp, both `[tokens]`
     /// fp32.
     fn cross_entropy_forward(

@@ -62,6 +62,11 @@ impl<B: Ops> Var<B> {
         self.value.dtype()
     }
 
+    /// The same value with a way to make it again.
+    pub(crate) fn with_recipe(self, recipe: Option<Arc<Recipe<B>>>) -> Self {
+        Self { recipe, ..self }
+    }
+
     /// The value as a Burn tensor of rank `D`.
     ///
     /// # Panics
@@ -223,9 +228,14 @@ impl<B: Ops> Tape<B> {
             return var;
         }
         Var {
-            recipe: Some(Arc::new(Recipe::new(make))),
+            recipe: Some(Arc::new(Recipe::new(false, make))),
             ..var
         }
+    }
+
+    /// Whether cheap values are made again rather than kept.
+    pub(crate) fn recomputes_cheap(&self) -> bool {
+        self.recompute_cheap
     }
 
     /// Whether an operation on these inputs would be recorded. An operation that must prepare something for its

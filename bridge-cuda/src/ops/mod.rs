@@ -164,7 +164,18 @@ impl Ops for Cuda {
         dy: CudaTensor,
         activation: Activation,
     ) -> (CudaTensor, CudaTensor) {
-        activation::gated_backward(gate, up, dy, activation)
+        let (dgate, dup, _) = activation::gated_backward(gate, up, dy, activation, false);
+        (dgate, dup)
+    }
+
+    fn gated_activation_backward_with_output(
+        gate: CudaTensor,
+        up: CudaTensor,
+        dy: CudaTensor,
+        activation: Activation,
+    ) -> (CudaTensor, CudaTensor, CudaTensor) {
+        let (dgate, dup, y) = activation::gated_backward(gate, up, dy, activation, true);
+        (dgate, dup, y.expect("asked for"))
     }
 
     fn cross_entropy_forward(
