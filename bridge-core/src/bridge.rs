@@ -7,9 +7,7 @@
 //! store the MLP's output projection transposed, and use names of their own. That is one [`ModelBridge`]:
 //!
 //! ```
-//! use bridge_core::config::{
-//!     Activation, DecoderConfig, LayerConfig, NormConfig, NormKind, RopeDefaults, RopeStyle,
-//! };
+//! use bridge_core::config::{Activation, DecoderConfig, LayerConfig, NormConfig, RopeDefaults};
 //! use bridge_core::dtype::DType;
 //! use bridge_core::mapping::Fused;
 //! use bridge_core::plan::plan_from_shapes;
@@ -41,33 +39,16 @@
 //!             head_dim: keys.size("head_dim"),
 //!             vocab_size: keys.size("vocab_size"),
 //!             max_position_embeddings,
-//!             norm: NormConfig {
-//!                 kind: NormKind::RmsNorm,
-//!                 eps: keys.number_or("rms_norm_eps", 1e-6),
-//!                 unit_offset: false,
-//!                 bias: false,
-//!             },
+//!             norm: NormConfig { eps: keys.number_or("rms_norm_eps", 1e-6), ..DecoderConfig::plain().norm },
 //!             activation: keys.activation_or("hidden_act", Activation::Silu),
-//!             gated_mlp: true,
-//!             attention_bias: false,
-//!             attention_output_bias: false,
-//!             mlp_bias: false,
-//!             qk_norm: None,
 //!             rope: Some(rope),
-//!             rope_local: None,
 //!             partial_rotary_factor,
-//!             rope_style: RopeStyle::Halves,
 //!             layers: vec![LayerConfig::dense(); layers],
 //!             tie_word_embeddings: keys.flag_or("tie_word_embeddings", false),
-//!             embedding_scale: None,
-//!             attention_scale: None,
-//!             attention_softcap: None,
-//!             final_logit_softcap: None,
-//!             attention_output_norm: false,
-//!             mlp_output_norm: false,
 //!             initializer_range: keys.number_or("initializer_range", 0.02),
 //!             bos_token_id: keys.token_id("bos_token_id"),
 //!             eos_token_ids: keys.token_ids("eos_token_id"),
+//!             ..DecoderConfig::plain()
 //!         };
 //!         keys.finish()?; // everything missing or wrong, in one error
 //!         typed.validate(config.origin())?;

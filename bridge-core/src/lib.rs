@@ -17,6 +17,7 @@ pub mod error;
 pub mod layout;
 pub mod mapping;
 pub mod plan;
+pub mod quant;
 pub mod registry;
 
 #[cfg(test)]

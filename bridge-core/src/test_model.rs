@@ -3,10 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::bridge::ModelBridge;
-use crate::config::{
-    Activation, ConfigReader, DecoderConfig, HfConfig, LayerConfig, NormConfig, NormKind,
-    RopeDefaults, RopeStyle,
-};
+use crate::config::{Activation, ConfigReader, DecoderConfig, HfConfig, LayerConfig, RopeDefaults};
 use crate::error::Result;
 use crate::mapping::{Fused, WeightMap};
 
@@ -53,34 +50,14 @@ fn read(keys: &ConfigReader<'_>) -> DecoderConfig {
         head_dim: keys.size("head_dim"),
         vocab_size: keys.size("vocab_size"),
         max_position_embeddings,
-        norm: NormConfig {
-            kind: NormKind::RmsNorm,
-            eps: 1e-6,
-            unit_offset: false,
-            bias: false,
-        },
         activation: keys.activation_or("hidden_act", Activation::Silu),
-        gated_mlp: true,
         // The fused flavour has biases, so that one-dimensional tensors are fused as well.
         attention_bias: keys.flag_or("fused", false),
-        attention_output_bias: false,
-        mlp_bias: false,
-        qk_norm: None,
         rope: Some(rope),
-        rope_local: None,
         partial_rotary_factor,
-        rope_style: RopeStyle::Halves,
         layers: vec![LayerConfig::dense(); layers],
         tie_word_embeddings: keys.flag_or("tie_word_embeddings", false),
-        embedding_scale: None,
-        attention_scale: None,
-        attention_softcap: None,
-        final_logit_softcap: None,
-        attention_output_norm: false,
-        mlp_output_norm: false,
-        initializer_range: 0.02,
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
+        ..DecoderConfig::plain()
     }
 }
 

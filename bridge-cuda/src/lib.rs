@@ -21,6 +21,9 @@
 mod backend;
 mod conv;
 mod cublaslt;
+mod cudnn;
+mod cudnn_attention;
+mod cudnn_graph;
 mod device;
 mod elementwise;
 mod error;
@@ -47,7 +50,10 @@ pub use error::{Error, Result};
 pub use library::Library;
 pub use matmul::{allow_tf32, allow_tuning};
 pub use nvrtc::{SOURCES, compile};
-pub use ops::AttentionPath;
+pub use ops::{
+    AttentionCalls, AttentionPath, attention_calls, attention_refusals, force_attention_path,
+    set_deterministic_attention,
+};
 pub use pool::MemoryStats;
 pub use probe::{GpuInfo, LibraryInfo, Report, probe};
 pub use stream::SideStream;

@@ -2,15 +2,18 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bridge_core::LayoutSpec;
 use bridge_core::config::{RopeConfig, RopeStyle};
 use bridge_ops::{Float, Int, KvCache, Ops, RotaryTable, float_from_f32, int_from_i64};
+use bridge_parallel::{ParallelContext, SequenceShard};
 
+use crate::auxiliary::AuxiliaryLosses;
 use crate::layers::rotary_table;
 
 /// The position of each token in its text, which is what rotary embeddings rotate by.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Positions {
-    /// Every row holds positions `start`, `start + 1`, ...
+    /// Every row holds positions `start`, `start + 1`, ...; of a row in parts, each rank its own of them.
     From(usize),
     /// Positions given one by one, as `[batch, seq]` in row-major order: packed documents start again at 0.
     Explicit(Arc<[u32]>),
@@ -35,8 +38,11 @@ pub struct ForwardContext<'a, B: Ops> {
     batch: usize,
     seq: usize,
     positions: Positions,
+    last_position: usize,
+    shard: SequenceShard,
     cu_seqlens: Option<Arc<[usize]>>,
     cache: Option<&'a DecoderCache<B>>,
+    auxiliary: Option<&'a AuxiliaryLosses<B>>,
     tables: Mutex<Vec<CachedTable<B>>>,
 }
 
@@ -54,20 +60,45 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     /// # Panics
     /// If the number of ids is not `batch * seq`, or zero.
     pub fn new(input_ids: &[u32], [batch, seq]: [usize; 2], device: &B::Device) -> Self {
+        let shard = SequenceShard::new(seq, &LayoutSpec::default(), 0);
+        Self::sharded(input_ids, [batch, seq], shard, device)
+    }
+
+    /// The part of a context that a rank has. Everything is given for whole rows, here and to the `with_` methods; the
+    /// rank takes its own, and pads it.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    pub fn for_rank(input_ids: &[u32], shape: [usize; 2], ctx: &ParallelContext<B>) -> Self {
+        let shard = SequenceShard::new(shape[1], ctx.layout(), ctx.coords().cp);
+        Self::sharded(input_ids, shape, shard, ctx.device())
+    }
+
+    fn sharded(
+        input_ids: &[u32],
+        [batch, seq]: [usize; 2],
+        shard: SequenceShard,
+        device: &B::Device,
+    ) -> Self {
         assert!(
             !input_ids.is_empty() && input_ids.len() == batch * seq,
             "{} token ids cannot fill a batch of [{batch}, {seq}]",
             input_ids.len()
         );
         let ids: Vec<i64> = input_ids.iter().map(|id| i64::from(*id)).collect();
+        // Any token will do for padding: under a causal mask nothing before it sees it.
+        let ids = shard.take(&ids, 0);
         Self {
-            input_ids: int_from_i64::<B>(&ids, &[batch, seq], device),
+            input_ids: int_from_i64::<B>(&ids, &[batch, shard.local_seq()], device),
             device: device.clone(),
             batch,
-            seq,
+            seq: shard.local_seq(),
             positions: Positions::From(0),
+            last_position: seq - 1,
+            shard,
             cu_seqlens: None,
             cache: None,
+            auxiliary: None,
             tables: Mutex::default(),
         }
     }
@@ -77,15 +108,26 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     /// # Panics
     /// If explicit positions are not one per token.
     pub fn with_positions(mut self, positions: Positions) -> Self {
-        if let Positions::Explicit(given) = &positions {
-            let (found, expected) = (given.len(), self.batch * self.seq);
-            assert_eq!(
-                found, expected,
-                "one position per token of [{}, {}]",
-                self.batch, self.seq
-            );
-        }
-        self.positions = positions;
+        (self.positions, self.last_position) = match positions {
+            Positions::From(start) => (positions, start + self.shard.seq() - 1),
+            Positions::Explicit(given) => {
+                let (found, expected) = (given.len(), self.batch * self.shard.seq());
+                assert_eq!(
+                    found,
+                    expected,
+                    "one position per token of [{}, {}]",
+                    self.batch,
+                    self.shard.seq()
+                );
+                let last = given.iter().max().map_or(0, |last| *last as usize);
+                let own = if self.shard.is_whole() {
+                    given
+                } else {
+                    self.shard.take(&given, 0).into()
+                };
+                (Positions::Explicit(own), last)
+            }
+        };
         self.tables = Mutex::default();
         self
     }
@@ -94,7 +136,11 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     /// `cu_seqlens` are offsets `[0, l1, l1 + l2, .., batch * seq]` into the tokens in row-major order; a document does
     /// not cross from one row to the next. Positions are a matter of their own: see [`Self::with_positions`].
     pub fn with_documents(mut self, cu_seqlens: Arc<[usize]>) -> Self {
-        self.cu_seqlens = Some(cu_seqlens);
+        self.cu_seqlens = Some(if self.shard.padded_seq() == self.shard.seq() {
+            cu_seqlens
+        } else {
+            self.shard.pad_documents(&cu_seqlens).into()
+        });
         self
     }
 
@@ -108,6 +154,17 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
         }
     }
 
+    /// The same context in a training step that has losses besides that of the next token.
+    pub fn with_auxiliary(mut self, auxiliary: &'a AuxiliaryLosses<B>) -> Self {
+        self.auxiliary = Some(auxiliary);
+        self
+    }
+
+    /// The losses besides that of the next token, in training.
+    pub fn auxiliary(&self) -> Option<&'a AuxiliaryLosses<B>> {
+        self.auxiliary
+    }
+
     /// Token ids: `[batch, seq]`.
     pub fn input_ids(&self) -> &Int<B> {
         &self.input_ids
@@ -118,9 +175,20 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
         self.batch
     }
 
-    /// Number of tokens in a row.
+    /// Number of tokens in a row, as far as this rank has them.
     pub fn seq(&self) -> usize {
         self.seq
+    }
+
+    /// Which part of each row this is.
+    pub fn shard(&self) -> &SequenceShard {
+        &self.shard
+    }
+
+    /// What the tokens here are to predict, from what all tokens are: `[batch, seq]` in row-major order to one number per
+    /// token here, [`IGNORED_TARGET`] for padding.
+    pub fn own_targets(&self, targets: &[i64]) -> Vec<i64> {
+        self.shard.take(targets, IGNORED_TARGET)
     }
 
     /// Where the tensors live.
@@ -128,22 +196,31 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
         &self.device
     }
 
-    /// The position of each token.
+    /// The position of each token here.
     pub fn positions(&self) -> &Positions {
         &self.positions
     }
 
-    /// The highest position of any token.
-    pub fn last_position(&self) -> usize {
+    /// The positions here row by row, as few rows as there are different ones: one if all rows are alike.
+    pub fn rows_of_positions(&self) -> (usize, Vec<usize>) {
         match &self.positions {
-            Positions::From(start) => start + self.seq - 1,
+            Positions::From(start) => {
+                let own = self.shard.ranges().into_iter().flatten();
+                (1, own.map(|position| start + position).collect())
+            }
             Positions::Explicit(positions) => {
-                positions.iter().max().map_or(0, |last| *last as usize)
+                let positions = positions.iter().map(|position| *position as usize);
+                (self.batch, positions.collect())
             }
         }
     }
 
-    /// Offsets of packed documents, if there are several in a row.
+    /// The highest position of any token of these rows, wherever it is.
+    pub fn last_position(&self) -> usize {
+        self.last_position
+    }
+
+    /// Offsets of packed documents in whole rows, padding included, if there are several in a row.
     pub fn cu_seqlens(&self) -> Option<&Arc<[usize]>> {
         self.cu_seqlens.as_ref()
     }
@@ -180,11 +257,41 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     }
 }
 
-/// Keys and values of the tokens that a model has seen, layer by layer, for generation.
+/// What a model keeps of the tokens that it has seen, layer by layer, for generation: keys and values in layers with
+/// attention, a state of fixed size in recurrent ones.
 #[derive(Debug)]
 pub struct DecoderCache<B: Ops> {
     layers: Vec<Mutex<KvCache<B>>>,
+    recurrent: Vec<Mutex<RecurrentState<B>>>,
     capacity: usize,
+}
+
+/// What a recurrent layer keeps of the tokens that it has seen.
+#[derive(Debug)]
+pub struct RecurrentState<B: Ops> {
+    /// The last inputs of each of the layer's short convolutions: `[batch, taps - 1, channels]`.
+    pub histories: [Option<Float<B>>; 3],
+    /// The state of the recurrence: `[batch, heads, rows, columns]`.
+    pub state: Option<Float<B>>,
+    len: usize,
+}
+
+impl<B: Ops> RecurrentState<B> {
+    /// Takes over the state after `tokens` more tokens.
+    pub fn advance(&mut self, state: Float<B>, tokens: usize) {
+        self.state = Some(state);
+        self.len += tokens;
+    }
+}
+
+impl<B: Ops> Default for RecurrentState<B> {
+    fn default() -> Self {
+        Self {
+            histories: [None, None, None],
+            state: None,
+            len: 0,
+        }
+    }
 }
 
 impl<B: Ops> DecoderCache<B> {
@@ -192,13 +299,17 @@ impl<B: Ops> DecoderCache<B> {
     pub fn new(layers: usize, capacity: usize) -> Self {
         Self {
             layers: (0..layers).map(|_| Mutex::default()).collect(),
+            recurrent: (0..layers).map(|_| Mutex::default()).collect(),
             capacity,
         }
     }
 
-    /// Number of tokens in the cache. Not meaningful while a forward pass runs, when some layers are ahead of others.
+    /// Number of tokens in the cache: 0 for a model that keeps nothing of them. Not meaningful while a forward pass
+    /// runs, when some layers are ahead of others.
     pub fn len(&self) -> usize {
-        self.layers.last().map_or(0, |last| lock(last).len())
+        let attended = self.layers.iter().map(|layer| lock(layer).len());
+        let recurrent = self.recurrent.iter().map(|layer| lock(layer).len);
+        attended.chain(recurrent).max().unwrap_or(0)
     }
 
     /// Whether no token is in the cache.
@@ -217,6 +328,14 @@ impl<B: Ops> DecoderCache<B> {
     /// If the model has fewer layers.
     pub fn layer(&self, layer: usize) -> MutexGuard<'_, KvCache<B>> {
         lock(&self.layers[layer])
+    }
+
+    /// The state of recurrent layer `layer`.
+    ///
+    /// # Panics
+    /// If the model has fewer layers.
+    pub fn recurrent(&self, layer: usize) -> MutexGuard<'_, RecurrentState<B>> {
+        lock(&self.recurrent[layer])
     }
 }
 

@@ -1,41 +1,38 @@
 //! The one decoder: what a [`DecoderConfig`] describes, as weights and a forward pass.
 
-use bridge_core::DecoderConfig;
-use bridge_core::config::{Ffn, Mixer};
-use bridge_ops::{
-    CrossEntropySpec, Float, Ops, Param, Tape, Var, add, embedding, linear, linear_cross_entropy,
-    linear_cross_entropy_weighted, reshape, scale, slice, softcap,
-};
+use std::sync::Arc;
 
-use crate::context::{DecoderCache, ForwardContext, Targets};
+use bridge_core::DecoderConfig;
+use bridge_core::layout::{PipelineSplit, Place};
+use bridge_ops::{DType, Float, Int, Ops, Param, Tape, Var};
+use bridge_parallel::ParallelContext;
+use burn::tensor::{Int as IntKind, Tensor};
+
+use crate::context::{DecoderCache, ForwardContext, IGNORED_TARGET, Targets};
 use crate::error::{Error, Result};
-use crate::layers::{Attention, Mlp, Norm};
-use crate::segmented::SegmentedModel;
+use crate::layers::{DecoderLayer, Embedding, Head, MtpModule};
+use crate::parallel::{ParallelOptions, check_layout};
+use crate::segmented::{Boundary, SegmentedModel};
 use crate::weights::{ParamBuilder, WeightSource};
 
 /// A decoder-only transformer.
 ///
-/// As a [`SegmentedModel`] its segments are the embedding, each layer, and the head.
+/// As a [`SegmentedModel`] its segments are the embedding, each layer, and the head. A rank of a layout holds the segments
+/// of its pipeline stage, and of their weights its part.
 #[derive(Debug, Clone)]
 pub struct Decoder<B: Ops> {
     config: DecoderConfig,
     device: B::Device,
-    embedding: Param<B>,
-    layers: Vec<DecoderLayer<B>>,
-    final_norm: Norm<B>,
-    /// `None` where the embedding matrix is the head as well.
-    lm_head: Option<Param<B>>,
-}
-
-/// One layer: attention and MLP, each behind a norm and around a residual connection.
-#[derive(Debug, Clone)]
-pub struct DecoderLayer<B: Ops> {
-    input_norm: Norm<B>,
-    attention: Attention<B>,
-    attention_output_norm: Option<Norm<B>>,
-    mlp_norm: Norm<B>,
-    mlp: Mlp<B>,
-    mlp_output_norm: Option<Norm<B>>,
+    /// Between layers each rank has one of so many parts of its sequences (sequence parallelism).
+    sequence_parts: usize,
+    /// `None` where another pipeline stage has it, as for the layers and the head.
+    embedding: Option<Embedding<B>>,
+    layers: Vec<Option<DecoderLayer<B>>>,
+    head: Option<Head<B>>,
+    /// Multi-token prediction, for training alone, where the head is.
+    mtp: Vec<MtpModule<B>>,
+    /// The embedding as multi-token prediction uses it.
+    mtp_embedding: Option<Embedding<B>>,
 }
 
 impl<B: Ops> Decoder<B> {
@@ -49,24 +46,83 @@ impl<B: Ops> Decoder<B> {
         device: &B::Device,
     ) -> Result<Self> {
         config.validate("model config")?;
-        let mut params = ParamBuilder::new(source, device);
-        let table = [config.vocab_size, config.hidden_size];
-        let embedding = params.param("embedding.weight", &table)?;
-        let layers = (0..config.num_hidden_layers)
-            .map(|layer| DecoderLayer::build(&mut params, &config, layer))
-            .collect::<Result<_>>()?;
-        let final_norm = Norm::build(&mut params, "final_norm", config.hidden_size, &config.norm)?;
-        let lm_head = if config.tie_word_embeddings {
-            None
-        } else {
-            Some(params.param("lm_head.weight", &table)?)
+        let params = ParamBuilder::new(source, device);
+        Self::assemble(config, params, |_| true)
+    }
+
+    /// Builds a rank's part of the model: its pipeline stage, and of that its part of every weight.
+    ///
+    /// # Errors
+    /// As [`build`](Self::build), or if the model cannot be divided as the layout says.
+    pub fn build_parallel(
+        config: DecoderConfig,
+        source: &mut dyn WeightSource<B>,
+        ctx: &Arc<ParallelContext<B>>,
+        options: &ParallelOptions,
+    ) -> Result<Self> {
+        config.validate("model config")?;
+        let tensors = config.tensors();
+        ctx.layout().validate(&tensors, config.num_hidden_layers)?;
+        check_layout(&config, ctx.layout(), options)?;
+        let split = match &options.pipeline {
+            Some(split) => split.clone(),
+            None => PipelineSplit::even(ctx.layout(), config.num_hidden_layers)?,
         };
+        let stage = ctx.coords().pp;
+        let params = ParamBuilder::parallel(source, ctx, tensors, options.cp_comm_type);
+        Self::assemble(config, params, |place| split.stages(place).contains(&stage))
+    }
+
+    /// Builds the segments in places that `is_here` accepts.
+    fn assemble(
+        config: DecoderConfig,
+        mut params: ParamBuilder<'_, B>,
+        is_here: impl Fn(Place) -> bool,
+    ) -> Result<Self> {
+        let params = &mut params;
+        let embedding = if is_here(Place::First) {
+            Some(Embedding::build(params, &config)?)
+        } else {
+            None
+        };
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for layer in 0..config.num_hidden_layers {
+            layers.push(if is_here(Place::Layer(layer)) {
+                Some(DecoderLayer::build(params, &config, layer)?)
+            } else {
+                None
+            });
+        }
+        let region = params.region();
+        // The last stage uses the embedding as a tied head, and to predict several tokens.
+        let (ends, tied) = (is_here(Place::Last), config.tie_word_embeddings);
+        let last_embedding = match &embedding {
+            _ if !ends || (!tied && config.num_mtp_layers == 0) => None,
+            Some(embedding) => Some(embedding.clone()),
+            None => Some(Embedding::build(params, &config)?),
+        };
+        let head = if ends {
+            let matrix = last_embedding.as_ref().filter(|_| tied);
+            Some(Head::build(params, &config, matrix.map(|e| &e.weight))?)
+        } else {
+            None
+        };
+        let mtp = (0..config.num_mtp_layers)
+            .filter(|_| ends)
+            .map(|index| MtpModule::build(params, &config, index))
+            .collect::<Result<Vec<_>>>()?;
         Ok(Self {
+            device: params.device().clone(),
+            sequence_parts: if region.is_sequence_parallel() {
+                region.size()
+            } else {
+                1
+            },
             embedding,
             layers,
-            final_norm,
-            lm_head,
-            device: device.clone(),
+            head,
+            mtp_embedding: last_embedding.filter(|_| !mtp.is_empty()),
+            mtp,
             config,
         })
     }
@@ -87,8 +143,17 @@ impl<B: Ops> Decoder<B> {
     }
 
     /// The matrix `[vocab, hidden]` that the head multiplies by: its own, or the embedding.
+    ///
+    /// # Panics
+    /// If another pipeline stage has the head.
     pub fn head_weight(&self) -> &Param<B> {
-        self.lm_head.as_ref().unwrap_or(&self.embedding)
+        &self.head().weight
+    }
+
+    fn head(&self) -> &Head<B> {
+        self.head
+            .as_ref()
+            .expect("the last pipeline stage has the head")
     }
 
     /// The longest context in tokens: the model's own, stretched where its rotary embedding stretches with the length.
@@ -111,42 +176,44 @@ impl<B: Ops> Decoder<B> {
     /// # Errors
     /// [`Error::TokenOutOfVocabulary`] for the first one that is not.
     pub fn check_token_ids(&self, ids: &[u32]) -> Result<()> {
-        let vocab_size = self.config.vocab_size;
-        match ids.iter().position(|id| *id as usize >= vocab_size) {
-            None => Ok(()),
-            Some(position) => Err(Error::TokenOutOfVocabulary {
-                id: i64::from(ids[position]),
-                position,
-                vocab_size,
-            }),
-        }
+        check_token_ids(ids, self.config.vocab_size)
     }
 
     /// The embeddings of the context's tokens: `[batch, seq, hidden]`.
+    ///
+    /// # Panics
+    /// If another pipeline stage has the embedding.
     pub fn embed(&self, tape: &Tape<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
-        let x = embedding(tape, ctx.input_ids(), &self.embedding);
-        match self.config.embedding_scale {
-            Some(factor) => scale(tape, &x, factor),
-            None => x,
+        let embedding = self.embedding.as_ref();
+        embedding
+            .expect("the first pipeline stage has the embedding")
+            .forward(tape, ctx)
+    }
+
+    fn layer(&self, layer: usize) -> &DecoderLayer<B> {
+        match &self.layers[layer] {
+            Some(layer) => layer,
+            None => panic!("layer {layer} is in another pipeline stage"),
         }
     }
 
     /// Every segment up to the head: `[batch, seq, hidden]` before the final norm.
+    ///
+    /// # Panics
+    /// If other pipeline stages have some of them.
     pub fn hidden_states(&self, tape: &Tape<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
         let embedded = self.embed(tape, ctx);
-        self.layers
-            .iter()
-            .fold(embedded, |x, layer| layer.forward(tape, &x, ctx))
+        (0..self.layers.len()).fold(embedded, |x, layer| {
+            self.layer(layer).forward(tape, &x, ctx)
+        })
     }
 
     /// The head: `[batch, seq, hidden]` before the final norm -> logits `[batch, seq, vocab]`.
+    ///
+    /// # Panics
+    /// If another pipeline stage has the head.
     pub fn logits(&self, tape: &Tape<B>, hidden: &Var<B>) -> Var<B> {
-        let x = self.final_norm.forward(tape, hidden);
-        let logits = linear(tape, &x, self.head_weight(), None);
-        match self.config.final_logit_softcap {
-            Some(cap) => softcap(tape, &logits, cap),
-            None => logits,
-        }
+        self.head().logits(tape, hidden)
     }
 
     /// Logits of every token in the context, without recording gradients: `[batch, seq, vocab]`.
@@ -156,106 +223,56 @@ impl<B: Ops> Decoder<B> {
         self.logits(&tape, &hidden).into_value()
     }
 
+    /// Logits of the multi-token prediction modules, without recording gradients: `[batch, seq, vocab]` each. Row `t` of
+    /// module `k` (from 0) predicts token `t + k + 2`; the last `k + 1` rows of each sequence lack the tokens that they
+    /// would be told, and mean nothing.
+    pub fn mtp_logits(&self, ctx: &ForwardContext<'_, B>) -> Vec<Float<B>> {
+        let tape = Tape::inference();
+        let hidden = self.hidden_states(&tape, ctx);
+        let hidden = self.head().normed(&tape, &hidden);
+        let views = self.mtp_views(&tape, &hidden, ctx);
+        let logits = views.iter().map(|view| self.head().logits_of(&tape, view));
+        logits.map(Var::into_value).collect()
+    }
+
+    /// What each multi-token prediction module makes of the model's own view after its final norm.
+    fn mtp_views(
+        &self,
+        tape: &Tape<B>,
+        hidden: &Var<B>,
+        ctx: &ForwardContext<'_, B>,
+    ) -> Vec<Var<B>> {
+        let mut views: Vec<Var<B>> = Vec::with_capacity(self.mtp.len());
+        let mut ids = ctx.input_ids().clone();
+        for (module, embedding) in self.mtp.iter().zip(std::iter::repeat(&self.mtp_embedding)) {
+            let embedding = embedding
+                .as_ref()
+                .expect("modules are built with the embedding that they use");
+            ids = moved_up::<B>(ids);
+            let next = embedding.look_up(tape, &ids);
+            let view = module.forward(tape, views.last().unwrap_or(hidden), &next, ctx);
+            views.push(view);
+        }
+        views
+    }
+
     /// Logits of the last token of each row, without recording gradients: `[batch, 1, vocab]`. What generation needs;
     /// the head's product is the dearest one, and a prompt needs it once.
     pub fn forward_last(&self, ctx: &ForwardContext<'_, B>) -> Float<B> {
         let tape = Tape::inference();
         let hidden = self.hidden_states(&tape, ctx);
-        let last = slice(&tape, &hidden, 1, ctx.seq() - 1..ctx.seq());
-        self.logits(&tape, &last).into_value()
+        self.head().last_logits(&tape, &hidden).into_value()
     }
 }
 
-impl<B: Ops> DecoderLayer<B> {
-    fn build(
-        params: &mut ParamBuilder<'_, B>,
-        config: &DecoderConfig,
-        layer: usize,
-    ) -> Result<Self> {
-        let prefix = format!("layers.{layer}");
-        let hidden = config.hidden_size;
-        let norm = |params: &mut ParamBuilder<'_, B>, name: &str| {
-            Norm::build(params, &format!("{prefix}.{name}"), hidden, &config.norm)
-        };
-        let output_norm = |params: &mut ParamBuilder<'_, B>, name: &str, wanted: bool| {
-            if wanted {
-                norm(params, name).map(Some)
-            } else {
-                Ok(None)
-            }
-        };
-        let input_norm = norm(params, "input_norm")?;
-        let attention = match &config.layers[layer].mixer {
-            Mixer::Attention(own) => {
-                Attention::build(params, &format!("{prefix}.attention"), config, layer, own)?
-            }
-            other => {
-                return Err(Error::UnsupportedLayer {
-                    layer,
-                    part: "mixer",
-                    found: format!("{other:?}"),
-                });
-            }
-        };
-        let attention_output_norm = output_norm(
-            params,
-            "attention_output_norm",
-            config.attention_output_norm,
-        )?;
-        let mlp_norm = norm(params, "mlp_norm")?;
-        let mlp = match &config.layers[layer].ffn {
-            Ffn::Mlp(_) => Mlp::build(params, &format!("{prefix}.mlp"), config, layer)?,
-            other => {
-                return Err(Error::UnsupportedLayer {
-                    layer,
-                    part: "feed-forward part",
-                    found: format!("{other:?}"),
-                });
-            }
-        };
-        let mlp_output_norm = output_norm(params, "mlp_output_norm", config.mlp_output_norm)?;
-        Ok(Self {
-            input_norm,
-            attention,
-            attention_output_norm,
-            mlp_norm,
-            mlp,
-            mlp_output_norm,
-        })
-    }
-
-    /// `x`: `[batch, seq, hidden]` -> the same shape.
-    pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
-        let attended = self
-            .attention
-            .forward(tape, &self.input_norm.forward(tape, x), ctx);
-        let x = add(
-            tape,
-            x,
-            &normed(tape, attended, self.attention_output_norm.as_ref()),
-        );
-        let fed = self.mlp.forward(tape, &self.mlp_norm.forward(tape, &x));
-        add(tape, &x, &normed(tape, fed, self.mlp_output_norm.as_ref()))
-    }
-
-    fn collect(&self, params: &mut Vec<Param<B>>) {
-        self.input_norm.collect(params);
-        self.attention.collect(params);
-        if let Some(norm) = &self.attention_output_norm {
-            norm.collect(params);
-        }
-        self.mlp_norm.collect(params);
-        self.mlp.collect(params);
-        if let Some(norm) = &self.mlp_output_norm {
-            norm.collect(params);
-        }
-    }
-}
-
-fn normed<B: Ops>(tape: &Tape<B>, x: Var<B>, norm: Option<&Norm<B>>) -> Var<B> {
-    match norm {
-        Some(norm) => norm.forward(tape, &x),
-        None => x,
+pub(crate) fn check_token_ids(ids: &[u32], vocab_size: usize) -> Result<()> {
+    match ids.iter().position(|id| *id as usize >= vocab_size) {
+        None => Ok(()),
+        Some(position) => Err(Error::TokenOutOfVocabulary {
+            id: i64::from(ids[position]),
+            position,
+            vocab_size,
+        }),
     }
 }
 
@@ -273,7 +290,7 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
     ) -> Var<B> {
         match (index, input) {
             (0, _) => self.embed(tape, ctx),
-            (layer, Some(input)) => self.layers[layer - 1].forward(tape, input, ctx),
+            (layer, Some(input)) => self.layer(layer - 1).forward(tape, input, ctx),
             (layer, None) => panic!("segment {layer} needs the output of segment {}", layer - 1),
         }
     }
@@ -285,35 +302,117 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
         targets: &Targets<B>,
         ctx: &ForwardContext<'_, B>,
     ) -> Var<B> {
-        let x = self.final_norm.forward(tape, input);
-        let x = reshape(
-            tape,
-            &x,
-            &[ctx.batch() * ctx.seq(), self.config.hidden_size],
-        );
-        let spec = CrossEntropySpec {
-            logit_softcap: self.config.final_logit_softcap,
-            ..CrossEntropySpec::default()
-        };
-        let (head, ids) = (self.head_weight(), &targets.ids);
-        match &targets.loss_gradient {
-            Some(known) => linear_cross_entropy_weighted(tape, &x, head, ids, known.clone(), spec),
-            None => linear_cross_entropy(tape, &x, head, ids, spec),
+        let head = self.head();
+        let hidden = head.normed(tape, input);
+        let gradient = targets.loss_gradient.clone();
+        let losses = head.losses_of(tape, &hidden, &targets.ids, gradient);
+        let auxiliary = ctx.auxiliary().filter(|_| tape.is_recording());
+        match auxiliary.and_then(|auxiliary| Some((auxiliary, auxiliary.mtp_weight()?))) {
+            Some((auxiliary, weight)) if !self.mtp.is_empty() => {
+                let weight = weight / self.mtp.len() as f64;
+                let mut ids = targets.ids.clone();
+                let mut ahead = Vec::with_capacity(self.mtp.len());
+                for view in self.mtp_views(tape, &hidden, ctx) {
+                    ids = next_targets::<B>(ids, [ctx.batch(), ctx.seq()]);
+                    // Seeded with `weight` times the gradient of the losses that it joins.
+                    let known = targets.loss_gradient.clone();
+                    let known = known.map(|known| B::scale(known, weight));
+                    ahead.push(head.losses_of(tape, &view, &ids, known));
+                }
+                auxiliary.record_mtp(&ahead);
+                joined(tape, losses, ahead, weight)
+            }
+            _ => losses,
         }
     }
 
     fn segment_params(&self, index: usize) -> Vec<Param<B>> {
         let mut params = Vec::new();
         if index == 0 {
-            params.push(self.embedding.clone());
+            params.extend(
+                self.embedding
+                    .as_ref()
+                    .map(|embedding| embedding.weight.clone()),
+            );
         } else if let Some(layer) = self.layers.get(index - 1) {
-            layer.collect(&mut params);
-        } else {
-            self.final_norm.collect(&mut params);
-            params.push(self.head_weight().clone());
+            if let Some(layer) = layer {
+                layer.collect(&mut params);
+            }
+        } else if let Some(head) = &self.head {
+            head.norm.collect(&mut params);
+            let embedding = self.mtp_embedding.as_ref();
+            let separate = embedding.filter(|_| !self.config.tie_word_embeddings);
+            params.extend(separate.map(|embedding| embedding.weight.clone()));
+            for module in &self.mtp {
+                module.collect(&mut params);
+            }
+            params.push(head.weight.clone());
         }
         params
     }
+
+    fn holds_segment(&self, index: usize) -> bool {
+        match index.checked_sub(1) {
+            None => self.embedding.is_some(),
+            Some(layer) => match self.layers.get(layer) {
+                Some(layer) => layer.is_some(),
+                None => self.head.is_some(),
+            },
+        }
+    }
+
+    fn boundary(&self, ctx: &ForwardContext<'_, B>) -> Option<Boundary> {
+        let matrix = self
+            .params()
+            .into_iter()
+            .find(|param| param.shape().len() == 2);
+        Some(Boundary {
+            shape: vec![
+                ctx.batch(),
+                ctx.seq() / self.sequence_parts,
+                self.config.hidden_size,
+            ],
+            dtype: matrix.map_or(DType::F32, |matrix| B::activation_dtype(matrix.dtype())),
+        })
+    }
+}
+
+/// Each row of ids one place to the left: `[batch, seq]`, the last place of each row filled with its first.
+fn moved_up<B: Ops>(ids: Int<B>) -> Int<B> {
+    let ids = Tensor::<B, 2, IntKind>::from_primitive(ids);
+    let [_, seq] = ids.dims();
+    if seq == 1 {
+        return ids.into_primitive();
+    }
+    let (first, rest) = (ids.clone().narrow(1, 0, 1), ids.narrow(1, 1, seq - 1));
+    Tensor::cat(vec![rest, first], 1).into_primitive()
+}
+
+/// Targets one token further ahead: `[batch * seq]`. None where a row ends, and none across the end of a document, where
+/// the target so far is none.
+fn next_targets<B: Ops>(targets: Int<B>, [batch, seq]: [usize; 2]) -> Int<B> {
+    let targets = Tensor::<B, 1, IntKind>::from_primitive(targets).reshape([batch, seq]);
+    let none = targets.clone().equal_elem(IGNORED_TARGET);
+    let end = targets.clone().narrow(1, 0, 1).full_like(IGNORED_TARGET);
+    let next = if seq == 1 {
+        end
+    } else {
+        Tensor::cat(vec![targets.narrow(1, 1, seq - 1), end], 1)
+    };
+    let next = next.mask_fill(none, IGNORED_TARGET);
+    next.reshape([batch * seq]).into_primitive()
+}
+
+/// `losses` unchanged, and `weight` times the losses `ahead` in what is minimised.
+fn joined<B: Ops>(tape: &Tape<B>, losses: Var<B>, ahead: Vec<Var<B>>, weight: f64) -> Var<B> {
+    let parents: Vec<&Var<B>> = std::iter::once(&losses).chain(&ahead).collect();
+    let others = ahead.len();
+    tape.record(losses.value(), &parents, move |dy| {
+        let ahead = std::iter::repeat_with(|| Some(B::scale(dy.clone(), weight)));
+        let mut gradients = vec![Some(dy.clone())];
+        gradients.extend(ahead.take(others));
+        gradients
+    })
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 use std::sync::Arc;
 
 use bridge_core::config::{
-    Activation, AttentionLayer, LayerConfig, LayerRope, Mixer, NormKind, QkNorm, RopeConfig,
+    Activation, AttentionLayer, GatedDeltaNetConfig, LayerConfig, LayerRope, Mixer, NormKind,
+    QkNorm, RopeConfig,
 };
 use bridge_ops::to_f32_vec;
 use burn_flex::Flex;
@@ -9,6 +10,7 @@ use burn_flex::Flex;
 use super::*;
 use crate::context::Positions;
 use crate::families::llama::presets::tiny;
+use crate::families::{deepseek_v2, gpt_oss, llama_nemotron, nemotron_h, qwen3_moe};
 use crate::run::loss_and_gradients;
 use crate::{Init, RandomInit};
 
@@ -39,25 +41,56 @@ fn varied() -> Vec<(&'static str, DecoderConfig)> {
         mixer: Mixer::Attention(AttentionLayer {
             window: Some(5),
             rope: LayerRope::Local,
+            ..AttentionLayer::default()
         }),
         ..LayerConfig::dense()
     };
     norms.layers[1] = LayerConfig {
         mixer: Mixer::Attention(AttentionLayer {
-            window: None,
             rope: LayerRope::None,
+            ..AttentionLayer::default()
         }),
         ..LayerConfig::dense()
     };
 
     let mut full_width = tiny();
     full_width.qk_norm = Some(QkNorm::FullWidth);
+
+    let mut gated = tiny();
+    gated.norm.unit_offset = true;
+    gated.attention_output_gate = true;
+    gated.gated_delta_net = Some(GatedDeltaNetConfig {
+        num_key_heads: 2,
+        num_value_heads: 4,
+        key_head_dim: 10,
+        value_head_dim: 7,
+        conv_kernel: 3,
+    });
+    gated.layers[1].mixer = Mixer::GatedDeltaNet;
     vec![
         ("llama", tiny()),
         ("plain mlp", plain_mlp),
         ("norms", norms),
         ("full width", full_width),
+        ("gated", gated),
+        ("thinned out", llama_nemotron::presets::tiny()),
+        ("state space", nemotron_h::presets::tiny()),
+        (
+            "latent attention",
+            every_expert(deepseek_v2::presets::tiny()),
+        ),
+        ("sinks and biases", every_expert(gpt_oss::presets::tiny())),
+        ("experts", every_expert(qwen3_moe::presets::tiny())),
     ]
+}
+
+/// The model with all its experts at work on every token, so that the loss has no jumps where a choice changes.
+fn every_expert(mut config: DecoderConfig) -> DecoderConfig {
+    if let Some(moe) = &mut config.moe {
+        moe.num_experts_per_tok = moe.num_experts;
+        moe.router.groups = None;
+    }
+    config
 }
 
 fn build(config: &DecoderConfig) -> Decoder<Flex> {
@@ -168,7 +201,7 @@ fn gradients_match_finite_differences() {
                 continue; // Keys' biases move no softmax; their gradient is rounding.
             }
             let start = to_f32_vec::<Flex>(param.value());
-            let reach = 1e-2;
+            let reach = 3e-3;
             let at = |step: f64| {
                 let moved: Vec<f32> = start
                     .iter()
@@ -297,7 +330,8 @@ fn a_known_loss_gradient_changes_nothing() {
 fn every_weight_belongs_to_the_segments_that_use_it() {
     for (what, config) in varied() {
         let model = build(&config);
-        assert_eq!(model.num_segments(), 5);
+        let layers = config.layers.len();
+        assert_eq!(model.num_segments(), layers + 2);
         let names = |segment| {
             model
                 .segment_params(segment)
@@ -306,7 +340,7 @@ fn every_weight_belongs_to_the_segments_that_use_it() {
                 .collect::<Vec<_>>()
         };
         assert_eq!(names(0), ["embedding.weight"], "{what}");
-        assert!((1..4).all(|layer| {
+        assert!((1..=layers).all(|layer| {
             names(layer)
                 .iter()
                 .all(|name| name.starts_with(&format!("layers.{}.", layer - 1)))
@@ -316,7 +350,11 @@ fn every_weight_belongs_to_the_segments_that_use_it() {
         } else {
             "lm_head.weight"
         };
-        assert_eq!(names(4).last().map(String::as_str), Some(head), "{what}");
+        assert_eq!(
+            names(layers + 1).last().map(String::as_str),
+            Some(head),
+            "{what}"
+        );
     }
 }
 

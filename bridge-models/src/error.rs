@@ -64,6 +64,28 @@ pub enum Error {
         found: String,
     },
 
+    /// A weight was asked for by a rank that has no part of it.
+    #[error("rank {rank} holds no part of weight `{name}`, which the layout gives to others")]
+    NotOnThisRank {
+        /// Canonical name of the weight.
+        name: String,
+        /// Global rank.
+        rank: usize,
+    },
+
+    /// Ranks could not work together.
+    #[error(transparent)]
+    Parallel(#[from] bridge_parallel::Error),
+
+    /// A model cannot be run at a layout, although its weights can be divided.
+    #[error("layout {layout}: {problem}")]
+    Layout {
+        /// The layout.
+        layout: String,
+        /// What does not fit, and what to do.
+        problem: String,
+    },
+
     /// A token id lies outside the vocabulary.
     #[error(
         "token id {id} at position {position} lies outside the vocabulary of {vocab_size} tokens"
@@ -157,7 +179,8 @@ impl Error {
     pub fn is_input(&self) -> bool {
         match self {
             Error::Core(error) => error.is_input(),
-            Error::NonFiniteLogits { .. } => false,
+            Error::NonFiniteLogits { .. } | Error::NotOnThisRank { .. } => false,
+            Error::Parallel(error) => matches!(error, bridge_parallel::Error::Invalid(_)),
             _ => true,
         }
     }

@@ -20,20 +20,35 @@
 //! # Ok::<(), bridge_models::Error>(())
 //! ```
 
+mod auxiliary;
 mod context;
 mod decoder;
 mod error;
 pub mod families;
 pub mod generate;
 pub mod layers;
+mod parallel;
 pub mod run;
 mod segmented;
 pub mod verify;
 pub mod weights;
 
-pub use context::{DecoderCache, ForwardContext, IGNORED_TARGET, Positions, Targets};
-pub use decoder::{Decoder, DecoderLayer};
+pub use auxiliary::{
+    AuxiliaryLosses, AuxiliaryOptions, AuxiliaryReport, BalanceScope, ExpertLoad,
+    update_correction_biases,
+};
+pub use context::{
+    DecoderCache, ForwardContext, IGNORED_TARGET, Positions, RecurrentState, Targets,
+};
+pub use decoder::Decoder;
 pub use error::{Error, Result};
 pub use families::registry;
-pub use segmented::SegmentedModel;
+pub use layers::DecoderLayer;
+pub use parallel::{ParallelOptions, check_layout};
+pub use segmented::{Boundary, SegmentedModel};
 pub use weights::{DtypePolicy, Init, ParamRole, RandomInit, WeightSource};
+
+/// `docs/add_a_model.md`, whose code is run with the other documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/add_a_model.md")]
+pub struct AddAModel;

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use bridge_ops::{Ops, Param, Tape, Var};
+use bridge_ops::{DType, Ops, Param, Tape, Var};
 
 use crate::context::{ForwardContext, Targets};
 use crate::weights::ParamRole;
@@ -76,9 +76,24 @@ use crate::weights::ParamRole;
 /// assert!((step.mean_loss() - (7.0f64).ln()).abs() < 0.5);
 /// assert!(model.params().iter().all(|param| param.grad().is_some()));
 /// ```
+///
+/// A model may be divided: a pipeline stage holds some of the segments, and the numbers stay those of the whole model.
 pub trait SegmentedModel<B: Ops>: Send + Sync {
-    /// Number of segments, the head included: at least 2.
+    /// Number of segments of the whole model, the head included: at least 2.
     fn num_segments(&self) -> usize;
+
+    /// Whether segment `index` is held here. The default is a model on one rank.
+    fn holds_segment(&self, index: usize) -> bool {
+        let _ = index;
+        true
+    }
+
+    /// What goes from one segment to the next in `ctx`, on this rank, which is what one pipeline stage receives from
+    /// another. `None`, the default, for a model that cannot be divided into stages.
+    fn boundary(&self, ctx: &ForwardContext<'_, B>) -> Option<Boundary> {
+        let _ = ctx;
+        None
+    }
 
     /// Runs hidden segment `index`. `input` is `None` for segment 0 and the output of the segment before for the
     /// others; the output has the shape of the hidden states, `[batch, seq, hidden]`.
@@ -100,13 +115,13 @@ pub trait SegmentedModel<B: Ops>: Send + Sync {
         ctx: &ForwardContext<'_, B>,
     ) -> Var<B>;
 
-    /// The weights that segment `index` uses, in a fixed order.
+    /// The weights that segment `index` uses, in a fixed order; none if it is not held here.
     ///
     /// A weight may be used by several segments, as a tied embedding is by the first and the last. Its gradient is
     /// complete once backward has passed the lowest of them.
     fn segment_params(&self, index: usize) -> Vec<Param<B>>;
 
-    /// Every weight once, in the order of the segments that first use it. Names are unique.
+    /// Every weight held here once, in the order of the segments that first use it. Names are unique.
     fn params(&self) -> Vec<Param<B>> {
         let mut seen = HashSet::new();
         let all = (0..self.num_segments()).flat_map(|index| self.segment_params(index));
@@ -119,4 +134,13 @@ pub trait SegmentedModel<B: Ops>: Send + Sync {
     fn param_role(&self, param: &Param<B>) -> ParamRole {
         ParamRole::of(param.name(), &param.shape())
     }
+}
+
+/// The form of the hidden states between two segments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Boundary {
+    /// Shape on this rank.
+    pub shape: Vec<usize>,
+    /// Element type.
+    pub dtype: DType,
 }

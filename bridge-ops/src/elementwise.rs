@@ -4,7 +4,9 @@ use burn_backend::{DType, TensorMetadata};
 
 use crate::ops::Ops;
 use crate::param::Param;
-use crate::primitive::{Float, dims, float, reshaped, rows_and_last, tensor, to_dtype, to_f32};
+use crate::primitive::{
+    Float, dims, float, matrix, reshaped, rows_and_last, tensor, to_dtype, to_f32,
+};
 use crate::tape::{Tape, Var};
 
 /// `a + b`.
@@ -54,6 +56,39 @@ pub fn mul<B: Ops>(tape: &Tape<B>, a: &Var<B>, b: &Var<B>) -> Var<B> {
 pub fn scale<B: Ops>(tape: &Tape<B>, x: &Var<B>, factor: f64) -> Var<B> {
     let output = B::scale(x.value(), factor);
     tape.record(output, &[x], move |dy| vec![Some(B::scale(dy, factor))])
+}
+
+/// Each row of `x` times a number of its own. x: [.., h], factors: [.., 1] -> [.., h].
+///
+/// # Panics
+/// When the shapes do not fit.
+#[track_caller]
+pub fn scale_rows<B: Ops>(tape: &Tape<B>, x: &Var<B>, factors: &Var<B>) -> Var<B> {
+    let (shape, factor_shape) = (x.shape(), factors.shape());
+    let (rows, _) = rows_and_last(&shape);
+    assert!(
+        factor_shape.len() == shape.len()
+            && factor_shape.last() == Some(&1)
+            && factor_shape.iter().product::<usize>() == rows,
+        "scale_rows: factors of shape {factor_shape:?} for rows of {shape:?}"
+    );
+    let (dtype, factor_dtype) = (x.dtype(), factors.dtype());
+    let scaled = move |x: Float<B>, factors: Float<B>| {
+        let product = matrix::<B>(to_f32::<B>(x)) * matrix::<B>(to_f32::<B>(factors));
+        to_dtype::<B>(float(product), dtype)
+    };
+    let output = reshaped::<B>(scaled(x.value(), factors.value()), &shape);
+    let (x_value, factor_value) = (factors.is_tracked().then(|| x.value()), factors.value());
+    let x_tracked = x.is_tracked();
+    tape.record(output, &[x, factors], move |dy| {
+        let dfactors = x_value.map(|x| {
+            let product = matrix::<B>(to_f32::<B>(x)) * matrix::<B>(to_f32::<B>(dy.clone()));
+            let sums = float(product.sum_dim(1));
+            reshaped::<B>(to_dtype::<B>(sums, factor_dtype), &factor_shape)
+        });
+        let dx = x_tracked.then(|| reshaped::<B>(scaled(dy, factor_value), &shape));
+        vec![dx, dfactors]
+    })
 }
 
 /// `cap * tanh(x / cap)`, which keeps values within `-cap..cap` (Gemma 2).

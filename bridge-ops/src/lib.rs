@@ -34,14 +34,21 @@ mod adamw;
 mod attention;
 mod burn_fn;
 mod cache;
+mod causal_conv1d;
+mod chunks;
+mod clamped_swiglu;
 mod cross_entropy;
 mod data;
 mod elementwise;
 mod embedding;
+mod gated_delta_rule;
+mod gated_rms_norm;
 mod grad_slot;
+mod l2_norm;
 mod layer_norm;
 mod linear;
 mod linear_cross_entropy;
+mod moe;
 mod ops;
 mod param;
 mod primitive;
@@ -50,7 +57,9 @@ mod rms_norm;
 mod rotary;
 mod saved;
 mod shape;
+mod ssd_scan;
 mod tape;
+mod time_step;
 
 pub mod cpu;
 
@@ -59,19 +68,29 @@ pub use adamw::{AdamWStep, AdamWTensors};
 pub use attention::{AttentionGrads, AttentionOutput, AttentionRule, AttentionSpec, attention};
 pub use burn_fn::{TrackedTensor, burn_fn};
 pub use cache::KvCache;
+pub use causal_conv1d::{ConvGrads, ConvSpec, causal_conv1d, causal_conv1d_with_history};
+pub use clamped_swiglu::{SwigluClamp, clamped_swiglu};
 pub use cross_entropy::{CrossEntropyOutput, CrossEntropySpec, TARGET_ELSEWHERE, cross_entropy};
 pub use data::{
     float_from_bytes, float_from_f32, float_from_vec, float_zeros, int_from_i64, to_f32_vec,
     to_i64_vec, to_scalar,
 };
-pub use elementwise::{add, add_bias, cast, mul, scale, softcap, sub};
+pub use elementwise::{add, add_bias, cast, mul, scale, scale_rows, softcap, sub};
 pub use embedding::{embedding, embedding_as};
+pub use gated_delta_rule::{DeltaRuleInputs, gated_delta_rule, gated_delta_rule_with_state};
+pub use gated_rms_norm::{GatedNormGrads, GatedNormSpec, gated_rms_norm};
 pub use grad_slot::GradSlot;
+pub use l2_norm::l2_norm;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use linear_cross_entropy::{
     LossGradRequest, LossGrads, linear_cross_entropy, linear_cross_entropy_weighted,
     tokens_per_piece,
+};
+pub use moe::{
+    BalanceLoss, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups, RouterLossSpec,
+    RouterLosses, RouterOutput, RouterScore, RouterSpec, Routing, SortedExperts, grouped_linear,
+    permute, route, unpermute, with_router_losses,
 };
 pub use ops::Ops;
 pub use param::{GradReduction, Param, ParamShard};
@@ -80,8 +99,10 @@ pub use reduce::sum;
 pub use rms_norm::{NormSpec, rms_norm};
 pub use rotary::{RotaryDirection, RotaryStyle, RotaryTable, rotary};
 pub use saved::Saved;
-pub use shape::{concat, matmul, reshape, slice, transpose};
+pub use shape::{concat, matmul, repeat, reshape, slice, transpose};
+pub use ssd_scan::{ScanSpec, SsdGrads, SsdInputs, ssd_scan, ssd_scan_with_state};
 pub use tape::{Tape, Var};
+pub use time_step::{log_decay, time_step};
 
 pub use burn_backend::{DType, FloatDType, IntDType};
 

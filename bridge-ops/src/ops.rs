@@ -6,17 +6,27 @@ use crate::activation::{self, Activation};
 use crate::adamw::{self, AdamWStep, AdamWTensors};
 use crate::attention::{self, AttentionGrads, AttentionOutput, AttentionRule};
 use crate::cache;
+use crate::causal_conv1d::{self, ConvGrads, ConvSpec};
+use crate::clamped_swiglu::{self, SwigluClamp};
 use crate::cross_entropy::{self, CrossEntropyOutput, CrossEntropySpec};
 use crate::elementwise;
 use crate::embedding;
+use crate::gated_delta_rule::{self, DeltaRuleInputs};
+use crate::gated_rms_norm::{self, GatedNormGrads, GatedNormSpec};
 use crate::grad_slot::GradSlot;
+use crate::l2_norm;
 use crate::layer_norm;
 use crate::linear;
 use crate::linear_cross_entropy::{self, LossGradRequest, LossGrads};
+use crate::moe::{
+    ExpertOffsets, RouterOutput, RouterSpec, SortedExperts, grouped_linear, permute, router,
+};
 use crate::primitive::{self, Float, Int};
 use crate::reduce;
 use crate::rms_norm::{self, NormSpec};
 use crate::rotary::{self, RotaryDirection, RotaryStyle};
+use crate::ssd_scan::{self, ScanSpec, SsdGrads, SsdInputs};
+use crate::time_step;
 
 /// Kernels of a language model over the primitives of a backend.
 ///
@@ -217,6 +227,122 @@ pub trait Ops: Backend {
         activation::portable_gated_backward_with_output::<Self>(gate, up, dy, activation)
     }
 
+    /// `y = glu(min(gate, limit)) * (clamp(up) + 1)`, elementwise; see [`clamped_swiglu`](crate::clamped_swiglu()).
+    fn clamped_swiglu_forward(
+        gate: Float<Self>,
+        up: Float<Self>,
+        clamp: SwigluClamp,
+    ) -> Float<Self> {
+        clamped_swiglu::portable::<Self>(gate, up, clamp)
+    }
+
+    /// Returns (dgate, dup).
+    fn clamped_swiglu_backward(
+        gate: Float<Self>,
+        up: Float<Self>,
+        dy: Float<Self>,
+        clamp: SwigluClamp,
+    ) -> (Float<Self>, Float<Self>) {
+        clamped_swiglu::portable_backward::<Self>(gate, up, dy, clamp)
+    }
+
+    /// Chooses each token's experts. logits: [tokens, E], correction_bias: `[E]` -> weights [tokens, k] fp32 and
+    /// experts [tokens, k].
+    fn router_forward(
+        logits: Float<Self>,
+        correction_bias: Option<Float<Self>>,
+        spec: &RouterSpec,
+    ) -> RouterOutput<Self> {
+        router::portable::<Self>(logits, correction_bias, spec)
+    }
+
+    /// `dlogits` like the logits, from the experts that were chosen and `dweights` [tokens, k].
+    fn router_backward(
+        logits: Float<Self>,
+        experts: Int<Self>,
+        dweights: Float<Self>,
+        spec: &RouterSpec,
+    ) -> Float<Self> {
+        router::portable_backward::<Self>(logits, experts, dweights, spec)
+    }
+
+    /// Sorts assignments by expert, stably. experts: [tokens, k]; a value outside `0..num_experts` means none and goes
+    /// to the end.
+    fn sort_by_expert(experts: Int<Self>, num_experts: usize) -> SortedExperts<Self> {
+        permute::portable_sort::<Self>(experts, num_experts)
+    }
+
+    /// `rows[i] = x[order[i] / k]`, times `weights[order[i]]` if given. x: [tokens, h], order: `[n]`,
+    /// weights: [tokens, k] -> [n, h].
+    fn permute_rows(
+        x: Float<Self>,
+        order: Int<Self>,
+        weights: Option<Float<Self>>,
+        top_k: usize,
+    ) -> Float<Self> {
+        permute::portable_permute::<Self>(x, order, weights, top_k)
+    }
+
+    /// `y[t] = sum over s of rows[inverse[t, s]]`, times `weights[t, s]` if given, over the rows before the last of
+    /// `offsets`. rows: [n, h], inverse, weights: [tokens, k], offsets: `[E + 1]` -> [tokens, h].
+    fn unpermute_rows(
+        rows: Float<Self>,
+        inverse: Int<Self>,
+        weights: Option<Float<Self>>,
+        offsets: Int<Self>,
+    ) -> Float<Self> {
+        permute::portable_unpermute::<Self>(rows, inverse, weights, offsets)
+    }
+
+    /// `dweights[t, s] = rows[inverse[t, s]] . dy[t]`, 0 for rows that are not used. rows: [n, h], inverse: [tokens, k],
+    /// dy: [tokens, h] -> [tokens, k] fp32.
+    fn unpermute_weight_grad(
+        rows: Float<Self>,
+        inverse: Int<Self>,
+        dy: Float<Self>,
+        offsets: Int<Self>,
+    ) -> Float<Self> {
+        permute::portable_weight_grad::<Self>(rows, inverse, dy, offsets)
+    }
+
+    /// `y = x W[e]^T + b[e]` for the rows of each expert. x: [n, in], weight: [E, out, in], bias: [E, out] -> [n, out].
+    fn grouped_linear_forward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        bias: Option<Float<Self>>,
+        offsets: &ExpertOffsets<Self>,
+    ) -> Float<Self> {
+        grouped_linear::portable::<Self>(x, weight, bias, offsets)
+    }
+
+    /// `dx = dy W[e]`. dy: [n, out], weight: [E, out, in] -> [n, in].
+    fn grouped_linear_backward_input(
+        dy: Float<Self>,
+        weight: Float<Self>,
+        offsets: &ExpertOffsets<Self>,
+    ) -> Float<Self> {
+        grouped_linear::portable_backward_input::<Self>(dy, weight, offsets)
+    }
+
+    /// `dW[e] += dy^T x` in fp32. x: [n, in], dy: [n, out] -> [E, out, in].
+    fn grouped_linear_accumulate_weight_grad(
+        x: Float<Self>,
+        dy: Float<Self>,
+        offsets: &ExpertOffsets<Self>,
+        slot: GradSlot<Self>,
+    ) -> Float<Self> {
+        grouped_linear::portable_accumulate_weight_grad::<Self>(x, dy, offsets, slot)
+    }
+
+    /// `db[e] += sum of the rows of dy` in fp32. dy: [n, out] -> [E, out].
+    fn grouped_linear_accumulate_bias_grad(
+        dy: Float<Self>,
+        offsets: &ExpertOffsets<Self>,
+        slot: GradSlot<Self>,
+    ) -> Float<Self> {
+        grouped_linear::portable_accumulate_bias_grad::<Self>(dy, offsets, slot)
+    }
+
     /// Loss per token from logits. logits: [tokens, vocab], targets: `[tokens]` -> loss and log-sum-exp, both `[tokens]`
     /// fp32.
     fn cross_entropy_forward(
@@ -363,5 +489,130 @@ pub trait Ops: Backend {
     /// place when the cache is not shared.
     fn cache_write(cache: Float<Self>, x: Float<Self>, start: usize) -> Float<Self> {
         cache::portable_write::<Self>(cache, x, start)
+    }
+
+    /// Causal convolution with one filter per channel. x: [batch, seq, channels], weight: [channels, taps], bias:
+    /// `[channels]`, history: the tokens before x, [batch, taps - 1, channels], zeros if `None` -> like x.
+    fn causal_conv1d_forward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        bias: Option<Float<Self>>,
+        history: Option<Float<Self>>,
+        spec: &ConvSpec,
+    ) -> Float<Self> {
+        causal_conv1d::portable::<Self>(x, weight, bias, history, spec)
+    }
+
+    /// Gradients of [`causal_conv1d_forward`](Self::causal_conv1d_forward) without a history.
+    fn causal_conv1d_backward(
+        x: Float<Self>,
+        weight: Float<Self>,
+        bias: Option<Float<Self>>,
+        dy: Float<Self>,
+        spec: &ConvSpec,
+    ) -> ConvGrads<Self> {
+        causal_conv1d::portable_backward::<Self>(x, weight, bias, dy, spec)
+    }
+
+    /// `max(softplus(x + bias), min)`. x: [.., heads], bias: `[heads]` -> [.., heads] fp32.
+    fn time_step_forward(x: Float<Self>, bias: Float<Self>, min: f64) -> Float<Self> {
+        time_step::portable_step::<Self>(x, bias, min)
+    }
+
+    /// Returns (dx, dbias): dx like x, dbias: `[heads]` fp32.
+    fn time_step_backward(
+        x: Float<Self>,
+        bias: Float<Self>,
+        dy: Float<Self>,
+        min: f64,
+    ) -> (Float<Self>, Float<Self>) {
+        time_step::portable_step_backward::<Self>(x, bias, dy, min)
+    }
+
+    /// `-exp(a_log) dt`. dt: [.., heads] fp32, a_log: `[heads]` -> [.., heads] fp32.
+    fn log_decay_forward(dt: Float<Self>, a_log: Float<Self>) -> Float<Self> {
+        time_step::portable_decay::<Self>(dt, a_log)
+    }
+
+    /// Returns (ddt, da_log): ddt like dt, da_log: `[heads]` fp32.
+    fn log_decay_backward(
+        dt: Float<Self>,
+        a_log: Float<Self>,
+        dy: Float<Self>,
+    ) -> (Float<Self>, Float<Self>) {
+        time_step::portable_decay_backward::<Self>(dt, a_log, dy)
+    }
+
+    /// The Mamba-2 scan. skip: `[heads]`, state: [batch, heads, head_dim, state] fp32, zeros if `None` -> output like
+    /// x, and the state after the last token.
+    fn ssd_scan_forward(
+        inputs: SsdInputs<Float<Self>>,
+        skip: Option<Float<Self>>,
+        state: Option<Float<Self>>,
+        spec: &ScanSpec,
+    ) -> (Float<Self>, Float<Self>) {
+        ssd_scan::portable::<Self>(inputs, skip, state, spec)
+    }
+
+    /// Gradients of [`ssd_scan_forward`](Self::ssd_scan_forward) from a state of zeros.
+    fn ssd_scan_backward(
+        inputs: SsdInputs<Float<Self>>,
+        skip: Option<Float<Self>>,
+        dy: Float<Self>,
+        spec: &ScanSpec,
+    ) -> SsdGrads<Self> {
+        ssd_scan::portable_backward::<Self>(inputs, skip, dy, spec)
+    }
+
+    /// The gated delta rule. state: [batch, heads, key_dim, value_dim] fp32, zeros if `None` -> output like v, and the
+    /// state after the last token.
+    fn gated_delta_rule_forward(
+        inputs: DeltaRuleInputs<Float<Self>>,
+        state: Option<Float<Self>>,
+        scale: f64,
+        spec: &ScanSpec,
+    ) -> (Float<Self>, Float<Self>) {
+        gated_delta_rule::portable::<Self>(inputs, state, scale, spec)
+    }
+
+    /// Gradients of [`gated_delta_rule_forward`](Self::gated_delta_rule_forward) from a state of zeros.
+    fn gated_delta_rule_backward(
+        inputs: DeltaRuleInputs<Float<Self>>,
+        dout: Float<Self>,
+        scale: f64,
+        spec: &ScanSpec,
+    ) -> DeltaRuleInputs<Float<Self>> {
+        gated_delta_rule::portable_backward::<Self>(inputs, dout, scale, spec)
+    }
+
+    /// RMSNorm over groups of channels with SiLU of `gate` as a factor. x, gate: [.., h], weight: `[h]` -> like x.
+    fn gated_rms_norm_forward(
+        x: Float<Self>,
+        gate: Float<Self>,
+        weight: Float<Self>,
+        spec: GatedNormSpec,
+    ) -> Float<Self> {
+        gated_rms_norm::portable::<Self>(x, gate, weight, spec)
+    }
+
+    /// Gradients of [`gated_rms_norm_forward`](Self::gated_rms_norm_forward).
+    fn gated_rms_norm_backward(
+        x: Float<Self>,
+        gate: Float<Self>,
+        weight: Float<Self>,
+        dy: Float<Self>,
+        spec: GatedNormSpec,
+    ) -> GatedNormGrads<Self> {
+        gated_rms_norm::portable_backward::<Self>(x, gate, weight, dy, spec)
+    }
+
+    /// `x / sqrt(sum(x^2) + eps)` over the last dimension. x: [.., h] -> like x.
+    fn l2_norm_forward(x: Float<Self>, eps: f64) -> Float<Self> {
+        l2_norm::portable::<Self>(x, eps)
+    }
+
+    /// Returns dx, like x.
+    fn l2_norm_backward(x: Float<Self>, dy: Float<Self>, eps: f64) -> Float<Self> {
+        l2_norm::portable_backward::<Self>(x, dy, eps)
     }
 }

@@ -79,6 +79,25 @@ pub fn concat<B: Ops>(tape: &Tape<B>, parts: &[Var<B>], dim: usize) -> Var<B> {
     })
 }
 
+/// `x` repeated `times` along `dim`, whose extent is 1.
+///
+/// # Panics
+/// When the dimension does not exist or is longer.
+#[track_caller]
+pub fn repeat<B: Ops>(tape: &Tape<B>, x: &Var<B>, dim: usize, times: usize) -> Var<B> {
+    let shape = x.shape();
+    assert!(
+        shape.get(dim) == Some(&1),
+        "repeat: dim {dim} of shape {shape:?} must have extent 1"
+    );
+    let mut repeated = shape;
+    repeated[dim] = times;
+    let output = B::float_expand(x.value(), repeated.into());
+    tape.record(output, &[x], move |dy| {
+        vec![Some(B::float_sum_dim(dy, dim))]
+    })
+}
+
 /// Swaps two dimensions.
 ///
 /// # Panics
@@ -163,6 +182,13 @@ mod tests {
             &[],
             |t, x, _| transpose(t, &x[0], 0, 2),
             |x, _| x[0].tensor::<3>().swap_dims(0, 2),
+        );
+        check(
+            "repeat",
+            &[random(&[3, 1, 5], 1)],
+            &[],
+            |t, x, _| repeat(t, &x[0], 1, 4),
+            |x, _| x[0].tensor::<3>().expand([3, 4, 5]),
         );
         let parts = [random(&[3, 4], 1), random(&[3, 2], 2), random(&[3, 1], 3)];
         check(

@@ -57,7 +57,7 @@ impl<B: Ops> Var<B> {
         dims(&self.value)
     }
 
-    /// The number format.
+    /// The dtype.
     pub fn dtype(&self) -> DType {
         self.value.dtype()
     }

@@ -3,6 +3,8 @@
 //! - [`Communicator`] is one process group as a rank sees it. Its collectives return tensors, not `Result`s, because they
 //!   run inside tapes; a failure is remembered instead, and [`Communicator::health`] tells it (see [`comm`]).
 //! - [`ParallelContext`] is a rank's place in a layout: its coordinates, its device, and a group for each [`Axis`].
+//! - [`TensorRegion`] and its neighbours are what layers use under tensor and sequence parallelism, [`context_attention`]
+//!   under context parallelism; [`autodiff`] has the collectives as operations with gradients.
 //! - [`run_threads`] runs a layout on the CPU, every rank a thread of this process. It is deterministic, needs no
 //!   cluster, and is what proves a layout equal to one rank.
 //!
@@ -28,11 +30,24 @@
 pub mod comm;
 mod context;
 mod error;
+mod expert;
 mod groups;
+mod sequence;
+mod tensor;
+mod tensors;
+
+#[cfg(test)]
+mod testing;
 
 pub use comm::autodiff;
 pub use comm::tcp::{JobOptions, TcpTransport};
 pub use comm::{Communicator, Group, Pending, ReduceOp, SingleRank, Transport, run_threads};
 pub use context::ParallelContext;
 pub use error::{Error, Result};
+pub use expert::ExpertParallel;
 pub use groups::{Axis, group_ranks};
+pub use sequence::{ContextParallel, CpCommType, SequenceShard, context_attention};
+pub use tensor::{
+    TensorRegion, complete_gradients, rms_norm_across, vocab_parallel_embedding,
+    vocab_parallel_linear_cross_entropy,
+};

@@ -4,7 +4,7 @@
 //! take part in matrix products (two for the forward and four for the backward pass), and for attention `6 L h d s`: the
 //! scores and the weighted sum are each `2 h d s` forward and twice that backward, of which the causal half counts.
 
-use bridge_core::DecoderConfig;
+use bridge_core::{CanonicalTensor, DecoderConfig, ShardRule};
 
 /// Model FLOPs of one token in a training step with sequences of `seq_length` tokens.
 pub fn train_flops_per_token(config: &DecoderConfig, seq_length: usize) -> f64 {
@@ -22,21 +22,37 @@ pub fn train_flops_per_token(config: &DecoderConfig, seq_length: usize) -> f64 {
                 }
                 _ => seq_length as f64,
             };
-            6.0 * config.query_size() as f64 * seen
+            // Scores over the width of queries, the weighted sum over that of values.
+            3.0 * (config.query_size() + config.attention_output_size()) as f64 * seen
         })
         .sum();
     6.0 * matmul_parameters(config) as f64 + attention
 }
 
-/// Weights that take part in a matrix product: projections, MLPs and the output head (counted once, tied or not).
+/// Weights that take part in a matrix product: projections, MLPs and the output head (counted once, tied or not). Of routed
+/// experts those count that work on a token; multi-token prediction, which only some runs train, does not.
 pub fn matmul_parameters(config: &DecoderConfig) -> u64 {
-    let hidden = config.hidden_size as u64;
-    let attention = hidden * (2 * config.query_size() + 2 * config.key_value_size()) as u64;
-    let matrices = if config.gated_mlp { 3 } else { 2 };
-    let layers: u64 = (0..config.num_hidden_layers)
-        .map(|layer| attention + matrices * hidden * config.mlp_intermediate_size(layer) as u64)
+    let active = |tensor: &CanonicalTensor| -> u64 {
+        let elements = tensor.numel() as u64;
+        match (&tensor.shard, &config.moe) {
+            (ShardRule::StackedExperts { .. }, Some(moe)) if tensor.shape.len() == 3 => {
+                elements / moe.num_experts as u64 * moe.num_experts_per_tok as u64
+            }
+            (ShardRule::StackedExperts { .. }, _) => 0,
+            _ if tensor.shape.len() == 2 => elements,
+            _ => 0,
+        }
+    };
+    let projections: u64 = config
+        .tensors()
+        .iter()
+        .filter(|tensor| {
+            let table = ["embedding.weight", "lm_head.weight"].contains(&tensor.name.as_str());
+            !table && !tensor.name.ends_with("_conv.weight") && !tensor.name.starts_with("mtp.")
+        })
+        .map(active)
         .sum();
-    layers + hidden * config.vocab_size as u64
+    projections + (config.hidden_size * config.vocab_size) as u64
 }
 
 /// Every weight of the model, each counted once.

@@ -1,14 +1,15 @@
 //! Twenty AdamW steps against the same steps in PyTorch (`train_trace.json` of the fixture says how they were made).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use bridge_core::LayoutSpec;
 use bridge_core::convert::HfModel;
+use bridge_core::mapping::ForeignRole;
 use bridge_data::{Batch, IGNORE_INDEX};
 use bridge_models::verify::Reference;
 use bridge_models::weights::load_hf;
-use bridge_models::{DtypePolicy, SegmentedModel};
+use bridge_models::{Decoder, DtypePolicy, SegmentedModel};
 use bridge_ops::to_f32_vec;
 use bridge_train::config::RecomputeGranularity;
 use bridge_train::optimizer::{AdamW, AdamWOptions};
@@ -42,24 +43,50 @@ fn close(what: &str, found: f64, expected: f64) {
     );
 }
 
-/// Canonical names of Llama weights as Hugging Face has them.
-fn disk_name(canonical: &str) -> String {
-    let name = canonical
-        .replace("embedding.", "embed_tokens.")
-        .replace("final_norm.", "norm.")
-        .replace("input_norm.", "input_layernorm.")
-        .replace("mlp_norm.", "post_attention_layernorm.")
-        .replace("attention.", "self_attn.");
-    if name.starts_with("lm_head") {
-        name
-    } else {
-        format!("model.{name}")
-    }
+/// The elements of every weight as the checkpoint stores it, by its name there.
+fn stored(folder: &HfModel, model: &Decoder<Flex>) -> BTreeMap<String, Vec<f32>> {
+    let mapping = folder.plan().mapping();
+    let values: HashMap<String, Vec<f32>> = SegmentedModel::params(model)
+        .into_iter()
+        .map(|param| (param.name().to_owned(), to_f32_vec::<Flex>(param.value())))
+        .collect();
+    let weights = mapping.foreign.iter().enumerate();
+    weights
+        .filter(|(_, tensor)| tensor.role == ForeignRole::Weight)
+        .map(|(index, tensor)| {
+            let mut stored = vec![0.0; tensor.shape.iter().product()];
+            for piece in mapping.pieces_of_foreign(index) {
+                let own = &values[&mapping.canonical[piece.canonical].name];
+                let places = piece.foreign_view.offsets();
+                for (from, to) in piece.canonical_view.offsets().zip(places) {
+                    stored[to] = own[from];
+                }
+            }
+            (tensor.name.clone(), stored)
+        })
+        .collect()
 }
 
 #[test]
-fn twenty_steps_match_pytorch() {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama3_2");
+fn twenty_steps_of_a_dense_model_match_pytorch() {
+    twenty_steps_match_pytorch("llama3_2");
+}
+
+#[test]
+fn twenty_steps_of_a_mixture_of_experts_match_pytorch() {
+    twenty_steps_match_pytorch("qwen3_moe");
+}
+
+#[test]
+fn twenty_steps_of_a_hybrid_model_match_pytorch() {
+    twenty_steps_match_pytorch("nemotron_h");
+}
+
+#[track_caller]
+fn twenty_steps_match_pytorch(name: &str) {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/fixtures")
+        .join(name);
     let json = std::fs::read(fixture.join("train_trace.json")).unwrap();
     let trace: Trace = serde_json::from_slice(&json).unwrap();
     let device = Default::default();
@@ -119,24 +146,18 @@ fn twenty_steps_match_pytorch() {
         trace.final_loss,
     );
 
-    let params = SegmentedModel::params(&model);
-    assert_eq!(params.len(), trace.final_params.len());
-    for param in params {
-        let values = to_f32_vec::<Flex>(param.value());
-        let (norm, sum, numel) = trace.final_params[&disk_name(param.name())];
+    let stored = stored(&folder, &model);
+    assert!(stored.keys().eq(trace.final_params.keys()));
+    for (name, values) in stored {
+        let (norm, sum, numel) = trace.final_params[&name];
         let found = |f: fn(f64) -> f64| values.iter().map(|v| f(f64::from(*v))).sum::<f64>();
-        assert_eq!(values.len(), numel, "{}", param.name());
-        close(
-            &format!("norm of {}", param.name()),
-            found(|v| v * v).sqrt(),
-            norm,
-        );
+        assert_eq!(values.len(), numel, "{name}");
+        close(&format!("norm of {name}"), found(|v| v * v).sqrt(), norm);
         // A sum of elements of both signs: measured against the size of the terms.
         let error = (found(|v| v) - sum).abs();
         assert!(
             error <= TRACE * found(f64::abs).max(1.0),
-            "sum of {}: off by {error}",
-            param.name()
+            "sum of {name}: off by {error}"
         );
     }
 }

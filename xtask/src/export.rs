@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use bridge_core::convert::ExportOptions;
 use bridge_core::dtype::DType;
+use bridge_core::quant::QuantScheme;
 use clap::ValueEnum;
 use serde_json::json;
 
@@ -25,7 +26,7 @@ pub(crate) struct Args {
     /// The folder to make; must not exist.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Type to write weights as [default: as stored].
+    /// Type to write weights as [default: as stored, quantized again if the source was].
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
     /// Most bytes per file, such as 5GB [default: the source's files, or 5GB].
@@ -38,16 +39,24 @@ enum Dtype {
     Bf16,
     F16,
     F32,
+    /// 8-bit floats with a scale per block of 128 x 128, as DeepSeek-V3 is published.
+    Fp8,
+    /// 4-bit floats with a scale per 32, as gpt-oss is published.
+    Mxfp4,
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
-    let dtype = args.dtype.map(|d| match d {
-        Dtype::Bf16 => DType::BF16,
-        Dtype::F16 => DType::F16,
-        Dtype::F32 => DType::F32,
-    });
+    let (dtype, quantize) = match args.dtype {
+        None => (None, None),
+        Some(Dtype::Bf16) => (Some(DType::BF16), None),
+        Some(Dtype::F16) => (Some(DType::F16), None),
+        Some(Dtype::F32) => (Some(DType::F32), None),
+        Some(Dtype::Fp8) => (None, Some(QuantScheme::FP8)),
+        Some(Dtype::Mxfp4) => (None, Some(QuantScheme::Mxfp4)),
+    };
     let export = ExportOptions {
         dtype,
+        quantize,
         max_shard_bytes: args.max_shard_size,
         convert: options(),
     };

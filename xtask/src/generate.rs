@@ -1,17 +1,22 @@
 //! `generate`: text from a model.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
+use bridge_core::LayoutSpec;
 use bridge_models::DtypePolicy;
-use bridge_models::generate::{Finish, GenerateOptions, Generation, Sampling, generate_streaming};
+use bridge_models::generate::{
+    Finish, GenerateOptions, Generation, Sampling, generate_parallel, generate_streaming,
+};
 use bridge_ops::Ops;
+use bridge_parallel::ParallelContext;
 use bridge_tokenizers::{ChatRequest, DecodeStream, SpecialTokens, Tokenizer};
 use bridge_train::signals::StopFlag;
 use serde_json::json;
 
 use crate::backend::{OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
-use crate::flags::{BackendFlags, token_ids};
+use crate::flags::{BackendFlags, BackendName, token_ids};
 use crate::model::{ModelFlags, ModelOnDisk};
 use crate::report::Report;
 
@@ -43,6 +48,9 @@ pub(crate) struct Args {
     /// Seed of the draws.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
+    /// Tensor parallel size: ranks that divide the model, as threads of this process.
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Layout")]
+    tp: usize,
     #[command(flatten)]
     backend: BackendFlags,
 }
@@ -75,7 +83,12 @@ impl Args {
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
-    let model = ModelOnDisk::open(&args.model)?;
+    if args.tp != 1 && args.backend.backend != BackendName::Cpu {
+        return Err(Failure::input(
+            "--tp: ranks are threads here, which share one device; leave out --backend, or --tp",
+        ));
+    }
+    let model = Arc::new(ModelOnDisk::open(&args.model)?);
     let tokenizer = model.tokenizer()?;
     let prompt_ids = prompt_ids(&args, &model, tokenizer.as_ref())?;
     let work = Generate {
@@ -131,7 +144,7 @@ fn prompt_ids(args: &Args, model: &ModelOnDisk, tokenizer: Option<&Tokenizer>) -
 struct Generate<'a> {
     args: &'a Args,
     report: Report,
-    model: &'a ModelOnDisk,
+    model: &'a Arc<ModelOnDisk>,
     tokenizer: Option<&'a Tokenizer>,
     prompt_ids: &'a [u32],
 }
@@ -148,11 +161,10 @@ impl OnBackend for Generate<'_> {
             prompt_ids,
         } = self;
         let stop = StopFlag::on_signals().running("cannot listen for signals")?;
-        let decoder = model.load::<B>(&device, DtypePolicy::Source)?;
         let options = GenerateOptions {
             max_new_tokens: args.max_new_tokens,
             sampling: args.sampling(),
-            stop_ids: model.stop_ids(decoder.config())?,
+            stop_ids: model.stop_ids(&model.config()?)?,
             ..GenerateOptions::default()
         };
         let mut shown = Shown {
@@ -169,7 +181,16 @@ impl OnBackend for Generate<'_> {
                 ControlFlow::Break(())
             }
         };
-        let generation = generate_streaming(&decoder, prompt_ids, &options, &mut on_token)?;
+        let generation = if args.tp == 1 {
+            let decoder = model.load::<B>(&device, DtypePolicy::Source)?;
+            generate_streaming(&decoder, prompt_ids, &options, &mut on_token)?
+        } else {
+            let layout = LayoutSpec::tp_pp(args.tp, 1);
+            let model = Arc::clone(model);
+            let load =
+                move |ctx: &Arc<ParallelContext<B>>| model.load_parallel(ctx, DtypePolicy::Source);
+            generate_parallel(layout, load, prompt_ids, &options, &mut on_token)?
+        };
         if let Some(failure) = problem {
             return Err(failure);
         }

@@ -2,13 +2,17 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bridge_core::checkpoint::native::NativeCheckpoint;
 use bridge_core::convert::{HF_DIR, HfModel};
 use bridge_core::{DecoderConfig, LayoutSpec};
-use bridge_models::weights::{load_hf, load_native};
-use bridge_models::{Decoder, DtypePolicy};
+use bridge_models::weights::{
+    load_hf, load_hf_parallel, load_native, load_native_parallel, native_config,
+};
+use bridge_models::{Decoder, DtypePolicy, ParallelOptions};
 use bridge_ops::Ops;
+use bridge_parallel::ParallelContext;
 use bridge_tokenizers::{Tokenizer, TokenizerSource};
 
 use crate::failure::{Blame, Result};
@@ -68,6 +72,29 @@ impl ModelOnDisk {
             Weights::Native(native) => {
                 load_native(native, &bridge_models::registry(), policy, device)?
             }
+        })
+    }
+
+    /// Loads a rank's part of the model.
+    pub(crate) fn load_parallel<B: Ops>(
+        &self,
+        ctx: &Arc<ParallelContext<B>>,
+        policy: DtypePolicy,
+    ) -> bridge_models::Result<Decoder<B>> {
+        let options = ParallelOptions::default();
+        match &self.weights {
+            Weights::HuggingFace(model) => load_hf_parallel(model, policy, ctx, &options),
+            Weights::Native(native) => {
+                load_native_parallel(native, &bridge_models::registry(), policy, ctx, &options)
+            }
+        }
+    }
+
+    /// The model's config.
+    pub(crate) fn config(&self) -> Result<DecoderConfig> {
+        Ok(match &self.weights {
+            Weights::HuggingFace(model) => model.config().clone(),
+            Weights::Native(native) => native_config(native, &bridge_models::registry())?.2,
         })
     }
 

@@ -2,18 +2,22 @@
 
 use std::path::PathBuf;
 
-use bridge_models::verify::{Tolerances, VerifyOptions, VerifyReport};
+use bridge_core::LayoutSpec;
+use bridge_models::verify::{
+    LayoutOptions, Tolerances, VerifyOptions, VerifyReport, verify_bf16, verify_layout,
+};
+use bridge_parallel::CpCommType;
 use serde_json::to_value;
 
 use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
-use crate::flags::{BackendFlags, LayoutFlags, hugging_face_folder};
+use crate::flags::{BackendFlags, BackendName, LayoutFlags, hugging_face_folder};
 use crate::report::Report;
 
 /// Runs a model and compares logits, loss, gradients and greedy text with a reference.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "Example:\n  cargo xtask verify --hf tests/fixtures/llama3_1 --reference tests/fixtures/llama3_1 --grads"
+    after_help = "Example:\n  cargo xtask verify --hf tests/fixtures/llama3_1 --reference tests/fixtures/llama3_1 --grads\n  cargo xtask verify --hf tests/fixtures/llama3_1 --reference tests/fixtures/llama3_1 --grads --tp 2 --cp 2 --sp"
 )]
 pub(crate) struct Args {
     /// Hugging Face folder or hub id (org/name[@revision]).
@@ -38,6 +42,14 @@ pub(crate) struct Args {
     backend: BackendFlags,
     #[command(flatten)]
     layout: LayoutFlags,
+    /// How attention reaches other context-parallel ranks: p2p, all_gather or a2a.
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "p2p",
+        help_heading = "Layout"
+    )]
+    cp_comm_type: CpCommType,
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
@@ -48,9 +60,9 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         )));
     }
     let layout = args.layout.spec();
-    if layout.world_size() != 1 {
+    if layout.world_size() != 1 && args.backend.backend != BackendName::Cpu {
         return Err(Failure::input(format!(
-            "layout {layout}: models run on one rank in this build; leave out the layout flags"
+            "layout {layout}: ranks are threads here, which share one device; leave out --backend, or the layout flags"
         )));
     }
     let folder = hugging_face_folder(&args.hf)?;
@@ -89,17 +101,32 @@ impl OnBackend for Verify {
         };
         let registry = bridge_models::registry();
         let name = args.backend.backend.as_str();
+        let layout = args.layout.spec();
         if args.bf16 {
             if !B::platform().bf16 {
                 return Err(Failure::input(format!(
                     "--bf16: the {name} backend does not compute in bf16; use --backend cuda"
                 )));
             }
-            return Ok(bridge_models::verify::verify_bf16::<B>(
+            if layout != LayoutSpec::default() {
+                return Err(Failure::input(
+                    "--bf16 compares on one rank; leave out the layout flags",
+                ));
+            }
+            let reference = &args.reference;
+            return Ok(verify_bf16::<B>(
+                &registry, &folder, reference, &device, name,
+            )?);
+        }
+        if layout != LayoutSpec::default() {
+            let mut divided = LayoutOptions::new(layout);
+            divided.parallel.cp_comm_type = args.cp_comm_type;
+            return Ok(verify_layout::<B>(
                 &registry,
                 &folder,
                 &args.reference,
-                &device,
+                &options,
+                &divided,
                 name,
             )?);
         }

@@ -2,7 +2,7 @@
 
 use bridge_core::config::{
     Activation, ConfigReader, DecoderConfig, HfConfig, LayerConfig, NormConfig, NormKind,
-    RopeDefaults, RopeStyle,
+    RopeDefaults,
 };
 use bridge_core::layout::LayoutSpec;
 
@@ -103,26 +103,22 @@ fn read(keys: &ConfigReader<'_>) -> DecoderConfig {
             bias: keys.flag_or("norm_bias", false),
         },
         activation: keys.activation_or("hidden_act", Activation::Silu),
-        gated_mlp: true,
         attention_bias: keys.flag_or("attention_bias", false),
         attention_output_bias: keys.flag_or("attention_bias", false),
         mlp_bias: keys.flag_or("mlp_bias", false),
-        qk_norm: None,
         rope: Some(rope),
         rope_local,
         partial_rotary_factor,
-        rope_style: RopeStyle::Halves,
         layers: (0..layers).map(layer).collect(),
         tie_word_embeddings: keys.flag_or("tie_word_embeddings", false),
         embedding_scale: keys.number_opt("embedding_multiplier"),
         attention_scale: keys.number_opt("query_pre_attn_scalar"),
         attention_softcap: keys.number_opt("attn_logit_softcapping"),
         final_logit_softcap: keys.number_opt("final_logit_softcapping"),
-        attention_output_norm: false,
-        mlp_output_norm: false,
         initializer_range: keys.number_or("initializer_range", 0.02),
         bos_token_id: keys.token_id("bos_token_id"),
         eos_token_ids: keys.token_ids("eos_token_id"),
+        ..DecoderConfig::plain()
     }
 }
 

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{MAX_LAYERS, RopeConfig, RopeScaling};
+use super::{
+    GatedDeltaNetConfig, MAX_LAYERS, Mamba2Config, MlaConfig, MoeConfig, RopeConfig, RopeScaling,
+};
 use crate::error::{Error, Problems, Result};
 
 /// A decoder-only transformer. Words are those of Hugging Face's `config.json`; behaviour comes from a field, never
@@ -41,6 +43,15 @@ pub struct DecoderConfig {
     /// Normalisation of queries and keys before the rotary embedding.
     #[serde(default)]
     pub qk_norm: Option<QkNorm>,
+    /// Whether each query head has a learned logit that takes part in the softmax and has no value (gpt-oss).
+    #[serde(default)]
+    pub attention_sinks: bool,
+    /// Latent attention in place of plain projections, in every attention layer (DeepSeek).
+    #[serde(default)]
+    pub mla: Option<MlaConfig>,
+    /// The experts of layers with [`Ffn::Moe`].
+    #[serde(default)]
+    pub moe: Option<MoeConfig>,
     /// Rotary embedding of layers with [`LayerRope::Global`]; `None` where the model has none.
     #[serde(default)]
     pub rope: Option<RopeConfig>,
@@ -54,6 +65,10 @@ pub struct DecoderConfig {
     pub rope_style: RopeStyle,
     /// What each layer is made of; `num_hidden_layers` entries.
     pub layers: Vec<LayerConfig>,
+    /// Number of multi-token prediction modules after the last layer, each of which predicts one token further ahead
+    /// (DeepSeek-V3, GLM-4.5). They are trained with a loss of their own, and generation does not use them.
+    #[serde(default)]
+    pub num_mtp_layers: usize,
     /// Whether the output head is the embedding matrix.
     pub tie_word_embeddings: bool,
     /// Factor on the embeddings (Gemma: sqrt(hidden_size)).
@@ -68,6 +83,16 @@ pub struct DecoderConfig {
     /// `cap * tanh(logits / cap)` on the final logits (Gemma 2: 30).
     #[serde(default)]
     pub final_logit_softcap: Option<f64>,
+    /// Whether a gate computed from the layer's input, one per element of every head, scales the output of attention by
+    /// its sigmoid (Qwen3-Next).
+    #[serde(default)]
+    pub attention_output_gate: bool,
+    /// Dimensions of layers with [`Mixer::Mamba2`].
+    #[serde(default)]
+    pub mamba2: Option<Mamba2Config>,
+    /// Dimensions of layers with [`Mixer::GatedDeltaNet`].
+    #[serde(default)]
+    pub gated_delta_net: Option<GatedDeltaNetConfig>,
     /// A second norm, on the attention block's output before it joins the residual stream (Gemma 2 and 3).
     #[serde(default)]
     pub attention_output_norm: bool,
@@ -199,7 +224,7 @@ pub enum RopeStyle {
     Pairs,
 }
 
-/// What one decoder layer is made of.
+/// What one decoder layer is made of. A part that is absent has no norm either.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerConfig {
@@ -229,10 +254,19 @@ impl LayerConfig {
         }
     }
 
+    /// A layer with full causal attention and the model's mixture of experts.
+    pub fn moe() -> Self {
+        Self {
+            ffn: Ffn::Moe,
+            ..Self::dense()
+        }
+    }
+
     /// The attention of this layer, if its mixer is attention.
     pub fn attention(&self) -> Option<&AttentionLayer> {
         match &self.mixer {
             Mixer::Attention(attention) => Some(attention),
+            _ => None,
         }
     }
 }
@@ -244,6 +278,14 @@ impl LayerConfig {
 pub enum Mixer {
     /// Softmax attention with the heads of [`DecoderConfig`].
     Attention(AttentionLayer),
+    /// A Mamba-2 state space layer with the dimensions of [`DecoderConfig::mamba2`].
+    Mamba2,
+    /// A gated delta net with the dimensions of [`DecoderConfig::gated_delta_net`].
+    GatedDeltaNet,
+    /// A square matrix in the place of attention (Llama-Nemotron Super and Ultra).
+    Linear,
+    /// Nothing, not even a norm.
+    None,
 }
 
 /// What may differ between the attention layers of one model.
@@ -256,6 +298,9 @@ pub struct AttentionLayer {
     /// Which rotary embedding applies.
     #[serde(default)]
     pub rope: LayerRope,
+    /// Key and value heads where they differ from [`DecoderConfig::num_key_value_heads`].
+    #[serde(default)]
+    pub num_key_value_heads: Option<usize>,
 }
 
 /// Which rotary embedding a layer uses.
@@ -278,6 +323,12 @@ pub enum LayerRope {
 pub enum Ffn {
     /// A dense MLP.
     Mlp(MlpLayer),
+    /// A square matrix in the place of the MLP (Llama-Nemotron Super and Ultra).
+    Linear,
+    /// Nothing, not even a norm.
+    None,
+    /// The mixture of experts of [`DecoderConfig::moe`].
+    Moe,
 }
 
 /// What may differ between the dense MLPs of one model.
@@ -289,8 +340,12 @@ pub struct MlpLayer {
     pub intermediate_size: Option<usize>,
 }
 
+/// Largest width of anything: far above every published model, and low enough that products of three fit 64 bits.
+const MAX_WIDTH: usize = 1 << 21;
+
 impl DecoderConfig {
-    /// Width of all query heads together: rows of the q projection, columns of the output projection.
+    /// Width of all query heads together: rows of the q projection, and columns of the output projection unless values
+    /// have a width of their own.
     pub fn query_size(&self) -> usize {
         self.num_attention_heads.saturating_mul(self.head_dim)
     }
@@ -300,8 +355,28 @@ impl DecoderConfig {
         self.num_key_value_heads.saturating_mul(self.head_dim)
     }
 
-    /// How many elements of each head are rotated: `head_dim * partial_rotary_factor`, rounded down.
+    /// Key and value heads of layer `layer`'s attention.
+    pub fn layer_key_value_heads(&self, layer: usize) -> usize {
+        let own = self.layers.get(layer).and_then(LayerConfig::attention);
+        own.and_then(|attention| attention.num_key_value_heads)
+            .unwrap_or(self.num_key_value_heads)
+    }
+
+    /// Width of all heads' outputs together: columns of the output projection.
+    pub fn attention_output_size(&self) -> usize {
+        let head = self
+            .mla
+            .as_ref()
+            .map_or(self.head_dim, |mla| mla.v_head_dim);
+        self.num_attention_heads.saturating_mul(head)
+    }
+
+    /// How many elements of each head are rotated: `head_dim * partial_rotary_factor`, rounded down; in latent
+    /// attention, those set apart for it.
     pub fn rotary_dim(&self) -> usize {
+        if let Some(mla) = &self.mla {
+            return mla.qk_rope_head_dim;
+        }
         (self.head_dim as f64 * self.partial_rotary_factor) as usize
     }
 
@@ -332,7 +407,36 @@ impl DecoderConfig {
             ("num_key_value_heads*head_dim", self.key_value_size()),
             ("head_dim", self.head_dim),
         ];
-        let equal = candidates.into_iter().filter(|(_, value)| *value == extent);
+        let moe = self.moe.as_ref().map(|moe| {
+            let shared = moe.shared_intermediate_size.unwrap_or(0);
+            [
+                ("number of experts", moe.num_experts),
+                ("intermediate size of experts", moe.intermediate_size),
+                ("intermediate size of the shared expert", shared),
+            ]
+        });
+        let mla = self.mla.as_ref().map(|mla| {
+            let (nope, rope, value) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim);
+            let key_value = self.num_attention_heads.saturating_mul(nope + value);
+            [
+                ("q_lora_rank", mla.q_lora_rank.unwrap_or(0)),
+                ("kv_lora_rank", mla.kv_lora_rank),
+                ("kv_lora_rank+qk_rope_head_dim", mla.kv_lora_rank + rope),
+                (
+                    "num_attention_heads*(qk_nope_head_dim+v_head_dim)",
+                    key_value,
+                ),
+                (
+                    "num_attention_heads*v_head_dim",
+                    self.attention_output_size(),
+                ),
+            ]
+        });
+        let candidates = candidates
+            .into_iter()
+            .chain(moe.into_iter().flatten())
+            .chain(mla.into_iter().flatten());
+        let equal = candidates.filter(|(_, value)| *value == extent && extent > 0);
         equal
             .map(|(name, value)| format!("{name}={value}"))
             .collect()
@@ -355,8 +459,6 @@ impl DecoderConfig {
     }
 
     fn problems(&self) -> Problems {
-        // Far above every published model, and low enough that products of three of them fit 64 bits.
-        const MAX_WIDTH: usize = 1 << 21;
         const MAX_VOCAB: usize = 1 << 26;
         const MAX_CONTEXT: usize = 1 << 31;
         let mut problems = Problems::new();
@@ -399,8 +501,36 @@ impl DecoderConfig {
                 self.layers.len()
             ));
         }
+        if let Some(mla) = &self.mla {
+            mla.problems(self.head_dim, &mut problems);
+            if kv_heads != heads {
+                problems.push(format!(
+                    "num_key_value_heads={kv_heads} in latent attention, expected num_attention_heads={heads}"
+                ));
+            }
+            if self.qk_norm.is_some() {
+                problems.push(
+                    "latent attention does not go with a norm on queries and keys".to_owned(),
+                );
+            }
+        }
+        if let Some(moe) = &self.moe {
+            moe.problems(&mut problems);
+        }
+        if self.num_mtp_layers > MAX_LAYERS {
+            problems.push(format!(
+                "{} multi-token prediction modules, expected at most {MAX_LAYERS}",
+                self.num_mtp_layers
+            ));
+        }
         self.rope_problems(&mut problems);
         self.layer_problems(&mut problems);
+        if let Some(mamba2) = &self.mamba2 {
+            problems.extend("mamba2: ", mamba2.problems(MAX_WIDTH));
+        }
+        if let Some(delta_net) = &self.gated_delta_net {
+            problems.extend("gated_delta_net: ", delta_net.problems(MAX_WIDTH));
+        }
         self.number_problems(&mut problems);
         problems
     }
@@ -442,6 +572,15 @@ impl DecoderConfig {
                         "layer {index}: sliding window is 0, expected at least 1 token"
                     ));
                 }
+                let (heads, kv_heads) =
+                    (self.num_attention_heads, self.layer_key_value_heads(index));
+                if attention.num_key_value_heads.is_some()
+                    && (kv_heads == 0 || !heads.is_multiple_of(kv_heads))
+                {
+                    problems.push(format!(
+                        "layer {index}: num_attention_heads={heads} is not a multiple of its num_key_value_heads={kv_heads}"
+                    ));
+                }
                 let missing = match attention.rope {
                     LayerRope::Local => self.rope_local.is_none().then_some("rope_local"),
                     LayerRope::Global | LayerRope::None => None,
@@ -450,10 +589,23 @@ impl DecoderConfig {
                     problems.push(format!("layer {index} uses {field}, which is not set"));
                 }
             }
-            let width = self.mlp_intermediate_size(index);
-            if width == 0 {
+            let missing = match layer.mixer {
+                Mixer::Mamba2 => self.mamba2.is_none().then_some("mamba2"),
+                Mixer::GatedDeltaNet => self.gated_delta_net.is_none().then_some("gated_delta_net"),
+                _ => None,
+            };
+            if let Some(field) = missing {
+                problems.push(format!("layer {index} uses {field}, which is not set"));
+            }
+            if layer.ffn == Ffn::Moe && self.moe.is_none() {
                 problems.push(format!(
-                    "layer {index}: intermediate_size is 0, expected at least 1"
+                    "layer {index} is a mixture of experts, which are not described"
+                ));
+            }
+            let width = self.mlp_intermediate_size(index);
+            if matches!(layer.ffn, Ffn::Mlp(_)) && !(1..=MAX_WIDTH).contains(&width) {
+                problems.push(format!(
+                    "layer {index}: intermediate_size is {width}, expected 1 to {MAX_WIDTH}"
                 ));
             }
         }

@@ -79,8 +79,8 @@ fn numbers_that_do_not_fit_together_are_refused() {
         |config| {
             config.layers[1] = LayerConfig::dense_with_window(Some(0));
             config.layers[2].mixer = Mixer::Attention(AttentionLayer {
-                window: None,
                 rope: LayerRope::Local,
+                ..AttentionLayer::default()
             });
             config.layers[2].ffn = Ffn::Mlp(MlpLayer {
                 intermediate_size: Some(0),
@@ -89,7 +89,7 @@ fn numbers_that_do_not_fit_together_are_refused() {
         &[
             "layer 1: sliding window is 0, expected at least 1 token",
             "layer 2 uses rope_local, which is not set",
-            "layer 2: intermediate_size is 0, expected at least 1",
+            "layer 2: intermediate_size is 0, expected 1 to 2097152",
         ],
     );
     check_refused(

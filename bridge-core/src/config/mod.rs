@@ -3,7 +3,11 @@
 
 mod decoder;
 mod hf_json;
+mod mla;
+mod moe;
+mod plain;
 mod reader;
+mod recurrent;
 mod rope;
 mod rope_hf;
 mod tensors;
@@ -13,6 +17,9 @@ pub use decoder::{
     NormConfig, NormKind, QkNorm, RopeStyle,
 };
 pub use hf_json::{HfConfig, MAX_CONFIG_BYTES};
+pub use mla::MlaConfig;
+pub use moe::{ClampedSwiglu, GroupScoring, MoeConfig, RouterConfig, RouterGroups, RouterScoring};
 pub use reader::{ConfigReader, MAX_LAYERS};
+pub use recurrent::{GatedDeltaNetConfig, Mamba2Config};
 pub use rope::{Frequencies, RopeConfig, RopeScaling};
 pub use rope_hf::RopeDefaults;

@@ -75,6 +75,17 @@ pub(super) fn replace_values(json: &[u8], keys: &[&str], value: &str) -> Option<
     Some(edited)
 }
 
+/// `json` with a key more at the end of the outermost object, which must hold at least one already.
+pub(super) fn add_value(json: &[u8], key: &str, value: &str) -> Vec<u8> {
+    let Some((_, last)) = top_level_values(json).pop() else {
+        return json.to_vec();
+    };
+    let mut edited = json[..last.end].to_vec();
+    edited.extend_from_slice(format!(",\n  \"{key}\": {value}").as_bytes());
+    edited.extend_from_slice(&json[last.end..]);
+    edited
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

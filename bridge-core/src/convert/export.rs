@@ -1,13 +1,13 @@
 //! Native checkpoint to Hugging Face folder.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::companions::{Companions, SkippedFile};
-use super::config_edit::replace_values;
+use super::config_edit::{add_value, replace_values};
 use super::source_record::{CARRIED_DIR, SourceRecord};
-use super::transfer::{self, Segment, Sink, Transfer};
+use super::transfer::{self, Quantization, Segment, Sink, Transfer};
 use super::{ConvertOptions, HF_DIR, Progress};
 use crate::checkpoint::native::{Group, NativeCheckpoint, NativeTensor};
 use crate::checkpoint::{
@@ -15,16 +15,20 @@ use crate::checkpoint::{
 };
 use crate::config::HfConfig;
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Problems, Result};
 use crate::mapping::{View, ViewPair};
 use crate::plan::{ExportPlan, TensorHeader, plan_export};
+use crate::quant::{QuantScheme, Quantized, fold, quantizable};
 use crate::registry::Registry;
 
 /// What an export writes.
 #[derive(Debug, Clone, Default)]
 pub struct ExportOptions {
-    /// Type to write weights as; `None` keeps the stored ones.
+    /// Type to write weights as; `None` keeps the stored ones, and quantizes again what the source had quantized.
     pub dtype: Option<DType>,
+    /// Scheme to quantize weights by, whatever the source's was: FP8 for the matrices of layers, MXFP4 for the experts of
+    /// families that are published so. Not together with `dtype`.
+    pub quantize: Option<QuantScheme>,
     /// Most bytes of tensors per file; `None` keeps the files of the source, or takes
     /// [`DEFAULT_MAX_SHARD_BYTES`] where there was none.
     pub max_shard_bytes: Option<u64>,
@@ -83,11 +87,9 @@ pub(super) fn export_opened(
     let typed = bridge.config(&config)?;
     let record = SourceRecord::load(hf)?;
     let source = record.as_ref().map(SourceRecord::headers).transpose()?;
-    let had = |name: &str| {
-        source
-            .as_ref()
-            .is_some_and(|source| source.get(name).is_some())
-    };
+    let source_headers: Option<Vec<TensorHeader>> = source
+        .as_ref()
+        .map(|source| source.tensors().iter().map(TensorHeader::from).collect());
     let stored: Vec<TensorHeader> = native
         .index()
         .model
@@ -96,8 +98,27 @@ pub(super) fn export_opened(
             TensorHeader::new(name.as_str(), tensor.dtype, tensor.shape.as_slice())
         })
         .collect();
-    let had: Option<&dyn Fn(&str) -> bool> = if source.is_some() { Some(&had) } else { None };
-    let plan = plan_export(bridge, &typed, &stored, options.dtype, had)?;
+    if options.quantize.is_some() && options.dtype.is_some() {
+        return Err(Error::InvalidArgument(
+            "an export is either quantized or of another dtype, not both".to_owned(),
+        ));
+    }
+    let from_source = quantized_source(&config, source_headers.as_deref())?;
+    let quantized = match options.quantize {
+        None => from_source.clone(),
+        Some(scheme) => {
+            let map = bridge.weights(&typed);
+            quantizable(scheme, &map, &bridge.tensors(&typed), bridge.name())?
+        }
+    };
+    let plan = plan_export(
+        bridge,
+        &typed,
+        &stored,
+        options.dtype,
+        source_headers.as_deref(),
+        &quantized,
+    )?;
     let carried_dir = hf.join(CARRIED_DIR);
     let carried = carried_dir
         .is_dir()
@@ -109,9 +130,14 @@ pub(super) fn export_opened(
         .headers()
         .map(|h| TensorSpec::new(h.name, h.dtype, h.shape))
         .collect();
-    let mut transfers = transfers(native, &plan)?;
+    let (mut transfers, quantizations) = transfers(native, &plan, carried.as_ref())?;
     if let Some(carried) = &carried {
-        carry(carried, &mut specs, &mut transfers);
+        // Scales are written with their codes, or not at all.
+        let scales: HashSet<&str> = from_source
+            .values()
+            .map(|stored| stored.scales.name.as_str())
+            .collect();
+        carry(carried, &scales, &mut specs, &mut transfers);
     }
     let layout = match (&record, &source, options.max_shard_bytes) {
         (Some(record), Some(source), None) if same_names(source, &specs) => {
@@ -119,7 +145,13 @@ pub(super) fn export_opened(
         }
         _ => None,
     };
-    let (config_bytes, changed_dtype) = export_config(&config, source.as_ref(), &specs);
+    let (config_bytes, changed_dtype) = export_config(
+        &config,
+        source.as_ref(),
+        &specs,
+        &quantizations,
+        options.quantize,
+    );
 
     let writer = ShardedWriter::create(
         out,
@@ -134,11 +166,16 @@ pub(super) fn export_opened(
     )?;
     writer.add_file("config.json", &config_bytes)?;
     companions.copy(hf, writer.staging_dir())?;
-    let bytes = transfers.iter().map(Transfer::bytes).sum();
+    let made = transfers
+        .iter()
+        .chain(quantizations.iter().map(|job| &job.values));
+    let bytes = made.map(Transfer::bytes).sum();
     progress.begin("export", bytes);
-    transfer::run(&transfers, &writer, options.convert.resources(), progress)?;
-    let tensors = transfers.len();
-    drop(transfers);
+    let resources = options.convert.resources();
+    transfer::run(&transfers, &writer, resources, progress)?;
+    transfer::run_quantized(&quantizations, &writer, resources, progress)?;
+    let tensors = writer.tensors().len();
+    drop((transfers, quantizations));
     let dir = writer.finish()?;
     let files = Checkpoint::open(&dir)?
         .files()
@@ -172,13 +209,39 @@ impl Sink for ShardedWriter {
     }
 }
 
-/// What makes each foreign tensor of the plan, in its order.
-fn transfers<'a>(native: &'a NativeCheckpoint, plan: &ExportPlan) -> Result<Vec<Transfer<'a>>> {
+/// The tensors of the source that were quantized, by the name that the model knows them by.
+fn quantized_source(
+    config: &HfConfig,
+    source: Option<&[TensorHeader]>,
+) -> Result<HashMap<String, Quantized>> {
+    let mut problems = Problems::new();
+    let folded = fold(config, source.unwrap_or_default(), &mut problems);
+    if !problems.is_empty() {
+        return Err(Error::Config {
+            file: config.origin().to_owned(),
+            problems,
+        });
+    }
+    let quantized = folded
+        .into_iter()
+        .filter_map(|tensor| Some((tensor.header.name, tensor.quantized?)));
+    Ok(quantized.collect())
+}
+
+/// What makes each foreign tensor of the plan: those that are written as they are, and those that are quantized. Targets
+/// count as [`ExportPlan::headers`] does.
+fn transfers<'a>(
+    native: &'a NativeCheckpoint,
+    plan: &ExportPlan,
+    carried: Option<&'a Checkpoint>,
+) -> Result<(Vec<Transfer<'a>>, Vec<Quantization<'a>>)> {
     let mut transfers = Vec::with_capacity(plan.written.len());
-    for (position, (foreign, dtype)) in plan.written.iter().enumerate() {
-        let tensor = &plan.mapping.foreign[*foreign];
+    let mut quantizations = Vec::new();
+    let mut position = 0;
+    for written in &plan.written {
+        let tensor = &plan.mapping.foreign[written.foreign];
         let mut segments = Vec::new();
-        for piece in plan.mapping.pieces_of_foreign(*foreign) {
+        for piece in plan.mapping.pieces_of_foreign(written.foreign) {
             let name = &plan.mapping.canonical[piece.canonical].name;
             let stored = native.tensor(Group::Model, name)?;
             segments.extend(stored_segments(
@@ -189,16 +252,37 @@ fn transfers<'a>(native: &'a NativeCheckpoint, plan: &ExportPlan) -> Result<Vec<
                 &piece.foreign_view,
             )?);
         }
-        let (name, numel) = (tensor.name.clone(), tensor.shape.iter().product());
-        transfers.push(Transfer {
+        let transfer = Transfer {
             tensor: position,
-            name,
-            numel,
-            dtype: *dtype,
+            name: tensor.name.clone(),
+            numel: tensor.shape.iter().product(),
+            dtype: written.dtype,
             segments,
-        });
+        };
+        match &written.quantized {
+            None => {
+                transfers.push(transfer);
+                position += 1;
+            }
+            Some(stored) => {
+                let scales = carried.and_then(|carried| {
+                    let info = carried.get(&stored.scales.name)?;
+                    let fits =
+                        info.shape == stored.scales.shape && info.dtype == stored.scales.dtype;
+                    fits.then(|| (carried.reader(info), info.offset))
+                });
+                quantizations.push(Quantization {
+                    values: transfer,
+                    scheme: stored.scheme,
+                    cols: tensor.shape.last().copied().unwrap_or(1),
+                    targets: [position, position + 1],
+                    stored: scales,
+                });
+                position += 2;
+            }
+        }
     }
-    Ok(transfers)
+    Ok((transfers, quantizations))
 }
 
 /// The stored elements of the view `canonical` of a native tensor, piece by piece, each with its part of `target`.
@@ -237,7 +321,7 @@ pub(super) fn stored_segments<'a>(
                 target: part.far,
                 source: part.near,
                 dtype: stored.dtype,
-                reader,
+                reader: reader.into(),
                 base,
             }));
         }
@@ -248,10 +332,12 @@ pub(super) fn stored_segments<'a>(
 /// Adds the tensors that the model does not use and the import kept.
 fn carry<'a>(
     carried: &'a Checkpoint,
+    scales: &HashSet<&str>,
     specs: &mut Vec<TensorSpec>,
     transfers: &mut Vec<Transfer<'a>>,
 ) {
-    for info in carried.tensors() {
+    let unused = carried.tensors().iter();
+    for info in unused.filter(|info| !scales.contains(info.name.as_str())) {
         let numel = info.shape.iter().product();
         let view = View::whole(&[numel]);
         transfers.push(Transfer {
@@ -263,7 +349,7 @@ fn carry<'a>(
                 target: view.clone(),
                 source: view,
                 dtype: info.dtype,
-                reader: carried.reader(info),
+                reader: carried.reader(info).into(),
                 base: info.offset,
             }],
         });
@@ -285,6 +371,8 @@ fn export_config(
     config: &HfConfig,
     source: Option<&Checkpoint>,
     specs: &[TensorSpec],
+    quantizations: &[Quantization<'_>],
+    scheme: Option<QuantScheme>,
 ) -> (Vec<u8>, Option<DType>) {
     let written = main_dtype(specs.iter().map(|spec| (spec.dtype, spec.shape.as_slice())));
     let had = match source {
@@ -296,19 +384,32 @@ fn export_config(
         ),
         None => config.reader().dtype(),
     };
+    let mut json = config.raw().to_vec();
+    // What is not quantized any more must not say that it is, and the other way round.
+    let settings = match scheme {
+        Some(scheme) => Some(scheme.settings().to_string()),
+        None => quantizations.is_empty().then(|| "null".to_owned()),
+    };
+    if let Some(settings) = settings {
+        match replace_values(&json, &["quantization_config"], &settings) {
+            Some(edited) => json = edited,
+            None if scheme.is_some() => json = add_value(&json, "quantization_config", &settings),
+            None => {}
+        }
+    }
     let name = match written {
         Some(DType::F64) => "\"float64\"",
         Some(DType::F32) => "\"float32\"",
         Some(DType::F16) => "\"float16\"",
         Some(DType::BF16) => "\"bfloat16\"",
-        _ => return (config.raw().to_vec(), None),
+        _ => return (json, None),
     };
     if written == had {
-        return (config.raw().to_vec(), None);
+        return (json, None);
     }
-    match replace_values(config.raw(), &["dtype", "torch_dtype"], name) {
-        Some(edited) if edited != config.raw() => (edited, written),
-        _ => (config.raw().to_vec(), None),
+    match replace_values(&json, &["dtype", "torch_dtype"], name) {
+        Some(edited) if edited != json => (edited, written),
+        _ => (json, None),
     }
 }
 

@@ -80,6 +80,7 @@ pub fn import(
         .map(|(piece, index)| model.transfer(*index, &whole(&tensors[*index].shape), piece))
         .collect();
     transfer::run(&transfers, &file, options.resources(), progress)?;
+    drop(transfers);
     check_tied(&model, options, progress)?;
     file.finish()?;
     let dir = writer.finish(1, 0)?;
@@ -148,19 +149,24 @@ fn by_place(model: &HfModel) -> Vec<usize> {
     let mut order: Vec<usize> = (0..model.plan().tensors.len()).collect();
     order.sort_by_key(|index| {
         let name = model.plan().tensors[*index].foreign.first();
-        name.and_then(|name| model.checkpoint().get(name))
-            .map(|info| (info.file, info.offset))
+        name.and_then(|name| model.place_of(name))
     });
     order
 }
 
-/// Keeps the tensors that the model does not use, for the export.
+/// Keeps the tensors that the model does not use, for the export, and the scales of quantized ones.
 fn carry_ignored(model: &HfModel, dir: &Path, options: &ConvertOptions) -> Result<()> {
     let names: Vec<&str> = model
         .plan()
         .ignored
         .iter()
         .map(|tensor| tensor.name.as_str())
+        .chain(
+            model
+                .plan()
+                .quantized_parts()
+                .map(|stored| stored.scales.name.as_str()),
+        )
         .collect();
     let infos: Vec<_> = names
         .iter()

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
-use super::transfer::{Resources, Segment, Transfer};
+use super::transfer::{Resources, Segment, SegmentReader, Transfer};
 use crate::bridge::ModelBridge;
 use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::config::{DecoderConfig, HfConfig};
@@ -13,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::layout::LayoutSpec;
 use crate::mapping::{View, ViewPair};
 use crate::plan::{Plan, TensorHeader, plan_import};
+use crate::quant::DequantizingReader;
 use crate::registry::Registry;
 
 /// A model in a Hugging Face folder: its config, its files and the plan that connects them. Opening reads headers only;
@@ -168,6 +170,34 @@ impl HfModel {
         self.transfer_of(index, &whole, 0, pieces)
     }
 
+    /// Where foreign tensor number `foreign` can be read: from what, as which type, from which byte on.
+    fn stored(&self, foreign: usize) -> Option<(SegmentReader<'_>, DType, u64)> {
+        match &self.plan.quantized[foreign] {
+            None => {
+                let info = self
+                    .checkpoint
+                    .get(&self.plan.mapping.foreign[foreign].name)?;
+                Some((self.checkpoint.reader(info).into(), info.dtype, info.offset))
+            }
+            Some(stored) => {
+                let reader = DequantizingReader::new(&self.checkpoint, stored)?;
+                Some((SegmentReader::Computed(Arc::new(reader)), DType::BF16, 0))
+            }
+        }
+    }
+
+    /// Where the bytes of the foreign tensor called `name` lie: its file and the offset in it.
+    pub(super) fn place_of(&self, name: &str) -> Option<(usize, u64)> {
+        let stored = self
+            .plan
+            .mapping
+            .foreign_index(name)
+            .and_then(|index| self.plan.quantized[index].as_ref());
+        let name = stored.map_or(name, |stored| stored.values.name.as_str());
+        let info = self.checkpoint.get(name)?;
+        Some((info.file, info.offset))
+    }
+
     fn transfer_of<'a>(
         &'a self,
         index: usize,
@@ -179,10 +209,7 @@ impl HfModel {
         let mut segments = Vec::new();
         for (foreign, near, far) in pieces {
             // The plan holds only foreign tensors that the checkpoint has.
-            let Some(info) = self
-                .checkpoint
-                .get(&self.plan.mapping.foreign[foreign].name)
-            else {
+            let Some((reader, dtype, base)) = self.stored(foreign) else {
                 continue;
             };
             let pair = ViewPair {
@@ -195,9 +222,9 @@ impl HfModel {
                     .map(|part| Segment {
                         target: part.near,
                         source: part.far,
-                        dtype: info.dtype,
-                        reader: self.checkpoint.reader(info),
-                        base: info.offset,
+                        dtype,
+                        reader: reader.clone(),
+                        base,
                     }),
             );
         }

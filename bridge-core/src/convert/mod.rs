@@ -82,4 +82,6 @@ pub trait Progress: Sync {
 impl Progress for () {}
 
 #[cfg(test)]
+mod quantized_tests;
+#[cfg(test)]
 mod tests;

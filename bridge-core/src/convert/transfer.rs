@@ -1,9 +1,9 @@
 //! Moving whole tensors: from stored byte ranges, through strided views and casts, into a sink, on a few threads and
 //! within a memory budget.
 
-use std::ops::Range;
-use std::sync::Mutex;
+use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::Progress;
 use super::strided::{self, Paired};
@@ -11,6 +11,8 @@ use crate::checkpoint::RangeReader;
 use crate::dtype::{DType, cast_bytes};
 use crate::error::{Error, Result};
 use crate::mapping::{View, ViewPair};
+use crate::quant::{Band, MXFP4_BLOCK, QuantScheme, quantize_band};
+use half::bf16;
 
 /// Some elements of a target tensor, and where they are stored.
 pub(super) struct Segment<'a> {
@@ -20,9 +22,35 @@ pub(super) struct Segment<'a> {
     pub(super) source: View,
     /// Type of the stored elements.
     pub(super) dtype: DType,
-    pub(super) reader: &'a dyn RangeReader,
+    pub(super) reader: SegmentReader<'a>,
     /// Byte of `reader` at which element 0 of the stored tensor lies.
     pub(super) base: u64,
+}
+
+/// Where a segment's bytes come from.
+#[derive(Clone)]
+pub(super) enum SegmentReader<'a> {
+    /// A file, as it is.
+    Stored(&'a dyn RangeReader),
+    /// Values that are computed as they are read.
+    Computed(Arc<dyn RangeReader + 'a>),
+}
+
+impl<'a> From<&'a dyn RangeReader> for SegmentReader<'a> {
+    fn from(reader: &'a dyn RangeReader) -> Self {
+        Self::Stored(reader)
+    }
+}
+
+impl<'a> Deref for SegmentReader<'a> {
+    type Target = dyn RangeReader + 'a;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Self::Stored(reader) => *reader,
+            Self::Computed(reader) => reader.as_ref(),
+        }
+    }
 }
 
 /// A tensor to be made of segments that meet each of its elements once.
@@ -138,7 +166,7 @@ impl<'a> Transfer<'a> {
                     strided::gather(
                         &paired,
                         size,
-                        segment.reader,
+                        &*segment.reader,
                         segment.base,
                         out,
                         &mut buffers.scratch,
@@ -154,7 +182,7 @@ impl<'a> Transfer<'a> {
                 strided::gather(
                     &compact,
                     size,
-                    segment.reader,
+                    &*segment.reader,
                     segment.base,
                     stored,
                     &mut buffers.scratch,
@@ -227,7 +255,7 @@ pub(super) fn run(
                 sink.copy(
                     transfer.tensor,
                     *target,
-                    transfer.segments[*segment].reader,
+                    &*transfer.segments[*segment].reader,
                     *source,
                     *len,
                 )?;
@@ -285,6 +313,89 @@ pub(super) fn compare(
         }
         buffers.out = out;
         if progress.advance(&one.name, bytes as u64) {
+            Ok(())
+        } else {
+            Err(Error::Cancelled)
+        }
+    })
+}
+
+/// A tensor to be quantized on its way to the sink.
+pub(super) struct Quantization<'a> {
+    /// Makes the values, as bf16.
+    pub(super) values: Transfer<'a>,
+    pub(super) scheme: QuantScheme,
+    /// Extent of the last dimension.
+    pub(super) cols: usize,
+    /// The sink's numbers for codes and scales.
+    pub(super) targets: [usize; 2],
+    /// The scales that the values came with, and the byte at which they begin.
+    pub(super) stored: Option<(&'a dyn RangeReader, u64)>,
+}
+
+/// Quantizes tensors into the sink, a band of rows at a time.
+pub(super) fn run_quantized(
+    jobs: &[Quantization<'_>],
+    sink: &dyn Sink,
+    resources: Resources,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let chunk = resources.chunk_bytes();
+    let mut items = Vec::new();
+    for (index, job) in jobs.iter().enumerate() {
+        let height = match job.scheme {
+            QuantScheme::Fp8Block { rows, .. } => rows,
+            QuantScheme::Mxfp4 => (chunk / 2 / job.cols.max(1)).max(1),
+        };
+        let step = height.saturating_mul(job.cols).max(1);
+        let numel = job.values.numel;
+        items.extend((0..numel).step_by(step).map(|start| Item::Gather {
+            transfer: index,
+            elements: start..start.saturating_add(step).min(numel),
+        }));
+    }
+    each(&items, resources.threads, |item, buffers| {
+        let Item::Gather { transfer, elements } = item else {
+            return Ok(());
+        };
+        let job = &jobs[*transfer];
+        let mut out = std::mem::take(&mut buffers.out);
+        out.resize(2 * elements.len(), 0);
+        job.values
+            .gather(elements.clone(), &mut out, buffers, chunk)?;
+        let values: Vec<bf16> = out
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|bytes| bf16::from_le_bytes(*bytes))
+            .collect();
+        let (codes_at, scales_at, scales_len) = match job.scheme {
+            QuantScheme::Fp8Block { rows, cols } => {
+                let row = elements.start / job.cols.max(1) / rows;
+                let len = 4 * job.cols.div_ceil(cols);
+                (elements.start, row * len, len)
+            }
+            QuantScheme::Mxfp4 => {
+                let blocks = elements.len() / MXFP4_BLOCK;
+                (elements.start / 2, elements.start / MXFP4_BLOCK, blocks)
+            }
+        };
+        let stored = match job.stored {
+            None => None,
+            Some((reader, base)) => {
+                let mut scales = vec![0; scales_len];
+                reader.read_exact_at(base + scales_at as u64, &mut scales)?;
+                Some(scales)
+            }
+        };
+        let mut band = Band::default();
+        quantize_band(job.scheme, &values, job.cols, stored.as_deref(), &mut band).map_err(
+            |problem| Error::InvalidArgument(format!("tensor `{}` {problem}", job.values.name)),
+        )?;
+        sink.write(job.targets[0], codes_at as u64, &band.codes)?;
+        sink.write(job.targets[1], scales_at as u64, &band.scales)?;
+        buffers.out = out;
+        if progress.advance(&job.values.name, 2 * elements.len() as u64) {
             Ok(())
         } else {
             Err(Error::Cancelled)

@@ -6,6 +6,11 @@ mod float8;
 
 pub use cast::{CastError, cast_bytes, decode_f32, encode_f32};
 
+#[cfg(test)]
+pub(crate) fn float8_value(dtype: DType, code: u8) -> Option<f32> {
+    float8::table(dtype).map(|table| table[usize::from(code)])
+}
+
 use std::fmt;
 use std::str::FromStr;
 

@@ -34,6 +34,8 @@ pub struct WeightMap {
     pub(super) entries: Vec<Entry>,
     pub(super) tied: Vec<(String, String)>,
     pub(super) ignored: Vec<(Pattern, String)>,
+    /// Maps of other forms of the same model, each with a name that gives the form away.
+    alternatives: Vec<(Pattern, WeightMap)>,
     /// Patterns that do not parse; reported when the map is used.
     pub(super) errors: Vec<String>,
 }
@@ -198,6 +200,94 @@ impl WeightMap {
             }
         }
         self
+    }
+
+    /// The lines of this map, then those of `other`.
+    pub fn then(mut self, other: WeightMap) -> Self {
+        self.entries.extend(other.entries);
+        self.tied.extend(other.tied);
+        self.ignored.extend(other.ignored);
+        self.errors.extend(other.errors);
+        self.alternatives.extend(other.alternatives);
+        self
+    }
+
+    /// The lines of this map whose names start with `canonical.0` and `foreign.0`, with `canonical.1` and `foreign.1` in
+    /// their places: the same layer somewhere else.
+    ///
+    /// ```
+    /// use bridge_core::WeightMap;
+    /// let layers = WeightMap::new().copy("layers.{l}.norm.weight", "model.layers.{l}.ln.weight");
+    /// // A module after the last of 61 layers is made like one of them.
+    /// let module = layers.relocated(("layers.{l}.", "mtp.0.layer."), ("model.layers.{l}.", "model.layers.61."));
+    /// let map = module.then(layers);
+    /// # let _ = map;
+    /// ```
+    pub fn relocated(&self, canonical: (&str, &str), foreign: (&str, &str)) -> WeightMap {
+        let mut moved = WeightMap::new();
+        moved.errors.clone_from(&self.errors);
+        let rename = |pattern: &Pattern, (from, to): (&str, &str)| {
+            let text = pattern.to_string();
+            text.strip_prefix(from).map(|rest| format!("{to}{rest}"))
+        };
+        for entry in &self.entries {
+            let names: Option<Vec<String>> = entry
+                .canonical
+                .iter()
+                .map(|pattern| rename(pattern, canonical))
+                .collect();
+            let (Some(names), Some(stored)) = (names, rename(&entry.foreign, foreign)) else {
+                continue;
+            };
+            let patterns: Vec<Pattern> = names.iter().filter_map(|n| moved.pattern(n)).collect();
+            if let Some(stored) = moved.pattern(&stored)
+                && patterns.len() == names.len()
+            {
+                moved.entries.push(Entry {
+                    canonical: patterns,
+                    foreign: stored,
+                    form: entry.form.clone(),
+                });
+            }
+        }
+        for (pattern, reason) in &self.ignored {
+            if let Some(name) = rename(pattern, foreign) {
+                moved = moved.ignore(&name, reason);
+            }
+        }
+        moved
+    }
+
+    /// Takes `map` in place of this one for a checkpoint that holds a tensor called `sign`, a pattern. For models that
+    /// are stored in several forms which no config key tells apart.
+    pub fn when_stored(mut self, sign: &str, map: WeightMap) -> Self {
+        if let Some(pattern) = self.pattern(sign) {
+            self.alternatives.push((pattern, map));
+        }
+        self
+    }
+
+    /// The alternative whose sign ends with `suffix`.
+    pub(crate) fn form_with_suffix(&self, suffix: &str) -> Option<WeightMap> {
+        self.alternatives
+            .iter()
+            .find(|(sign, _)| sign.to_string().ends_with(suffix))
+            .map(|(_, map)| map.clone())
+    }
+
+    /// The map for a checkpoint with tensors of these names: the first alternative whose sign is among them, or this.
+    pub(crate) fn for_stored<'n>(self, names: impl Iterator<Item = &'n str> + Clone) -> WeightMap {
+        let found = self
+            .alternatives
+            .iter()
+            .position(|(sign, _)| names.clone().any(|name| sign.matches(name).is_some()));
+        match found {
+            Some(index) => {
+                let (_, map) = self.alternatives[index].clone();
+                map
+            }
+            None => self,
+        }
     }
 
     /// Where `when` holds, `canonical` is no tensor of its own but `source` under another name. A foreign checkpoint

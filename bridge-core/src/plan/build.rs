@@ -11,6 +11,7 @@ use crate::dtype::DType;
 use crate::error::{Error, MAX_LISTED_PROBLEMS, Problems, Result};
 use crate::layout::LayoutSpec;
 use crate::mapping::{ForeignRole, Mapping};
+use crate::quant::{Folded, Quantized, fold};
 use crate::registry::nearest;
 
 /// Plans the import of a checkpoint with the given tensor headers at `layout`.
@@ -25,19 +26,27 @@ pub fn plan_import(
     layout: &LayoutSpec,
 ) -> Result<Plan> {
     let typed = bridge.config(config)?;
-    let (canonical, mapping) = resolve(bridge, &typed, config.origin())?;
+    let names = headers.iter().map(|header| header.name.as_str());
+    let (canonical, mapping) = resolve(bridge, &typed, config.origin(), names)?;
     layout.validate(&canonical, typed.num_hidden_layers)?;
 
     let mut problems = Problems::new();
+    let folded = fold(config, headers, &mut problems);
     let mut found: Vec<Option<&TensorHeader>> = vec![None; mapping.foreign.len()];
+    let mut quantized: Vec<Option<Quantized>> = vec![None; mapping.foreign.len()];
     let mut ignored = Vec::new();
     let mut unexpected = Vec::new();
     let mut seen = HashSet::new();
-    for header in headers {
+    for Folded {
+        header,
+        quantized: stored,
+    } in &folded
+    {
         if !seen.insert(header.name.as_str()) {
             problems.push(format!("{} is listed twice", header.shown()));
         } else if let Some(index) = mapping.foreign_index(&header.name) {
             found[index] = Some(header);
+            quantized[index].clone_from(stored);
             check_shape(&typed, header, &mapping.foreign[index].shape, &mut problems);
         } else if let Some(reason) = mapping.ignored(&header.name) {
             let (name, reason) = (header.name.clone(), reason.to_owned());
@@ -52,13 +61,16 @@ pub fn plan_import(
     }
     let present: Vec<bool> = found.iter().map(Option::is_some).collect();
     let missing = missing(&mapping, &present);
-    report_gaps(config, &mapping, &missing, &unexpected, &mut problems);
+    report_gaps(&mapping, &missing, &unexpected, &mut problems);
 
     let mut tensors = Vec::with_capacity(canonical.len());
     for (index, tensor) in canonical.iter().enumerate() {
         let mut headers: Vec<(&TensorHeader, &'static str)> = Vec::new();
         for piece in sources(&mapping, &present, index) {
-            let op = mapping.ops[piece.foreign];
+            let op = match quantized[piece.foreign] {
+                Some(_) => "dequantized",
+                None => mapping.ops[piece.foreign],
+            };
             if let Some(header) = found[piece.foreign]
                 .filter(|h| headers.iter().all(|(known, _)| known.name != h.name))
             {
@@ -123,6 +135,7 @@ pub fn plan_import(
         config: typed,
         mapping,
         present,
+        quantized,
     })
 }
 
@@ -137,7 +150,7 @@ pub fn plan_from_shapes(
     layout: &LayoutSpec,
 ) -> Result<Plan> {
     let typed = bridge.config(config)?;
-    let (_, mapping) = resolve(bridge, &typed, config.origin())?;
+    let (_, mapping) = resolve(bridge, &typed, config.origin(), std::iter::empty())?;
     let own = mapping
         .foreign
         .iter()
@@ -148,16 +161,18 @@ pub fn plan_from_shapes(
     plan_import(bridge, config, &headers, layout)
 }
 
-/// The canonical tensors and the checked mapping of a model.
-pub(crate) fn resolve(
+/// The canonical tensors and the checked mapping of a model whose foreign checkpoint holds tensors called `names`.
+pub(crate) fn resolve<'n>(
     bridge: &dyn ModelBridge,
     config: &DecoderConfig,
     origin: &str,
+    names: impl Iterator<Item = &'n str> + Clone,
 ) -> Result<(Vec<CanonicalTensor>, Mapping)> {
     config.validate(origin)?;
     let canonical = bridge.tensors(config);
     let mapping = bridge
         .weights(config)
+        .for_stored(names)
         .resolve(&canonical)
         .map_err(|problems| Error::Plan {
             what: format!(
@@ -185,27 +200,11 @@ fn missing(mapping: &Mapping, present: &[bool]) -> Vec<usize> {
 }
 
 fn report_gaps(
-    config: &HfConfig,
     mapping: &Mapping,
     missing: &[usize],
     unexpected: &[&TensorHeader],
     problems: &mut Problems,
 ) {
-    if let Some(method) = config
-        .json()
-        .get("quantization_config")
-        .filter(|value| !value.is_null())
-    {
-        let method = method
-            .get("quant_method")
-            .and_then(|name| name.as_str())
-            .unwrap_or("unknown method");
-        problems.push(format!(
-            "the checkpoint is quantized ({}), which this model's weight map does not read; use a checkpoint in bf16, \
-             fp16 or fp32",
-            quote(method)
-        ));
-    }
     const MAX_COMPARED: usize = 2000;
     let lacking: Vec<&str> = missing
         .iter()

@@ -1,6 +1,6 @@
 //! Planning an export.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::TensorHeader;
 use super::build::resolve;
@@ -9,6 +9,7 @@ use crate::config::DecoderConfig;
 use crate::dtype::DType;
 use crate::error::{Error, Problems, Result};
 use crate::mapping::{ForeignRole, Mapping};
+use crate::quant::{Quantized, StoredPart};
 
 /// A checked plan of an export.
 #[derive(Debug, Clone)]
@@ -19,25 +20,47 @@ pub struct ExportPlan {
     pub mapping: Mapping,
     /// The stored dtype of each canonical tensor, in the order of the mapping.
     pub stored: Vec<DType>,
-    /// The foreign tensors to write: index into the mapping's foreign tensors, and the dtype to write.
-    pub written: Vec<(usize, DType)>,
+    /// The foreign tensors to write.
+    pub written: Vec<WrittenTensor>,
+}
+
+/// A foreign tensor of an export.
+#[derive(Debug, Clone)]
+pub struct WrittenTensor {
+    /// Index into the mapping's foreign tensors.
+    pub foreign: usize,
+    /// The dtype to write, or to quantize from.
+    pub dtype: DType,
+    /// How it is stored, if it is to be quantized.
+    pub quantized: Option<Quantized>,
 }
 
 impl ExportPlan {
-    /// The headers of the tensors to write.
+    /// The headers of the tensors to write, in order; a quantized one has two.
     pub fn headers(&self) -> impl Iterator<Item = TensorHeader> + '_ {
-        self.written.iter().map(|(index, dtype)| {
-            let tensor = &self.mapping.foreign[*index];
-            TensorHeader::new(tensor.name.as_str(), *dtype, tensor.shape.as_slice())
+        self.written.iter().flat_map(|written| {
+            let tensor = &self.mapping.foreign[written.foreign];
+            let part = |part: &StoredPart| {
+                TensorHeader::new(part.name.as_str(), part.dtype, part.shape.as_slice())
+            };
+            match &written.quantized {
+                None => vec![TensorHeader::new(
+                    tensor.name.as_str(),
+                    written.dtype,
+                    tensor.shape.as_slice(),
+                )],
+                Some(stored) => vec![part(&stored.values), part(&stored.scales)],
+            }
         })
     }
 }
 
 /// Plans the export of a model whose canonical tensors are `stored`.
 ///
-/// `dtype` is the type to write floating-point weights as; `None` keeps the stored ones. `had` says whether the
-/// checkpoint that the model came from held a tensor; it decides how tied weights are written. Without it they are
-/// written once.
+/// `dtype` is the type to write floating-point weights as; `None` keeps the stored ones. `source`
+/// lists the tensors of the checkpoint that the model came from; it decides in which of its forms the model is written
+/// and how tied weights are. Without it the model takes its usual form, and tied weights are written once. What
+/// `quantized` names is quantized again, unless `dtype` asks for another type.
 ///
 /// # Errors
 /// [`Error::Plan`] with every missing, unexpected and misfit tensor.
@@ -46,10 +69,21 @@ pub fn plan_export(
     config: &DecoderConfig,
     stored: &[TensorHeader],
     dtype: Option<DType>,
-    had: Option<&dyn Fn(&str) -> bool>,
+    source: Option<&[TensorHeader]>,
+    quantized: &HashMap<String, Quantized>,
 ) -> Result<ExportPlan> {
     let what = format!("cannot export as {}", bridge.name());
-    let (canonical, mapping) = resolve(bridge, config, "the model's config")?;
+    let names: HashSet<&str> = source
+        .into_iter()
+        .flatten()
+        .map(|header| header.name.as_str())
+        .collect();
+    // The form is that of what is written, whatever the source's was.
+    let stored_as = quantized.values().map(|stored| stored.values.name.as_str());
+    let form = stored_as.chain(names.iter().copied());
+    let (canonical, mapping) = resolve(bridge, config, "the model's config", form)?;
+    let had = |name: &str| names.contains(name) || quantized.contains_key(name);
+    let had: Option<&dyn Fn(&str) -> bool> = source.is_some().then_some(&had);
     let mut problems = Problems::new();
     let mut by_name: HashMap<&str, &TensorHeader> =
         stored.iter().map(|h| (h.name.as_str(), h)).collect();
@@ -114,7 +148,16 @@ pub fn plan_export(
                 tensor.name
             ));
         }
-        written.push((index, dtype.unwrap_or(first)));
+        let again = quantized.get(&tensor.name).filter(|_| dtype.is_none());
+        written.push(WrittenTensor {
+            foreign: index,
+            // Scales are sought for values of the precision that dequantizing gives.
+            dtype: match again {
+                Some(_) => DType::BF16,
+                None => dtype.unwrap_or(first),
+            },
+            quantized: again.cloned(),
+        });
     }
     if problems.is_empty() {
         return Ok(ExportPlan {

@@ -12,7 +12,7 @@ mod ranks;
 use serde::Serialize;
 
 pub use build::{plan_from_shapes, plan_import};
-pub use export::{ExportPlan, plan_export};
+pub use export::{ExportPlan, WrittenTensor, plan_export};
 pub use ranks::RankPlan;
 
 use crate::checkpoint::{TensorInfo, quote};
@@ -20,6 +20,7 @@ use crate::config::DecoderConfig;
 use crate::dtype::DType;
 use crate::layout::{LayoutSpec, Place, ShardRule};
 use crate::mapping::{ForeignRole, Mapping, Piece};
+use crate::quant::Quantized;
 
 /// What a plan needs to know of a stored tensor. Weights are not needed: made-up headers plan as well as real ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,7 +71,8 @@ pub struct PlannedTensor {
     pub shape: Vec<usize>,
     /// Element type as stored on the canonical side.
     pub dtype: DType,
-    /// How the two sides correspond: copy, map, fused, stacked, unstacked.
+    /// How the two sides correspond: copy, map, fused, stacked, unstacked; dequantized where the other side is
+    /// quantized.
     pub op: &'static str,
     /// How ranks divide it.
     pub shard: ShardRule,
@@ -128,12 +130,25 @@ pub struct Plan {
     /// For each foreign tensor of the mapping, whether the checkpoint holds it.
     #[serde(skip)]
     pub(crate) present: Vec<bool>,
+    /// For each foreign tensor of the mapping, how it is stored if it is quantized.
+    #[serde(skip)]
+    pub(crate) quantized: Vec<Option<Quantized>>,
 }
 
 impl Plan {
     /// The checked correspondence of elements.
     pub fn mapping(&self) -> &Mapping {
         &self.mapping
+    }
+
+    /// Whether the checkpoint holds quantized tensors, which become floating-point ones.
+    pub fn is_quantized(&self) -> bool {
+        self.quantized.iter().any(Option::is_some)
+    }
+
+    /// How each quantized tensor of the checkpoint is stored.
+    pub fn quantized_parts(&self) -> impl Iterator<Item = &Quantized> {
+        self.quantized.iter().flatten()
     }
 
     /// The pieces that fill canonical tensor number `canonical` (index into [`Plan::tensors`]), each element once.

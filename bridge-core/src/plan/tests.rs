@@ -152,10 +152,10 @@ fn quantized_checkpoints_and_duplicate_names_are_refused() {
     let mut headers = headers(json!({}));
     headers.push(headers[0].clone());
     check_refused(
-        json!({"quantization_config": {"quant_method": "fp8"}}),
+        json!({"quantization_config": {"quant_method": "gptq"}}),
         &headers,
-        "2 problems\n  - tensor `model.embed_tokens.weight` is listed twice\n  - the checkpoint is quantized (`fp8`), \
-         which this model's weight map does not read; use a checkpoint in bf16, fp16 or fp32",
+        "2 problems\n  - the checkpoint is quantized (`gptq`), which is not read; known are fp8 in blocks and mxfp4; use such a \
+         checkpoint, or one in bf16, fp16 or fp32\n  - tensor `model.embed_tokens.weight` is listed twice",
     );
 }
 
@@ -315,8 +315,18 @@ fn exports_name_what_is_missing_and_write_tied_weights_as_the_source_had_them() 
         .into_iter()
         .map(|tensor| TensorHeader::new(tensor.name, DType::F32, tensor.shape))
         .collect();
-    let names = |had: Option<&dyn Fn(&str) -> bool>| -> Vec<String> {
-        let plan = plan_export(&TestBridge, &typed, &stored, None, had).unwrap();
+    let names = |had: Option<&[&str]>| -> Vec<String> {
+        let header = |name: &&str| TensorHeader::new(*name, DType::F32, [131, 48]);
+        let source = had.map(|names| names.iter().map(header).collect::<Vec<_>>());
+        let plan = plan_export(
+            &TestBridge,
+            &typed,
+            &stored,
+            None,
+            source.as_deref(),
+            &Default::default(),
+        )
+        .unwrap();
         let heads = plan.headers().map(|header| header.name);
         heads
             .filter(|name| name.contains("embed") || name.contains("head"))
@@ -324,25 +334,37 @@ fn exports_name_what_is_missing_and_write_tied_weights_as_the_source_had_them() 
     };
     assert_eq!(names(None), ["model.embed_tokens.weight"]);
     assert_eq!(
-        names(Some(&|name| name != "lm_head.weight")),
+        names(Some(&["model.embed_tokens.weight"])),
         ["model.embed_tokens.weight"]
     );
+    assert_eq!(names(Some(&["lm_head.weight"])), ["lm_head.weight"]);
     assert_eq!(
-        names(Some(&|name| name != "model.embed_tokens.weight")),
-        ["lm_head.weight"]
-    );
-    assert_eq!(
-        names(Some(&|_| true)),
+        names(Some(&["model.embed_tokens.weight", "lm_head.weight"])),
         ["model.embed_tokens.weight", "lm_head.weight"]
     );
     // A source that knows neither name still gets the weight written.
-    assert_eq!(names(Some(&|_| false)), ["model.embed_tokens.weight"]);
+    assert_eq!(names(Some(&[])), ["model.embed_tokens.weight"]);
 
-    let cast = plan_export(&TestBridge, &typed, &stored, Some(DType::BF16), None).unwrap();
+    let cast = plan_export(
+        &TestBridge,
+        &typed,
+        &stored,
+        Some(DType::BF16),
+        None,
+        &Default::default(),
+    )
+    .unwrap();
     assert!(cast.headers().all(|header| header.dtype == DType::BF16));
-    let error = plan_export(&TestBridge, &typed, &stored[1..], Some(DType::I8), None)
-        .unwrap_err()
-        .to_string();
+    let error = plan_export(
+        &TestBridge,
+        &typed,
+        &stored[1..],
+        Some(DType::I8),
+        None,
+        &Default::default(),
+    )
+    .unwrap_err()
+    .to_string();
     assert_eq!(
         error,
         "cannot export as test: 2 problems\n  - tensor `embedding.weight` of shape [131, 48] is missing from the \

@@ -1,6 +1,9 @@
 //! Times of the kernels a training step is made of, as the rate of their floor: TFLOP/s or GB/s.
 
-use bridge_cuda::{Cuda, CudaDevice, CudaTensor};
+use bridge_cuda::{
+    AttentionPath, Cuda, CudaDevice, CudaTensor, attention_calls, attention_refusals,
+    force_attention_path,
+};
 use bridge_ops::{
     Activation, AdamWStep, AdamWTensors, AttentionSpec, CrossEntropySpec, DType, GradSlot,
     LossGradRequest, NormSpec, Ops, RotaryDirection, RotaryStyle,
@@ -104,37 +107,94 @@ fn products(b: &Bench) {
 }
 
 fn attention(b: &Bench) {
-    for (batch, seq, heads, kv, d) in [
-        (4, 4096, 32, 8, 64),
-        (2, 8192, 32, 8, 64),
-        (1, 8192, 32, 8, 128),
-        (4, 2048, 32, 32, 64),
-        (2, 4096, 32, 32, 128),
+    // The last two numbers: window, and length of packed documents; 0 is none.
+    for (batch, seq, heads, kv, d, dv, window, document) in [
+        (4, 2048, 32, 32, 64, 64, 0, 0),
+        (2, 4096, 32, 32, 128, 128, 0, 0),
+        (4, 4096, 32, 8, 64, 64, 0, 0),
+        (1, 8192, 32, 8, 128, 128, 0, 0),
+        (2, 8192, 32, 8, 64, 64, 0, 0),
+        (1, 4096, 16, 4, 256, 256, 0, 0),
+        (1, 4096, 32, 32, 192, 128, 0, 0),
+        (1, 8192, 32, 8, 128, 128, 1024, 0),
+        (4, 4000, 32, 8, 64, 64, 0, 0),
+        (4, 4096, 32, 8, 64, 64, 0, 512),
+        (1, 8192, 32, 8, 128, 128, 0, 1000),
     ] {
-        let name = format!("attention b{batch} s{seq} h{heads}/{kv} d{d} causal");
-        if !b.wanted(&name) {
+        let mut shape = format!("attention b{batch} s{seq} h{heads}/{kv} d{d}/{dv}");
+        if window > 0 {
+            shape += &format!(" w{window}");
+        }
+        if document > 0 {
+            shape += &format!(" docs{document}");
+        }
+        if !b.wanted(&shape) {
             continue;
         }
-        let flop = 2.0 * batch as f64 * heads as f64 * (seq * seq) as f64 * d as f64;
+        // Half of the scores are seen; of a window, about its width for every query; of a document, half of its own.
+        let scores = match (window, document) {
+            (0, 0) => (seq * seq) as f64 / 2.0,
+            (0, length) => (seq * length) as f64 / 2.0,
+            (window, _) => (window * seq - window * window / 2) as f64,
+        };
+        let flop = 2.0 * (batch * heads) as f64 * scores * (d + dv) as f64;
         let q = b.bf16(&[batch, seq, heads, d]);
-        let (k, v) = (b.bf16(&[batch, seq, kv, d]), b.bf16(&[batch, seq, kv, d]));
-        let rule = AttentionSpec::<Cuda>::causal().rule;
-        b.time(&format!("{name} forward"), "FLOP", flop, || {
-            Cuda::attention_forward(q.clone(), k.clone(), v.clone(), None, &rule);
-        });
-        let output = Cuda::attention_forward(q.clone(), k.clone(), v.clone(), None, &rule);
-        let dout = b.bf16(&[batch, seq, heads, d]);
-        b.time(&format!("{name} backward"), "FLOP", 2.5 * flop, || {
-            Cuda::attention_backward(
-                q.clone(),
-                k.clone(),
-                v.clone(),
-                None,
-                output.clone(),
-                dout.clone(),
-                &rule,
-            );
-        });
+        let (k, v) = (b.bf16(&[batch, seq, kv, d]), b.bf16(&[batch, seq, kv, dv]));
+        let dout = b.bf16(&[batch, seq, heads, dv]);
+        let mut rule = AttentionSpec::<Cuda>::causal().rule;
+        rule.window = (window > 0).then_some(window);
+        if document > 0 {
+            let rows = (0..batch).flat_map(|row| {
+                (0..seq)
+                    .step_by(document)
+                    .map(move |start| row * seq + start)
+            });
+            rule.cu_seqlens = Some(rows.chain([batch * seq]).collect());
+        }
+        let mut paths = vec![(AttentionPath::Cudnn, "cudnn")];
+        if d == dv && (d == 64 || d == 128) {
+            paths.push((AttentionPath::TensorCores, "own"));
+        }
+        for (path, name) in paths {
+            force_attention_path(Some(path));
+            let forward = || Cuda::attention_forward(q.clone(), k.clone(), v.clone(), None, &rule);
+            let start = std::time::Instant::now();
+            // A path that does not serve the shape says so and the others go on.
+            let Ok(output) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(forward)) else {
+                println!("{shape} {name}: not served");
+                continue;
+            };
+            b.device.synchronize().expect("the kernels run");
+            let first = start.elapsed().as_secs_f64();
+            b.time(&format!("{shape} {name} fwd"), "FLOP", flop, || {
+                forward();
+            });
+            let backward = || {
+                Cuda::attention_backward(
+                    q.clone(),
+                    k.clone(),
+                    v.clone(),
+                    None,
+                    output.clone(),
+                    dout.clone(),
+                    &rule,
+                );
+            };
+            let start = std::time::Instant::now();
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(backward)).is_err() {
+                println!("{shape} {name}: backward not served");
+                continue;
+            }
+            b.device.synchronize().expect("the kernels run");
+            let first_backward = start.elapsed().as_secs_f64();
+            b.time(&format!("{shape} {name} bwd"), "FLOP", 2.5 * flop, backward);
+            println!("{shape} {name}: first calls took {first:.2} s and {first_backward:.2} s");
+        }
+        force_attention_path(None);
+    }
+    println!("{:?}", attention_calls());
+    for refusal in attention_refusals() {
+        println!("refused: {refusal}");
     }
 }
 

@@ -22,7 +22,10 @@ use crate::backend::Cuda;
 use crate::elementwise::cast;
 use crate::tensor::CudaTensor;
 
-pub use attention::AttentionPath;
+pub use attention::{
+    AttentionCalls, AttentionPath, attention_calls, attention_refusals, force_attention_path,
+    set_deterministic_attention,
+};
 
 impl Ops for Cuda {
     const KEEPS_GRADIENT_BUFFERS: bool = false;

@@ -1,10 +1,8 @@
-//! The kernels of `bridge_ops::Ops`, forward and backward.
-
-use std::sync::Arc;
+//! The kernels of `bridge_ops::Ops`, forward and backward. Attention has a file of its own.
 
 use bridge_ops::{
-    Activation, AdamWStep, AdamWTensors, AttentionRule, AttentionSpec, CrossEntropySpec, DType,
-    GradSlot, LossGradRequest, NormSpec, Ops, RotaryDirection, RotaryStyle, int_from_i64,
+    Activation, AdamWStep, AdamWTensors, CrossEntropySpec, DType, GradSlot, LossGradRequest,
+    NormSpec, Ops, RotaryDirection, RotaryStyle, int_from_i64,
 };
 use burn_backend::TensorMetadata;
 
@@ -20,9 +18,6 @@ pub(crate) fn groups() -> Vec<Group> {
         group!(layer_norm, FLOATS),
         group!(rotary, FLOATS),
         group!(activation, FLOATS),
-        group!(attention_small, FLOATS),
-        group!(attention_tiles, &[DType::BF16, DType::F16]),
-        group!(attention_rules, FLOATS),
         group!(cross_entropy, FLOATS),
         group!(linear_cross_entropy, FLOATS),
         group!(adamw_many, &[DType::F32]),
@@ -199,147 +194,6 @@ fn activation<B: Ops>(c: &mut Context<B>) {
         let (dgate, dup) = B::gated_activation_backward(gate.clone(), up.clone(), dy.clone(), act);
         c.push(name, dgate);
         c.push(name, dup);
-    }
-}
-
-/// Sizes of an attention problem: batch, queries, keys, heads, key heads, channels, value channels.
-type Sizes = [usize; 7];
-
-fn attend<B: Ops>(
-    c: &mut Context<B>,
-    seed: u64,
-    [batch, s, t, heads, kv_heads, d, dv]: Sizes,
-    rule: &AttentionRule,
-    sinks: bool,
-) {
-    let q = c.float(seed, &[batch, s, heads, d]);
-    let k = c.float(seed + 1, &[batch, t, kv_heads, d]);
-    let v = c.float(seed + 2, &[batch, t, kv_heads, dv]);
-    let dout = c.float(seed + 3, &[batch, s, heads, dv]);
-    let sinks = sinks.then(|| c.float(seed + 4, &[heads]));
-    let output = B::attention_forward(q.clone(), k.clone(), v.clone(), sinks.clone(), rule);
-    c.push("output", output.output.clone());
-    c.push("lse", output.lse.clone());
-    let grads = B::attention_backward(q, k, v, sinks, output, dout, rule);
-    c.push("dq", grads.dq);
-    c.push("dk", grads.dk);
-    c.push("dv", grads.dv);
-    if let Some(dsinks) = grads.dsinks {
-        c.push("dsinks", dsinks);
-    }
-}
-
-fn causal<B: Ops>() -> AttentionRule {
-    AttentionSpec::<B>::causal().rule
-}
-
-fn bidirectional<B: Ops>() -> AttentionRule {
-    AttentionSpec::<B>::bidirectional().rule
-}
-
-fn attention_small<B: Ops>(c: &mut Context<B>) {
-    attend(c, 100, [2, 9, 9, 6, 2, 16, 16], &causal::<B>(), false);
-    attend(
-        c,
-        110,
-        [1, 5, 200, 4, 4, 24, 40],
-        &bidirectional::<B>(),
-        false,
-    );
-    attend(c, 120, [1, 150, 150, 2, 1, 48, 48], &causal::<B>(), true);
-}
-
-fn attention_tiles<B: Ops>(c: &mut Context<B>) {
-    for d in [64, 128] {
-        attend(c, 130, [2, 64, 64, 2, 1, d, d], &causal::<B>(), false);
-        attend(c, 140, [1, 200, 200, 4, 2, d, d], &causal::<B>(), false);
-        attend(
-            c,
-            150,
-            [1, 130, 77, 2, 2, d, d],
-            &bidirectional::<B>(),
-            false,
-        );
-        attend(c, 160, [1, 321, 321, 3, 1, d, d], &causal::<B>(), true);
-    }
-}
-
-fn attention_rules<B: Ops>(c: &mut Context<B>) {
-    for d in [16, 64, 128] {
-        let sizes = [1, 150, 150, 4, 2, d, d];
-        attend(
-            c,
-            170,
-            sizes,
-            &AttentionRule {
-                window: Some(40),
-                ..causal::<B>()
-            },
-            false,
-        );
-        attend(
-            c,
-            180,
-            sizes,
-            &AttentionRule {
-                window: Some(70),
-                ..causal::<B>()
-            },
-            true,
-        );
-        attend(
-            c,
-            190,
-            sizes,
-            &AttentionRule {
-                softcap: Some(3.0),
-                ..causal::<B>()
-            },
-            false,
-        );
-        attend(
-            c,
-            200,
-            sizes,
-            &AttentionRule {
-                scale: Some(0.05),
-                ..causal::<B>()
-            },
-            false,
-        );
-        attend(
-            c,
-            210,
-            [1, 3, 150, 4, 2, d, d],
-            &AttentionRule {
-                q_offset: 100,
-                kv_len: Some(103),
-                ..causal::<B>()
-            },
-            false,
-        );
-        attend(
-            c,
-            220,
-            [1, 1, 300, 4, 2, d, d],
-            &AttentionRule {
-                q_offset: 230,
-                kv_len: Some(231),
-                ..causal::<B>()
-            },
-            false,
-        );
-        let documents: Arc<[usize]> = Arc::from([0, 30, 41, 130, 150, 151, 300]);
-        attend(
-            c,
-            230,
-            [2, 150, 150, 4, 2, d, d],
-            &AttentionRule {
-                cu_seqlens: Some(documents),
-                ..causal::<B>()
-            },
-            false,
-        );
     }
 }
 

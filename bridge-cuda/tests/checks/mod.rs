@@ -3,6 +3,7 @@
 //! A group is a function generic over the backend that makes its inputs from a seed and records results. It runs on Flex
 //! in f32, on inputs rounded to the dtype under test, and on CUDA in that dtype.
 
+pub(crate) mod attention;
 pub(crate) mod kernels;
 pub(crate) mod tensors;
 
@@ -240,6 +241,7 @@ fn difference(expected: &[f32], found: &[f32], tolerance: f32) -> Option<String>
 pub(crate) fn groups() -> Vec<Group> {
     let mut groups = tensors::groups();
     groups.extend(kernels::groups());
+    groups.extend(attention::groups());
     groups
 }
 

@@ -1,7 +1,7 @@
 //! Config keys that several families share and that take more than a field to say.
 
 use bridge_core::DecoderConfig;
-use bridge_core::config::{ConfigReader, LayerConfig, RopeConfig, RopeDefaults};
+use bridge_core::config::{ConfigReader, LayerConfig, RopeDefaults};
 use serde_json::{Value, json};
 
 use super::spec::ConfigKey;
@@ -122,45 +122,7 @@ pub(super) fn read_rope(
     config.partial_rotary_factor = partial;
 }
 
-/// A decoder of no size, with the traits that most families share: RMSNorm, SwiGLU, no biases, an untied head. What a
-/// family's `base` starts from.
+/// What a family's `base` starts from.
 pub(super) fn plain_decoder() -> DecoderConfig {
-    use bridge_core::config::{Activation, NormConfig, NormKind, RopeStyle};
-    DecoderConfig {
-        hidden_size: 0,
-        intermediate_size: 0,
-        num_hidden_layers: 0,
-        num_attention_heads: 0,
-        num_key_value_heads: 0,
-        head_dim: 0,
-        vocab_size: 0,
-        max_position_embeddings: 2048,
-        norm: NormConfig {
-            kind: NormKind::RmsNorm,
-            eps: 1e-6,
-            unit_offset: false,
-            bias: false,
-        },
-        activation: Activation::Silu,
-        gated_mlp: true,
-        attention_bias: false,
-        attention_output_bias: false,
-        mlp_bias: false,
-        qk_norm: None,
-        rope: Some(RopeConfig::new(10_000.0)),
-        rope_local: None,
-        partial_rotary_factor: 1.0,
-        rope_style: RopeStyle::Halves,
-        layers: Vec::new(),
-        tie_word_embeddings: false,
-        embedding_scale: None,
-        attention_scale: None,
-        attention_softcap: None,
-        final_logit_softcap: None,
-        attention_output_norm: false,
-        mlp_output_norm: false,
-        initializer_range: 0.02,
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
-    }
+    DecoderConfig::plain()
 }

@@ -15,16 +15,26 @@ use bridge_core::{DecoderConfig, Registry};
 
 use crate::error::{Error, Result};
 
+pub mod deepseek_v2;
+pub mod deepseek_v3;
 pub mod gemma;
 pub mod gemma2;
 pub mod gemma3;
+pub mod glm4_moe;
+pub mod gpt_oss;
 mod keys;
 pub mod llama;
+pub mod llama_nemotron;
 mod maps;
 pub mod mistral;
+mod moe_keys;
+mod moe_maps;
 pub mod nemotron;
+pub mod nemotron_h;
+pub mod olmoe;
 pub mod qwen2;
 pub mod qwen3;
+pub mod qwen3_moe;
 mod qwen_windows;
 mod sizes;
 mod spec;
@@ -44,6 +54,14 @@ pub static FAMILIES: &[&FamilySpec] = &[
     &gemma2::SPEC,
     &gemma3::SPEC,
     &nemotron::SPEC,
+    &llama_nemotron::SPEC,
+    &nemotron_h::SPEC,
+    &qwen3_moe::SPEC,
+    &olmoe::SPEC,
+    &deepseek_v2::SPEC,
+    &deepseek_v3::SPEC,
+    &glm4_moe::SPEC,
+    &gpt_oss::SPEC,
 ];
 
 /// The registry of every family, for conversion and for finding out what a folder holds.
@@ -75,4 +93,32 @@ pub fn preset(name: &str) -> Result<(&'static FamilySpec, DecoderConfig)> {
         nearest: nearest(name, known.iter().copied()).map(str::to_owned),
         known: known.join(", "),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_lists_every_family_and_published_size() {
+        let page = include_str!("../../../docs/families.md");
+        for family in FAMILIES {
+            let row = page
+                .lines()
+                .find(|line| line.contains(&format!("`{}`", family.architectures[0])))
+                .unwrap_or_else(|| panic!("docs/families.md has no row for {}", family.name));
+            let named = family.presets.iter().map(|preset| preset.hub_id);
+            for text in family.architectures.iter().copied().chain(named) {
+                assert!(row.contains(text), "docs/families.md lacks {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn names_of_sizes_are_unique() {
+        let names = FAMILIES.iter().flat_map(|family| family.presets);
+        let names: Vec<&str> = names.map(|preset| preset.name).collect();
+        let unique: std::collections::HashSet<_> = names.iter().collect();
+        assert_eq!(unique.len(), names.len());
+    }
 }

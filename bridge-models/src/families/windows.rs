@@ -38,6 +38,7 @@ pub(super) fn set_windows(
             mixer: Mixer::Attention(AttentionLayer {
                 window: Some(window),
                 rope,
+                ..AttentionLayer::default()
             }),
             ..LayerConfig::dense()
         },

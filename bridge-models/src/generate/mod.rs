@@ -1,5 +1,6 @@
 //! Text from a model: the prompt is run once, then one token at a time on top of the keys and values of those before.
 
+mod parallel;
 mod sampling;
 
 use std::ops::ControlFlow;
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use bridge_ops::{Ops, to_f32_vec};
 
+pub use parallel::generate_parallel;
 pub use sampling::{Sampler, Sampling};
 
 use crate::context::{DecoderCache, ForwardContext};

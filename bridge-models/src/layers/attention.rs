@@ -3,7 +3,10 @@
 
 use bridge_core::DecoderConfig;
 use bridge_core::config::{AttentionLayer, LayerRope, QkNorm, RopeConfig, RopeStyle};
-use bridge_ops::{AttentionSpec, Ops, Param, Tape, Var, attention, reshape, rotary};
+use bridge_ops::{
+    Activation, AttentionSpec, Ops, Param, Tape, Var, attention, gated_activation, reshape, rotary,
+};
+use bridge_parallel::{ContextParallel, TensorRegion, context_attention};
 
 use super::{Linear, Norm};
 use crate::context::ForwardContext;
@@ -20,6 +23,8 @@ pub struct Attention<B: Ops> {
     q_proj: Linear<B>,
     k_proj: Linear<B>,
     v_proj: Linear<B>,
+    /// Scales the output, element by element, by its sigmoid.
+    gate_proj: Option<Linear<B>>,
     o_proj: Linear<B>,
     qk_norm: Option<QkNorm>,
     q_norm: Option<Norm<B>>,
@@ -31,6 +36,10 @@ pub struct Attention<B: Ops> {
     scale: f64,
     window: Option<usize>,
     softcap: Option<f64>,
+    /// `[heads]`: logits that take part in the softmax and have no value.
+    sinks: Option<Param<B>>,
+    region: TensorRegion<B>,
+    context_parallel: ContextParallel<B>,
 }
 
 #[derive(Debug, Clone)]
@@ -52,10 +61,13 @@ impl<B: Ops> Attention<B> {
         layer: usize,
         own: &AttentionLayer,
     ) -> Result<Self> {
+        let kv_heads = own
+            .num_key_value_heads
+            .unwrap_or(config.num_key_value_heads);
         let (hidden, query, key_value) = (
             config.hidden_size,
             config.query_size(),
-            config.key_value_size(),
+            kv_heads * config.head_dim,
         );
         let mut project = |proj: &str, shape, bias| {
             Linear::build(params, &format!("{name}.{proj}_proj"), shape, bias)
@@ -63,6 +75,11 @@ impl<B: Ops> Attention<B> {
         let q_proj = project("q", [query, hidden], config.attention_bias)?;
         let k_proj = project("k", [key_value, hidden], config.attention_bias)?;
         let v_proj = project("v", [key_value, hidden], config.attention_bias)?;
+        let gate_proj = if config.attention_output_gate {
+            Some(project("gate", [query, hidden], config.attention_bias)?)
+        } else {
+            None
+        };
         let mut norm = |head: &str, full: usize| {
             let size = match config.qk_norm {
                 None => return Ok(None),
@@ -73,7 +90,9 @@ impl<B: Ops> Attention<B> {
                 bias: false,
                 ..config.norm
             };
-            Norm::build(params, &format!("{name}.{head}_norm"), size, &norm).map(Some)
+            // Shared by all heads, of which each rank has its own.
+            let mut params = params.inside();
+            Norm::build(&mut params, &format!("{name}.{head}_norm"), size, &norm).map(Some)
         };
         let (q_norm, k_norm) = (norm("q", query)?, norm("k", key_value)?);
         let o_proj = Linear::build(
@@ -82,6 +101,11 @@ impl<B: Ops> Attention<B> {
             [hidden, query],
             config.attention_output_bias,
         )?;
+        let sinks = if config.attention_sinks {
+            Some(params.param(&format!("{name}.sinks"), &[config.num_attention_heads])?)
+        } else {
+            None
+        };
         let rope = match own.rope {
             LayerRope::Global => config.rope.clone(),
             LayerRope::Local => config.rope_local.clone(),
@@ -89,9 +113,15 @@ impl<B: Ops> Attention<B> {
         };
         Ok(Self {
             layer,
+            // As many as this rank has of each.
+            heads: q_proj.weight.shape()[0] / config.head_dim,
+            kv_heads: k_proj.weight.shape()[0] / config.head_dim,
+            region: params.region(),
+            context_parallel: params.context_parallel(),
             q_proj,
             k_proj,
             v_proj,
+            gate_proj,
             o_proj,
             qk_norm: config.qk_norm,
             q_norm,
@@ -101,17 +131,17 @@ impl<B: Ops> Attention<B> {
                 rotary_dim: config.rotary_dim(),
                 style: config.rope_style,
             }),
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
             scale: config.attention_scale(),
             window: own.window,
             softcap: config.attention_softcap,
+            sinks,
         })
     }
 
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
+        let x = &self.region.enter(tape, x);
         let (batch, seq) = (ctx.batch(), ctx.seq());
         let q = self.heads_of(
             tape,
@@ -143,9 +173,10 @@ impl<B: Ops> Attention<B> {
             .with_scale(self.scale)
             .with_window(self.window)
             .with_softcap(self.softcap)
+            .with_sinks(self.sinks.clone())
             .with_cu_seqlens(ctx.cu_seqlens().cloned());
         let output = match ctx.cache() {
-            None => attention(tape, &q, &k, &v, &spec),
+            None => context_attention(tape, &q, &k, &v, &spec, &self.context_parallel),
             Some(cache) => {
                 let mut own = cache.layer(self.layer);
                 let offset = own.len();
@@ -160,6 +191,15 @@ impl<B: Ops> Attention<B> {
             }
         }; // [batch, seq, heads, head_dim]
         let output = reshape(tape, &output, &[batch, seq, self.heads * self.head_dim]);
+        let output = match &self.gate_proj {
+            Some(gate_proj) => gated_activation(
+                tape,
+                &gate_proj.forward(tape, x),
+                &output,
+                Activation::Sigmoid,
+            ),
+            None => output,
+        };
         self.o_proj.forward(tape, &output)
     }
 
@@ -185,9 +225,13 @@ impl<B: Ops> Attention<B> {
         for proj in [&self.q_proj, &self.k_proj, &self.v_proj] {
             proj.collect(params);
         }
+        if let Some(gate_proj) = &self.gate_proj {
+            gate_proj.collect(params);
+        }
         for norm in [&self.q_norm, &self.k_norm].into_iter().flatten() {
             norm.collect(params);
         }
+        params.extend(self.sinks.clone());
         self.o_proj.collect(params);
     }
 }

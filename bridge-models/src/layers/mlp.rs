@@ -2,6 +2,7 @@
 
 use bridge_core::DecoderConfig;
 use bridge_ops::{Activation, Ops, Param, Tape, Var, activation, gated_activation};
+use bridge_parallel::TensorRegion;
 
 use super::Linear;
 use crate::error::Result;
@@ -14,10 +15,11 @@ pub struct Mlp<B: Ops> {
     up_proj: Linear<B>,
     down_proj: Linear<B>,
     activation: Activation,
+    region: TensorRegion<B>,
 }
 
 impl<B: Ops> Mlp<B> {
-    /// The MLP of layer `layer`, called `name`.
+    /// The MLP called `name`, `inner` wide inside.
     ///
     /// # Errors
     /// If the weights' source fails.
@@ -25,9 +27,9 @@ impl<B: Ops> Mlp<B> {
         params: &mut ParamBuilder<'_, B>,
         name: &str,
         config: &DecoderConfig,
-        layer: usize,
+        inner: usize,
     ) -> Result<Self> {
-        let (hidden, inner) = (config.hidden_size, config.mlp_intermediate_size(layer));
+        let hidden = config.hidden_size;
         let mut project = |proj: &str, shape: [usize; 2]| {
             Linear::build(
                 params,
@@ -45,11 +47,13 @@ impl<B: Ops> Mlp<B> {
             up_proj: project("up", [inner, hidden])?,
             down_proj: project("down", [hidden, inner])?,
             activation: activation_op(config.activation),
+            region: params.region(),
         })
     }
 
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>) -> Var<B> {
+        let x = &self.region.enter(tape, x);
         let up = self.up_proj.forward(tape, x); // [batch, seq, intermediate]
         let inner = match &self.gate_proj {
             Some(gate_proj) => {
@@ -70,7 +74,8 @@ impl<B: Ops> Mlp<B> {
     }
 }
 
-fn activation_op(activation: bridge_core::config::Activation) -> Activation {
+/// The operation of a config's activation.
+pub(super) fn activation_op(activation: bridge_core::config::Activation) -> Activation {
     use bridge_core::config::Activation as Config;
     match activation {
         Config::Silu => Activation::Silu,

@@ -2,6 +2,7 @@
 
 use bridge_core::config::{NormConfig, NormKind};
 use bridge_ops::{NormSpec, Ops, Param, Tape, Var, layer_norm, rms_norm};
+use bridge_parallel::{TensorRegion, rms_norm_across};
 
 use crate::error::Result;
 use crate::weights::ParamBuilder;
@@ -15,6 +16,8 @@ pub struct Norm<B: Ops> {
     pub weight: Param<B>,
     /// `[size]`.
     pub bias: Option<Param<B>>,
+    /// The ranks that divide the width, where they do.
+    divided: Option<TensorRegion<B>>,
 }
 
 impl<B: Ops> Norm<B> {
@@ -40,6 +43,7 @@ impl<B: Ops> Norm<B> {
                 eps: config.eps,
                 unit_offset: config.unit_offset,
             },
+            divided: (weight.numel() != size).then(|| params.region()),
             weight,
             bias,
         })
@@ -48,7 +52,10 @@ impl<B: Ops> Norm<B> {
     /// `x`: `[.., size]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>) -> Var<B> {
         match self.kind {
-            NormKind::RmsNorm => rms_norm(tape, x, &self.weight, self.spec),
+            NormKind::RmsNorm => match &self.divided {
+                Some(region) => rms_norm_across(tape, x, &self.weight, self.spec, region),
+                None => rms_norm(tape, x, &self.weight, self.spec),
+            },
             NormKind::LayerNorm => layer_norm(tape, x, &self.weight, self.bias.as_ref(), self.spec),
         }
     }

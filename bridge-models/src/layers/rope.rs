@@ -5,7 +5,7 @@ use bridge_ops::{Ops, RotaryStyle, RotaryTable, float_from_f32};
 
 use rayon::prelude::*;
 
-use crate::context::{ForwardContext, Positions};
+use crate::context::ForwardContext;
 
 /// The rotary table of `ctx`'s positions for heads of which `rotary_dim` elements are rotated:
 /// cosines and sines of `[batch or 1, seq, rotary_dim / 2]`.
@@ -20,16 +20,8 @@ pub fn rotary_table<B: Ops>(
 ) -> RotaryTable<B> {
     let frequencies = rope.frequencies(rotary_dim, ctx.last_position() + 1);
     let half = rotary_dim / 2;
-    let (rows, (cos, sin)) = match ctx.positions() {
-        Positions::From(start) => (1, cos_sin(*start..start + ctx.seq(), &frequencies)),
-        Positions::Explicit(positions) => (
-            ctx.batch(),
-            cos_sin(
-                positions.iter().map(|position| *position as usize),
-                &frequencies,
-            ),
-        ),
-    };
+    let (rows, positions) = ctx.rows_of_positions();
+    let (cos, sin) = cos_sin(positions.into_iter(), &frequencies);
     let shape = [rows, ctx.seq(), half];
     let style = match style {
         RopeStyle::Halves => RotaryStyle::Halves,

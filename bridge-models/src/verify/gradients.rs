@@ -2,17 +2,18 @@
 
 use std::collections::HashMap;
 
-use bridge_core::plan::Plan;
+use bridge_core::convert::HfModel;
+use bridge_core::mapping::Mapping;
 use bridge_ops::{Ops, to_f32_vec};
 
 use super::{Reference, Tolerances, VerifyReport};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 
-/// Compares the gradients in the slots of `model`'s weights with the reference.
-pub(super) fn compare<B: Ops>(
-    model: &Decoder<B>,
-    plan: &Plan,
+/// Compares gradients, whole and by canonical name, with the reference.
+pub(super) fn compare(
+    canonical: &HashMap<String, Vec<f32>>,
+    folder: &HfModel,
     reference: &Reference,
     tolerances: &Tolerances,
     report: &mut VerifyReport,
@@ -20,11 +21,11 @@ pub(super) fn compare<B: Ops>(
     if reference.gradients.is_empty() && reference.full_gradients.is_empty() {
         return Ok(());
     }
-    check_names(plan, reference)?;
-    let canonical = gradients(model);
+    let mapping = mapping(folder, reference)?;
+    check_names(&mapping, folder, canonical, reference)?;
     let mut worst: Option<(f64, &str)> = None;
     for (name, expected) in &reference.gradients {
-        let found = foreign_gradient(plan, &canonical, name);
+        let found = foreign_gradient(&mapping, canonical, name);
         if found.len() != expected.numel {
             let problem = format!(
                 "gradient `{name}` has {} elements, the weight {}",
@@ -53,7 +54,7 @@ pub(super) fn compare<B: Ops>(
         report.compare(what, difference, tolerances.gradient);
     }
     for (name, expected) in &reference.full_gradients {
-        let found = foreign_gradient(plan, &canonical, name);
+        let found = foreign_gradient(&mapping, canonical, name);
         if found.len() != expected.len() {
             let problem = format!(
                 "gradient `{name}` has {} elements, the weight {}",
@@ -86,20 +87,43 @@ fn norm(values: &[f32]) -> f64 {
         .sqrt()
 }
 
-/// The gradient of every weight, by canonical name. A weight that the loss does not depend on has none: zeros.
-fn gradients<B: Ops>(model: &Decoder<B>) -> HashMap<String, Vec<f32>> {
+/// The gradient of every trained weight, by canonical name. A weight that the loss does not depend on has none: zeros.
+pub(super) fn gradients<B: Ops>(model: &Decoder<B>) -> HashMap<String, Vec<f32>> {
     let gradient = |param: bridge_ops::Param<B>| {
         let values = param
             .take_grad()
             .map_or_else(|| vec![0.0; param.numel()], to_f32_vec::<B>);
         (param.name().to_owned(), values)
     };
-    model.params().into_iter().map(gradient).collect()
+    let trained = model
+        .params()
+        .into_iter()
+        .filter(bridge_ops::Param::requires_grad);
+    trained.map(gradient).collect()
 }
 
-/// The reference must speak of exactly the weights that the checkpoint holds.
-fn check_names(plan: &Plan, reference: &Reference) -> Result<()> {
-    let mapping = plan.mapping();
+/// How gradients are stored: as the checkpoint's own tensors, or, where these are quantized, as those of the model's
+/// usual form, since a quantized weight has no gradient.
+fn mapping(folder: &HfModel, reference: &Reference) -> Result<Mapping> {
+    let plan = folder.plan();
+    if !plan.is_quantized() {
+        return Ok(plan.mapping().clone());
+    }
+    let bridge = folder.bridge();
+    let resolved = bridge
+        .weights(&plan.config)
+        .resolve(&bridge.tensors(&plan.config));
+    resolved.map_err(|problems| Error::reference(&reference.path, problems.to_string()))
+}
+
+/// The reference must speak of exactly the weights that the checkpoint holds and the loss depends on: neither numbers that
+/// the optimizer does not train nor multi-token prediction, which has a loss of its own, have a gradient.
+fn check_names(
+    mapping: &Mapping,
+    folder: &HfModel,
+    canonical: &HashMap<String, Vec<f32>>,
+    reference: &Reference,
+) -> Result<()> {
     let names = reference
         .gradients
         .keys()
@@ -116,7 +140,13 @@ fn check_names(plan: &Plan, reference: &Reference) -> Result<()> {
     if reference.gradients.is_empty() {
         return Ok(());
     }
-    let stored = plan.tensors.iter().flat_map(|tensor| &tensor.foreign);
+    let is_trained = |name: &String| canonical.contains_key(name) && !name.starts_with("mtp.");
+    let trained = folder
+        .plan()
+        .tensors
+        .iter()
+        .filter(|tensor| is_trained(&tensor.canonical));
+    let stored = trained.flat_map(|tensor| &tensor.foreign);
     match stored
         .into_iter()
         .find(|name| !reference.gradients.contains_key(*name))
@@ -130,8 +160,11 @@ fn check_names(plan: &Plan, reference: &Reference) -> Result<()> {
 }
 
 /// The gradient of a stored tensor: the elements of its canonical tensors' gradients, arranged as they are stored.
-fn foreign_gradient(plan: &Plan, canonical: &HashMap<String, Vec<f32>>, name: &str) -> Vec<f32> {
-    let mapping = plan.mapping();
+fn foreign_gradient(
+    mapping: &Mapping,
+    canonical: &HashMap<String, Vec<f32>>,
+    name: &str,
+) -> Vec<f32> {
     let index = mapping.foreign_index(name).expect("names were checked");
     let mut gradient = vec![0.0; mapping.foreign[index].shape.iter().product()];
     for piece in mapping.pieces_of_foreign(index) {

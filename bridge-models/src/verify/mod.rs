@@ -1,6 +1,7 @@
 //! Comparison of a model with reference numbers: logits, loss, every gradient, greedy text.
 
 mod gradients;
+mod layout;
 mod narrow;
 mod reference;
 mod report;
@@ -14,12 +15,13 @@ use bridge_core::convert::HfModel;
 use bridge_core::{LayoutSpec, Registry};
 use bridge_ops::{Ops, to_f32_vec};
 
+pub use layout::{LayoutOptions, verify_layout};
 pub use narrow::verify_bf16;
 pub use reference::{GradientStats, GreedyReference, LogitsReference, Reference};
 pub use report::{Comparison, VerifyReport};
 
 use crate::context::{ForwardContext, IGNORED_TARGET};
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, check_token_ids};
 use crate::error::{Error, Result};
 use crate::generate::{GenerateOptions, generate};
 use crate::run::loss_and_gradients;
@@ -101,8 +103,8 @@ pub fn verify<B: Ops>(
             )?;
             if options.gradients {
                 gradients::compare(
-                    &model,
-                    folder.plan(),
+                    &gradients::gradients(&model),
+                    &folder,
                     &reference,
                     &options.tolerances,
                     &mut report,
@@ -129,35 +131,36 @@ fn compare_logits<B: Ops>(
     tolerances: &Tolerances,
     report: &mut VerifyReport,
 ) -> Result<()> {
-    check_ids(model, reference, expected)?;
+    let vocab_size = model.config().vocab_size;
+    check_ids(vocab_size, reference, expected)?;
     let ctx = ForwardContext::new(
         &expected.input_ids,
         [expected.batch, expected.seq],
         model.device(),
     );
     let found = to_f32_vec::<B>(model.forward(&ctx));
+    record_logits(&found, vocab_size, reference, expected, tolerances, report)?;
+    compare_mtp_logits(model, &ctx, reference, expected, tolerances, report)
+}
+
+fn record_logits(
+    found: &[f32],
+    vocab_size: usize,
+    reference: &Reference,
+    expected: &LogitsReference,
+    tolerances: &Tolerances,
+    report: &mut VerifyReport,
+) -> Result<()> {
     if found.len() != expected.logits.len() {
-        let vocab = model.config().vocab_size;
         let problem = format!(
-            "logits have {} elements, expected {} x {} x {vocab}",
+            "logits have {} elements, expected {} x {} x {vocab_size}",
             expected.logits.len(),
             expected.batch,
             expected.seq
         );
         return Err(Error::reference(&reference.path, problem));
     }
-    let differences = found
-        .iter()
-        .zip(&expected.logits)
-        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs());
-    // A NaN must not get lost in a maximum.
-    let worst = differences.fold(0.0, |worst: f64, d| {
-        if d.is_nan() || worst.is_nan() {
-            f64::NAN
-        } else {
-            worst.max(d)
-        }
-    });
+    let worst = largest_difference(found, &expected.logits);
     report.logits_max_abs_diff = Some(worst);
     report.compare(
         "logits, largest absolute difference",
@@ -165,6 +168,60 @@ fn compare_logits<B: Ops>(
         tolerances.logits,
     );
     Ok(())
+}
+
+/// Compares the logits of multi-token prediction, where the reference has them.
+fn compare_mtp_logits<B: Ops>(
+    model: &Decoder<B>,
+    ctx: &ForwardContext<'_, B>,
+    reference: &Reference,
+    expected: &LogitsReference,
+    tolerances: &Tolerances,
+    report: &mut VerifyReport,
+) -> Result<()> {
+    let Some(expected_mtp) = &expected.mtp_logits else {
+        return Ok(());
+    };
+    let found = model.mtp_logits(ctx).into_iter().next();
+    let Some(found) = found.map(to_f32_vec::<B>) else {
+        let problem = "has logits of multi-token prediction, for which the model has no module";
+        return Err(Error::reference(&reference.path, problem));
+    };
+    // The last row of each sequence is not told the token after it.
+    let (seq, vocab) = (expected.seq, model.config().vocab_size);
+    let told = found
+        .chunks(seq * vocab)
+        .flat_map(|row| &row[..(seq - 1) * vocab]);
+    let told: Vec<f32> = told.copied().collect();
+    if told.len() != expected_mtp.len() {
+        let problem = format!(
+            "mtp_logits have {} elements, expected {}",
+            expected_mtp.len(),
+            told.len()
+        );
+        return Err(Error::reference(&reference.path, problem));
+    }
+    report.compare(
+        "logits of multi-token prediction, largest absolute difference",
+        largest_difference(&told, expected_mtp),
+        tolerances.logits,
+    );
+    Ok(())
+}
+
+/// The largest absolute difference of two lists; NaN if any is.
+fn largest_difference(found: &[f32], expected: &[f32]) -> f64 {
+    let differences = found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs());
+    differences.fold(0.0, |worst: f64, d| {
+        if d.is_nan() || worst.is_nan() {
+            f64::NAN
+        } else {
+            worst.max(d)
+        }
+    })
 }
 
 fn compare_loss<B: Ops>(
@@ -175,22 +232,18 @@ fn compare_loss<B: Ops>(
     tolerances: &Tolerances,
     report: &mut VerifyReport,
 ) -> Result<()> {
-    let targets = shifted(inputs);
-    if let Some(bad) = targets
-        .iter()
-        .find(|t| **t != IGNORED_TARGET && !in_vocabulary(**t, model))
-    {
-        return Err(Error::reference(
-            &reference.path,
-            format!("label {bad} lies outside the vocabulary"),
-        ));
-    }
+    let targets = checked_targets(model.config().vocab_size, reference, inputs)?;
     let ctx = ForwardContext::new(
         &inputs.input_ids,
         [inputs.batch, inputs.seq],
         model.device(),
     );
     let found = loss_and_gradients(model, &ctx, &targets).mean_loss();
+    record_loss(found, expected, tolerances, report);
+    Ok(())
+}
+
+fn record_loss(found: f64, expected: f64, tolerances: &Tolerances, report: &mut VerifyReport) {
     report.loss = Some(found);
     report.loss_reference = Some(expected);
     report.compare(
@@ -198,7 +251,26 @@ fn compare_loss<B: Ops>(
         (found - expected).abs(),
         tolerances.loss,
     );
-    Ok(())
+}
+
+/// What each token is to predict, all of it in the vocabulary.
+fn checked_targets(
+    vocab_size: usize,
+    reference: &Reference,
+    inputs: &LogitsReference,
+) -> Result<Vec<i64>> {
+    let targets = shifted(inputs);
+    let known = |id: i64| usize::try_from(id).is_ok_and(|id| id < vocab_size);
+    match targets
+        .iter()
+        .find(|t| **t != IGNORED_TARGET && !known(**t))
+    {
+        None => Ok(targets),
+        Some(bad) => Err(Error::reference(
+            &reference.path,
+            format!("label {bad} lies outside the vocabulary"),
+        )),
+    }
 }
 
 /// Each token's label is the one after it; the last of a row has none.
@@ -209,17 +281,8 @@ fn shifted(inputs: &LogitsReference) -> Vec<i64> {
         .collect()
 }
 
-fn in_vocabulary<B: Ops>(id: i64, model: &Decoder<B>) -> bool {
-    usize::try_from(id).is_ok_and(|id| id < model.config().vocab_size)
-}
-
-fn check_ids<B: Ops>(
-    model: &Decoder<B>,
-    reference: &Reference,
-    inputs: &LogitsReference,
-) -> Result<()> {
-    let check = model.check_token_ids(&inputs.input_ids);
-    check.map_err(|error| {
+fn check_ids(vocab_size: usize, reference: &Reference, inputs: &LogitsReference) -> Result<()> {
+    check_token_ids(&inputs.input_ids, vocab_size).map_err(|error| {
         Error::reference(
             &reference.path,
             format!("input_ids: {error}; is this the model's own?"),

@@ -13,6 +13,8 @@ const JSON_FILE: &str = "oracle.json";
 const TENSOR_FILE: &str = "oracle.safetensors";
 /// Tensors whose names start with this are gradients in full.
 const GRADIENT_PREFIX: &str = "grad.";
+/// Logits of multi-token prediction.
+const MTP_LOGITS: &str = "mtp_logits";
 /// Largest `oracle.json` that is read, in bytes. One with a line per tensor of a large model stays far below.
 const MAX_JSON_BYTES: u64 = 256 << 20;
 
@@ -46,6 +48,9 @@ pub struct LogitsReference {
     pub labels: Vec<i64>,
     /// `[batch, seq, vocab]`.
     pub logits: Vec<f32>,
+    /// Of the first multi-token prediction module, which is not told what follows the last token:
+    /// `[batch, seq - 1, vocab]`.
+    pub mtp_logits: Option<Vec<f32>>,
 }
 
 /// A gradient in three numbers.
@@ -147,7 +152,10 @@ impl Reference {
                 format!("lacks one of {}", known.join(", ")),
             ));
         };
-        let stranger = |name: &str| !known.contains(&name) && !name.starts_with(GRADIENT_PREFIX);
+        let mtp = file.get(MTP_LOGITS);
+        let stranger = |name: &str| {
+            !known.contains(&name) && name != MTP_LOGITS && !name.starts_with(GRADIENT_PREFIX)
+        };
         if let Some(info) = file.tensors().iter().find(|info| stranger(&info.name)) {
             let problem = format!(
                 "holds the model input `{}`, which text models do not take",
@@ -181,6 +189,7 @@ impl Reference {
             input_ids: input_ids.collect::<Result<_>>()?,
             labels: integers(&file, labels, path)?,
             logits: floats(&file, logits, path)?,
+            mtp_logits: mtp.map(|info| floats(&file, info, path)).transpose()?,
         });
         Ok(())
     }

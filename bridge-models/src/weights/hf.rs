@@ -1,13 +1,19 @@
 //! Loading a model from a Hugging Face folder through its family's weight map.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use bridge_core::convert::HfModel;
 use bridge_ops::{Float, Ops};
+use bridge_parallel::ParallelContext;
 
 use super::{DtypePolicy, WeightSource, held_tensor};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
+use crate::parallel::ParallelOptions;
 
-/// A [`WeightSource`] that reads a Hugging Face folder: one canonical tensor at a time, from wherever its elements lie.
+/// A [`WeightSource`] that reads a Hugging Face folder: one canonical tensor, or a rank's part of it, at a time,
+/// from wherever its elements lie.
 pub struct HfWeights<'a> {
     model: &'a HfModel,
     policy: DtypePolicy,
@@ -22,6 +28,17 @@ impl<'a> HfWeights<'a> {
 
 impl<B: Ops> WeightSource<B> for HfWeights<'_> {
     fn weight(&mut self, name: &str, shape: &[usize], device: &B::Device) -> Result<Float<B>> {
+        let whole: Vec<Range<usize>> = shape.iter().map(|extent| 0..*extent).collect();
+        WeightSource::<B>::slice(self, name, shape, &whole, device)
+    }
+
+    fn slice(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        ranges: &[Range<usize>],
+        device: &B::Device,
+    ) -> Result<Float<B>> {
         let origin = || self.model.checkpoint().describe();
         let (stored_shape, dtype) = self.model.tensor(name)?;
         if stored_shape != shape {
@@ -33,12 +50,13 @@ impl<B: Ops> WeightSource<B> for HfWeights<'_> {
                 expected,
             });
         }
+        let held: Vec<usize> = ranges.iter().map(Range::len).collect();
         held_tensor::<B>(
             self.policy,
             name,
-            shape,
+            &held,
             dtype,
-            self.model.read(name)?,
+            self.model.read_slice(name, ranges)?,
             device,
             origin,
         )
@@ -72,4 +90,19 @@ pub fn load_hf<B: Ops>(
         &mut HfWeights::new(model, policy),
         device,
     )
+}
+
+/// Loads a rank's part of the decoder in a Hugging Face folder, reading no other weights than its own.
+///
+/// # Errors
+/// As [`load_hf`], or if the model cannot be divided that way.
+pub fn load_hf_parallel<B: Ops>(
+    model: &HfModel,
+    policy: DtypePolicy,
+    ctx: &Arc<ParallelContext<B>>,
+    options: &ParallelOptions,
+) -> Result<Decoder<B>> {
+    let config = model.config().clone();
+    let mut source = HfWeights::new(model, policy);
+    Decoder::build_parallel(config, &mut source, ctx, options)
 }

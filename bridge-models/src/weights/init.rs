@@ -1,5 +1,7 @@
 //! Fresh weights that depend on the seed and the weight's name alone.
 
+use std::ops::Range;
+
 use bridge_ops::{Float, Ops, float_from_vec};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -65,10 +67,62 @@ impl RandomInit {
     pub fn elements(&self, name: &str, shape: &[usize], range: std::ops::Range<usize>) -> Vec<f32> {
         match ParamRole::of(name, shape) {
             ParamRole::NormScale => vec![self.norm_scale; range.len()],
+            ParamRole::GatedNormScale | ParamRole::Skip => vec![1.0; range.len()],
             ParamRole::Bias => vec![0.0; range.len()],
+            // As mamba_ssm draws them: filters like a convolution's, rates of decay in 1..16, and biases for which the
+            // steps lie between a thousandth and a tenth, uniform in their logarithm.
+            ParamRole::Convolution => {
+                let taps = shape.last().copied().unwrap_or(1).max(1);
+                let bound = (taps as f64).sqrt().recip();
+                self.uniform(name, range, |u| bound * (2.0 * u - 1.0))
+            }
+            ParamRole::DecayRate => self.uniform(name, range, |u| (1.0 + 15.0 * u).ln()),
+            ParamRole::StepBias => self.uniform(name, range, |u| {
+                let step = 0.001 * 100f64.powf(u);
+                step + (-(-step).exp_m1()).ln()
+            }),
             ParamRole::Embedding | ParamRole::Matrix => normal(self.key(name), self.std, range),
             ParamRole::OutputProjection => normal(self.key(name), self.output_std, range),
         }
+    }
+
+    /// Numbers in 0..1, mapped by `f`.
+    fn uniform(
+        &self,
+        name: &str,
+        range: std::ops::Range<usize>,
+        f: impl Fn(f64) -> f64,
+    ) -> Vec<f32> {
+        let key = self.key(name);
+        range
+            .map(|index| f(uniform(key, index as u64)) as f32)
+            .collect()
+    }
+
+    /// The elements of a weight within `ranges`, one per dimension, in row-major order.
+    fn region(&self, name: &str, shape: &[usize], ranges: &[Range<usize>]) -> Vec<f32> {
+        // Dimensions from `split` on are whole, so what lies in one index of the dimensions before is one run.
+        let whole = |dim: &usize| ranges[*dim] == (0..shape[*dim]);
+        let split = shape.len() - (0..shape.len()).rev().take_while(whole).count();
+        let Some(cut) = split.checked_sub(1) else {
+            return self.elements(name, shape, 0..shape.iter().product());
+        };
+        let inner: usize = shape[split..].iter().product();
+        let outer = ranges[..cut].iter().map(Range::len).product::<usize>();
+        let mut values = Vec::with_capacity(ranges.iter().map(Range::len).product());
+        for index in 0..outer {
+            // The index of this run in the dimensions before `cut`, from the last one up.
+            let (mut rest, mut row, mut stride) = (index, 0, 1);
+            for dim in (0..cut).rev() {
+                row += (ranges[dim].start + rest % ranges[dim].len()) * stride;
+                rest /= ranges[dim].len();
+                stride *= shape[dim];
+            }
+            let start = (row * shape[cut] + ranges[cut].start) * inner;
+            let run = start..start + ranges[cut].len() * inner;
+            values.extend(self.elements(name, shape, run));
+        }
+        values
     }
 
     fn key(&self, name: &str) -> u64 {
@@ -84,6 +138,18 @@ impl<B: Ops> WeightSource<B> for RandomInit {
     fn weight(&mut self, name: &str, shape: &[usize], device: &B::Device) -> Result<Float<B>> {
         let values = self.elements(name, shape, 0..shape.iter().product());
         Ok(float_from_vec::<B>(values, shape, device))
+    }
+
+    fn slice(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        ranges: &[Range<usize>],
+        device: &B::Device,
+    ) -> Result<Float<B>> {
+        let held: Vec<usize> = ranges.iter().map(Range::len).collect();
+        let values = self.region(name, shape, ranges);
+        Ok(float_from_vec::<B>(values, &held, device))
     }
 }
 
@@ -112,13 +178,15 @@ fn normal(key: u64, std: f64, range: std::ops::Range<usize>) -> Vec<f32> {
 }
 
 fn normal_pair(key: u64, pair: u64) -> (f64, f64) {
-    // 53 random bits each; the first is kept off zero for the logarithm.
-    let uniform = |counter: u64| {
-        (mix(key.wrapping_add(counter.wrapping_mul(GOLDEN))) >> 11) as f64 / (1u64 << 53) as f64
-    };
-    let radius = (-2.0 * (1.0 - uniform(2 * pair)).ln()).sqrt();
-    let (sin, cos) = (std::f64::consts::TAU * uniform(2 * pair + 1)).sin_cos();
+    // The first is kept off zero for the logarithm.
+    let radius = (-2.0 * (1.0 - uniform(key, 2 * pair)).ln()).sqrt();
+    let (sin, cos) = (std::f64::consts::TAU * uniform(key, 2 * pair + 1)).sin_cos();
     (radius * cos, radius * sin)
+}
+
+/// Number `counter` of the uniform sequence with `key`: 53 random bits in 0..1.
+fn uniform(key: u64, counter: u64) -> f64 {
+    (mix(key.wrapping_add(counter.wrapping_mul(GOLDEN))) >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// Increment of SplitMix64: 2^64 divided by the golden ratio.
@@ -153,6 +221,32 @@ mod tests {
         let whole = init(7).elements(name, &shape, 0..80 * 48);
         for range in [0..1, 1..2, 3..1000, 17..18, 1000..3840, 3839..3840, 5..5] {
             assert_eq!(init(7).elements(name, &shape, range.clone()), whole[range]);
+        }
+    }
+
+    #[test]
+    fn any_region_of_a_weight_equals_that_region_of_the_whole() {
+        let (name, shape) = ("layers.0.mlp.experts.up_proj.weight", [3, 5, 7]);
+        let whole = init(7).elements(name, &shape, 0..105);
+        for ranges in [
+            [0..3, 0..5, 0..7],
+            [1..3, 0..5, 0..7],
+            [0..3, 2..4, 0..7],
+            [0..2, 1..5, 3..6],
+        ] {
+            let mut expected = Vec::new();
+            for i in ranges[0].clone() {
+                for j in ranges[1].clone() {
+                    for k in ranges[2].clone() {
+                        expected.push(whole[(i * 5 + j) * 7 + k]);
+                    }
+                }
+            }
+            assert_eq!(
+                init(7).region(name, &shape, &ranges),
+                expected,
+                "{ranges:?}"
+            );
         }
     }
 

@@ -4,14 +4,16 @@ mod export;
 mod hf;
 mod init;
 mod native;
+mod new_folder;
 mod policy;
 mod role;
 mod source;
 
 pub use export::{WeightBytes, export_weights, param_bytes, stored_dtype};
-pub use hf::{HfWeights, load_hf};
+pub use hf::{HfWeights, load_hf, load_hf_parallel};
 pub use init::{Init, RandomInit};
-pub use native::{NativeWeights, load_native, native_config};
+pub use native::{NativeWeights, load_native, load_native_parallel, native_config};
+pub use new_folder::write_hf_folder;
 pub use policy::DtypePolicy;
 pub(crate) use policy::held_tensor;
 pub use role::ParamRole;

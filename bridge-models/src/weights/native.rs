@@ -1,13 +1,19 @@
 //! Loading a model from a native checkpoint.
 
+use std::ops::Range;
+use std::sync::Arc;
+
+use bridge_core::checkpoint::Region;
 use bridge_core::checkpoint::native::{Group, NativeCheckpoint};
 use bridge_core::convert::HF_DIR;
 use bridge_core::{DecoderConfig, HfConfig, ModelBridge, Problems, Registry};
 use bridge_ops::{Float, Ops};
+use bridge_parallel::ParallelContext;
 
 use super::{DtypePolicy, WeightSource, held_tensor};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
+use crate::parallel::ParallelOptions;
 
 /// A [`WeightSource`] that reads a native checkpoint, whatever layout wrote it.
 pub struct NativeWeights<'a> {
@@ -24,6 +30,17 @@ impl<'a> NativeWeights<'a> {
 
 impl<B: Ops> WeightSource<B> for NativeWeights<'_> {
     fn weight(&mut self, name: &str, shape: &[usize], device: &B::Device) -> Result<Float<B>> {
+        let whole: Vec<Range<usize>> = shape.iter().map(|extent| 0..*extent).collect();
+        WeightSource::<B>::slice(self, name, shape, &whole, device)
+    }
+
+    fn slice(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        ranges: &[Range<usize>],
+        device: &B::Device,
+    ) -> Result<Float<B>> {
         let origin = || self.checkpoint.dir().display().to_string();
         let Some(stored) = self.checkpoint.index().model.get(name) else {
             return Err(Error::MissingWeight {
@@ -41,14 +58,16 @@ impl<B: Ops> WeightSource<B> for NativeWeights<'_> {
                 expected,
             });
         }
+        let held: Vec<usize> = ranges.iter().map(Range::len).collect();
+        let first: Vec<usize> = ranges.iter().map(|range| range.start).collect();
         let bytes = self
             .checkpoint
-            .read(Group::Model, name)
+            .read_region(Group::Model, name, &Region::new(first, held.clone()))
             .map_err(bridge_core::Error::from)?;
         held_tensor::<B>(
             self.policy,
             name,
-            shape,
+            &held,
             stored.dtype,
             bytes,
             device,
@@ -81,6 +100,28 @@ pub fn load_native<B: Ops>(
     policy: DtypePolicy,
     device: &B::Device,
 ) -> Result<Decoder<B>> {
+    let config = fitting_config(checkpoint, registry)?;
+    Decoder::build(config, &mut NativeWeights::new(checkpoint, policy), device)
+}
+
+/// Loads a rank's part of the decoder in a native checkpoint, reading no other weights than its own.
+///
+/// # Errors
+/// As [`load_native`], or if the model cannot be divided that way.
+pub fn load_native_parallel<B: Ops>(
+    checkpoint: &NativeCheckpoint,
+    registry: &Registry,
+    policy: DtypePolicy,
+    ctx: &Arc<ParallelContext<B>>,
+    options: &ParallelOptions,
+) -> Result<Decoder<B>> {
+    let config = fitting_config(checkpoint, registry)?;
+    let mut source = NativeWeights::new(checkpoint, policy);
+    Decoder::build_parallel(config, &mut source, ctx, options)
+}
+
+/// The config of a checkpoint whose tensors are those of that config.
+fn fitting_config(checkpoint: &NativeCheckpoint, registry: &Registry) -> Result<DecoderConfig> {
     let (bridge, _, config) = native_config(checkpoint, registry)?;
     let tensors = bridge.tensors(&config);
     let stored = &checkpoint.index().model;
@@ -113,5 +154,5 @@ pub fn load_native<B: Ops>(
         );
         return Err(bridge_core::Error::Plan { what, problems }.into());
     }
-    Decoder::build(config, &mut NativeWeights::new(checkpoint, policy), device)
+    Ok(config)
 }

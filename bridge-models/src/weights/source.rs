@@ -1,7 +1,14 @@
 //! The trait through which models get their weights.
 
-use bridge_ops::{Float, Ops, Param};
-use burn::tensor::TensorMetadata;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bridge_core::CanonicalTensor;
+use bridge_core::layout::{ShardRule, local_slice};
+use bridge_ops::{DType, Float, FloatDType, GradReduction, Ops, Param, ParamShard};
+use bridge_parallel::{ContextParallel, CpCommType, ExpertParallel, ParallelContext, TensorRegion};
+use burn::tensor::{Slice, TensorMetadata};
 
 use crate::error::{Error, Result};
 
@@ -12,38 +19,234 @@ pub trait WeightSource<B: Ops> {
     /// # Errors
     /// If the source has no such weight, has it in another shape, or cannot read it.
     fn weight(&mut self, name: &str, shape: &[usize], device: &B::Device) -> Result<Float<B>>;
+
+    /// The part `ranges` (one per dimension, none empty) of the weight called `name`, whose whole shape is `shape`. The
+    /// default makes the whole weight and cuts it; a source that reads files reads the part alone.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight).
+    fn slice(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        ranges: &[Range<usize>],
+        device: &B::Device,
+    ) -> Result<Float<B>> {
+        let whole = self.weight(name, shape, device)?;
+        let slices: Vec<Slice> = ranges.iter().cloned().map(Slice::from).collect();
+        Ok(B::float_slice(whole, &slices))
+    }
 }
 
-/// Makes a model's parameters from a [`WeightSource`].
+/// Makes a model's parameters from a [`WeightSource`]: whole ones for one rank, or a rank's part of each, as the shard
+/// rules of the model's canonical tensors say. Layers ask for weights by their whole shapes.
 pub struct ParamBuilder<'a, B: Ops> {
     source: &'a mut dyn WeightSource<B>,
     device: B::Device,
+    shards: Option<Arc<Shards<B>>>,
+    inside: bool,
+}
+
+/// How a model is divided, and the rank for which it is built.
+struct Shards<B: Ops> {
+    ctx: Arc<ParallelContext<B>>,
+    rules: HashMap<String, ShardRule>,
+    cp_comm_type: CpCommType,
 }
 
 impl<'a, B: Ops> ParamBuilder<'a, B> {
-    /// Parameters on `device` from `source`.
+    /// Whole parameters on `device` from `source`.
     pub fn new(source: &'a mut dyn WeightSource<B>, device: &B::Device) -> Self {
         Self {
             source,
             device: device.clone(),
+            shards: None,
+            inside: false,
         }
     }
 
-    /// The parameter with canonical name `name` and `shape`.
+    /// A rank's parts of parameters from `source`, as the rules of `tensors` divide them.
+    pub fn parallel(
+        source: &'a mut dyn WeightSource<B>,
+        ctx: &Arc<ParallelContext<B>>,
+        tensors: Vec<CanonicalTensor>,
+        cp_comm_type: CpCommType,
+    ) -> Self {
+        let device = ctx.device().clone();
+        let rules = tensors.into_iter().map(|t| (t.name, t.shard)).collect();
+        let shards = (ctx.world_size() > 1).then(|| {
+            Arc::new(Shards {
+                ctx: Arc::clone(ctx),
+                rules,
+                cp_comm_type,
+            })
+        });
+        Self {
+            source,
+            device,
+            shards,
+            inside: false,
+        }
+    }
+
+    /// A builder for weights that every rank holds whole but uses on its own heads, inside of a tensor-parallel region:
+    /// their gradients are summed over the region's ranks.
+    pub fn inside(&mut self) -> ParamBuilder<'_, B> {
+        ParamBuilder {
+            source: &mut *self.source,
+            device: self.device.clone(),
+            shards: self.shards.clone(),
+            inside: true,
+        }
+    }
+
+    /// The place in a layout for which the model is built, if it is divided.
+    pub fn context(&self) -> Option<&Arc<ParallelContext<B>>> {
+        self.shards.as_ref().map(|shards| &shards.ctx)
+    }
+
+    /// Where the parameters live.
+    pub fn device(&self) -> &B::Device {
+        &self.device
+    }
+
+    /// The tensor-parallel region that layers enter and leave.
+    pub fn region(&self) -> TensorRegion<B> {
+        match &self.shards {
+            Some(shards) => TensorRegion::new(&shards.ctx),
+            None => TensorRegion::single(),
+        }
+    }
+
+    /// How attention reaches the other parts of its sequences.
+    pub fn context_parallel(&self) -> ContextParallel<B> {
+        match &self.shards {
+            Some(shards) => ContextParallel::new(&shards.ctx, shards.cp_comm_type),
+            None => ContextParallel::single(),
+        }
+    }
+
+    /// How a layer reaches the experts of other ranks.
+    pub fn expert_parallel(&self) -> ExpertParallel<B> {
+        match &self.shards {
+            Some(shards) => ExpertParallel::new(&shards.ctx),
+            None => ExpertParallel::single(),
+        }
+    }
+
+    /// Whether ranks of a tensor-parallel group divide the weight called `name` along its inputs, so that a product with
+    /// it is one rank's contribution to a sum.
+    pub fn is_row_parallel(&self, name: &str) -> bool {
+        let Some(shards) = &self.shards else {
+            return false;
+        };
+        let cut = match shards.rules.get(name) {
+            Some(ShardRule::Split { dim } | ShardRule::Heads { dim, .. }) => Some(*dim),
+            _ => None,
+        };
+        shards.ctx.layout().tp > 1 && cut == Some(1)
+    }
+
+    /// The parameter with canonical name `name` and whole shape `shape`.
     ///
     /// # Errors
-    /// If the source fails, or gives a tensor of another shape.
+    /// If the source fails, or gives a tensor of another shape, or the weight cannot be divided.
     pub fn param(&mut self, name: &str, shape: &[usize]) -> Result<Param<B>> {
-        let value = self.source.weight(name, shape, &self.device)?;
-        let found = value.shape();
-        if *found != *shape {
-            return Err(Error::WeightShape {
-                origin: "weight source".to_owned(),
+        let Some(shards) = self.shards.clone() else {
+            let value = self.source.weight(name, shape, &self.device)?;
+            return Ok(Param::new(name, checked::<B>(name, value, shape)?));
+        };
+        let Some(rule) = shards.rules.get(name) else {
+            return Err(Error::MissingWeight {
+                origin: "the model's list of canonical tensors".to_owned(),
                 name: name.to_owned(),
-                found: found.to_vec(),
                 expected: shape.to_vec(),
             });
+        };
+        let (layout, coords) = (shards.ctx.layout(), shards.ctx.coords());
+        let Some(slice) = local_slice(rule, shape, layout, coords)? else {
+            return Err(Error::NotOnThisRank {
+                name: name.to_owned(),
+                rank: shards.ctx.rank(),
+            });
+        };
+        let held: Vec<usize> = slice.ranges.iter().map(Range::len).collect();
+        let value = if held.contains(&0) {
+            None
+        } else {
+            let part = self
+                .source
+                .slice(name, shape, &slice.ranges, &self.device)?;
+            Some(checked::<B>(name, part, &held)?)
+        };
+        let value = match value {
+            Some(value) if held == slice.local_shape => value,
+            part => padded::<B>(part, &slice.local_shape, &self.device),
+        };
+        let reduction = self.reduction(rule, &shards);
+        Ok(Param::sharded(
+            name,
+            value,
+            ParamShard {
+                global_shape: shape.to_vec(),
+                ranges: slice.ranges,
+                owner: slice.owner,
+                reduction,
+            },
+        ))
+    }
+
+    fn reduction(&self, rule: &ShardRule, shards: &Shards<B>) -> GradReduction {
+        let layout = shards.ctx.layout();
+        match rule {
+            // The residual stream's weights see their own part of the sequence only under sequence parallelism.
+            ShardRule::Replicated if layout.tp > 1 && (self.inside || layout.sp) => {
+                GradReduction::TensorParallel
+            }
+            ShardRule::Heads { heads, .. } if layout.tp > *heads => {
+                GradReduction::TensorParallelCopies(layout.tp / heads)
+            }
+            ShardRule::Replicated
+            | ShardRule::Split { .. }
+            | ShardRule::Vocab { .. }
+            | ShardRule::Heads { .. } => GradReduction::None,
+            ShardRule::StackedExperts { inner } | ShardRule::Expert { inner, .. } => {
+                if inner.is_none() && layout.etp > 1 {
+                    GradReduction::ExpertTensorParallel
+                } else {
+                    GradReduction::Expert
+                }
+            }
         }
-        Ok(Param::new(name, value))
+    }
+}
+
+fn checked<B: Ops>(name: &str, value: Float<B>, expected: &[usize]) -> Result<Float<B>> {
+    let found = value.shape();
+    if *found == *expected {
+        return Ok(value);
+    }
+    Err(Error::WeightShape {
+        origin: "weight source".to_owned(),
+        name: name.to_owned(),
+        found: found.to_vec(),
+        expected: expected.to_vec(),
+    })
+}
+
+/// `part`, or nothing, with zeros after it up to `shape`.
+fn padded<B: Ops>(part: Option<Float<B>>, shape: &[usize], device: &B::Device) -> Float<B> {
+    let dtype = part.as_ref().map_or(DType::F32, TensorMetadata::dtype);
+    let zeros = B::float_zeros(shape.to_vec().into(), device, FloatDType::from(dtype));
+    match part {
+        None => zeros,
+        Some(part) => {
+            let held: Vec<Slice> = part
+                .shape()
+                .iter()
+                .map(|extent| Slice::from(0..*extent))
+                .collect();
+            B::float_slice_assign(zeros, &held, part)
+        }
     }
 }

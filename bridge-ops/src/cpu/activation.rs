@@ -11,6 +11,7 @@ use super::storage::{contiguous_f32, values};
 use super::threads::SharedMut;
 use super::{fast_path, pool};
 use crate::activation::{Activation, GELU_CUBIC, GELU_LINEAR};
+use crate::clamped_swiglu::SwigluClamp;
 use crate::primitive::dims;
 
 /// An activation function and its slope at a point.
@@ -107,6 +108,76 @@ pub(super) fn gated_backward(
         }));
     });
     Some((dgate, dup?))
+}
+
+pub(super) fn clamped_forward(
+    gate: &FlexTensor,
+    up: &FlexTensor,
+    clamp: SwigluClamp,
+) -> Option<FlexTensor> {
+    let (gate, up) = (contiguous_f32(gate)?, contiguous_f32(up)?);
+    fast_path::took("clamped_swiglu_forward");
+    let shape = dims(&gate);
+    let (gate, up) = (values(&gate), values(&up));
+    let (alpha, limit) = (clamp.alpha as f32, clamp.limit as f32);
+    Some(pool::new_f32(&shape, |y| {
+        in_parts(y, |y, range| {
+            clamped_values_of(&gate[range.clone()], &up[range], alpha, limit, y);
+        });
+    }))
+}
+
+pub(super) fn clamped_backward(
+    gate: &FlexTensor,
+    up: &FlexTensor,
+    dy: &FlexTensor,
+    clamp: SwigluClamp,
+) -> Option<(FlexTensor, FlexTensor)> {
+    let (gate, up, dy) = (
+        contiguous_f32(gate)?,
+        contiguous_f32(up)?,
+        contiguous_f32(dy)?,
+    );
+    fast_path::took("clamped_swiglu_backward");
+    let shape = dims(&gate);
+    let (gate, up, dy) = (values(&gate), values(&up), values(&dy));
+    let (alpha, limit) = (clamp.alpha as f32, clamp.limit as f32);
+    let mut dup = None;
+    let dgate = pool::new_f32(&shape, |dgate| {
+        dup = Some(pool::new_f32(&shape, |dup| {
+            let dup = SharedMut::new(dup);
+            in_parts(dgate, |dgate, range| {
+                // SAFETY: parts are disjoint.
+                let dup = unsafe { dup.slice(range.clone()) };
+                let (gate, up, dy) = (&gate[range.clone()], &up[range.clone()], &dy[range]);
+                clamped_grads_of(gate, up, dy, alpha, limit, dgate, dup);
+            });
+        }));
+    });
+    Some((dgate, dup?))
+}
+
+vectorized! {
+    fn clamped_values_of(gate: &[f32], up: &[f32], alpha: f32, limit: f32, y: &mut [f32]) {
+        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+            let glu = sigmoid_gated::<FMA>(gate.min(limit), alpha).0;
+            *y = glu * (up.max(-limit).min(limit) + 1.0);
+        }
+    }
+}
+
+vectorized! {
+    fn clamped_grads_of(
+        gate: &[f32], up: &[f32], dy: &[f32], alpha: f32, limit: f32, dgate: &mut [f32], dup: &mut [f32],
+    ) {
+        let outputs = dgate.iter_mut().zip(dup);
+        for (((dgate, dup), gate), (up, dy)) in outputs.zip(gate).zip(up.iter().zip(dy)) {
+            let (glu, slope) = sigmoid_gated::<FMA>(gate.min(limit), alpha);
+            let passes = |through: bool| if through { 1.0 } else { 0.0 };
+            *dgate = slope * (up.max(-limit).min(limit) + 1.0) * dy * passes(*gate <= limit);
+            *dup = glu * dy * passes(up.abs() <= limit);
+        }
+    }
 }
 
 vectorized! {

@@ -13,8 +13,10 @@ mod embedding;
 pub(crate) mod fast_path;
 mod gemm;
 mod gemv;
+mod grouped_linear;
 mod linear;
 mod math;
+mod moe;
 mod norm;
 mod pool;
 mod reduce;
@@ -30,8 +32,10 @@ use burn_flex::{Flex, FlexTensor};
 use crate::activation::Activation;
 use crate::adamw::AdamWStep;
 use crate::attention::{AttentionGrads, AttentionOutput, AttentionRule};
+use crate::clamped_swiglu::SwigluClamp;
 use crate::cross_entropy::{CrossEntropyOutput, CrossEntropySpec};
 use crate::grad_slot::GradSlot;
+use crate::moe::{ExpertOffsets, RouterOutput, RouterSpec, SortedExperts};
 use crate::ops::Ops;
 use crate::rms_norm::NormSpec;
 use crate::rotary::{RotaryDirection, RotaryStyle};
@@ -181,6 +185,124 @@ impl Ops for Flex {
     ) -> (FlexTensor, FlexTensor) {
         activation::gated_backward(&gate, &up, &dy, act).unwrap_or_else(|| {
             crate::activation::portable_gated_backward::<Self>(gate, up, dy, act)
+        })
+    }
+
+    fn clamped_swiglu_forward(gate: FlexTensor, up: FlexTensor, clamp: SwigluClamp) -> FlexTensor {
+        activation::clamped_forward(&gate, &up, clamp)
+            .unwrap_or_else(|| crate::clamped_swiglu::portable::<Self>(gate, up, clamp))
+    }
+
+    fn clamped_swiglu_backward(
+        gate: FlexTensor,
+        up: FlexTensor,
+        dy: FlexTensor,
+        clamp: SwigluClamp,
+    ) -> (FlexTensor, FlexTensor) {
+        activation::clamped_backward(&gate, &up, &dy, clamp).unwrap_or_else(|| {
+            crate::clamped_swiglu::portable_backward::<Self>(gate, up, dy, clamp)
+        })
+    }
+
+    fn router_forward(
+        logits: FlexTensor,
+        correction_bias: Option<FlexTensor>,
+        spec: &RouterSpec,
+    ) -> RouterOutput<Self> {
+        moe::route(&logits, correction_bias.as_ref(), spec)
+            .unwrap_or_else(|| crate::moe::router::portable::<Self>(logits, correction_bias, spec))
+    }
+
+    fn router_backward(
+        logits: FlexTensor,
+        experts: FlexTensor,
+        dweights: FlexTensor,
+        spec: &RouterSpec,
+    ) -> FlexTensor {
+        moe::route_backward(&logits, &experts, &dweights, spec).unwrap_or_else(|| {
+            crate::moe::router::portable_backward::<Self>(logits, experts, dweights, spec)
+        })
+    }
+
+    fn sort_by_expert(experts: FlexTensor, num_experts: usize) -> SortedExperts<Self> {
+        moe::sort(&experts, num_experts)
+            .unwrap_or_else(|| crate::moe::permute::portable_sort::<Self>(experts, num_experts))
+    }
+
+    fn permute_rows(
+        x: FlexTensor,
+        order: FlexTensor,
+        weights: Option<FlexTensor>,
+        top_k: usize,
+    ) -> FlexTensor {
+        moe::permute(&x, &order, weights.as_ref(), top_k).unwrap_or_else(|| {
+            crate::moe::permute::portable_permute::<Self>(x, order, weights, top_k)
+        })
+    }
+
+    fn unpermute_rows(
+        rows: FlexTensor,
+        inverse: FlexTensor,
+        weights: Option<FlexTensor>,
+        offsets: FlexTensor,
+    ) -> FlexTensor {
+        moe::unpermute(&rows, &inverse, weights.as_ref(), &offsets).unwrap_or_else(|| {
+            crate::moe::permute::portable_unpermute::<Self>(rows, inverse, weights, offsets)
+        })
+    }
+
+    fn unpermute_weight_grad(
+        rows: FlexTensor,
+        inverse: FlexTensor,
+        dy: FlexTensor,
+        offsets: FlexTensor,
+    ) -> FlexTensor {
+        moe::unpermute_weight_grad(&rows, &inverse, &dy, &offsets).unwrap_or_else(|| {
+            crate::moe::permute::portable_weight_grad::<Self>(rows, inverse, dy, offsets)
+        })
+    }
+
+    fn grouped_linear_forward(
+        x: FlexTensor,
+        weight: FlexTensor,
+        bias: Option<FlexTensor>,
+        offsets: &ExpertOffsets<Self>,
+    ) -> FlexTensor {
+        grouped_linear::forward(&x, &weight, bias.as_ref(), offsets).unwrap_or_else(|| {
+            crate::moe::grouped_linear::portable::<Self>(x, weight, bias, offsets)
+        })
+    }
+
+    fn grouped_linear_backward_input(
+        dy: FlexTensor,
+        weight: FlexTensor,
+        offsets: &ExpertOffsets<Self>,
+    ) -> FlexTensor {
+        grouped_linear::backward_input(&dy, &weight, offsets).unwrap_or_else(|| {
+            crate::moe::grouped_linear::portable_backward_input::<Self>(dy, weight, offsets)
+        })
+    }
+
+    fn grouped_linear_accumulate_weight_grad(
+        x: FlexTensor,
+        dy: FlexTensor,
+        offsets: &ExpertOffsets<Self>,
+        slot: GradSlot<Self>,
+    ) -> FlexTensor {
+        grouped_linear::accumulate_weight_grad(&x, &dy, offsets, slot).unwrap_or_else(|slot| {
+            crate::moe::grouped_linear::portable_accumulate_weight_grad::<Self>(
+                x, dy, offsets, slot,
+            )
+        })
+    }
+
+    fn grouped_linear_accumulate_bias_grad(
+        dy: FlexTensor,
+        offsets: &ExpertOffsets<Self>,
+        slot: GradSlot<Self>,
+    ) -> FlexTensor {
+        grouped_linear::accumulate_bias_grad(&dy, offsets, slot).unwrap_or_else(|slot| {
+            crate::moe::grouped_linear::portable_accumulate_bias_grad::<Self>(dy, offsets, slot)
         })
     }
 

@@ -24,6 +24,9 @@ use crate::report::Report;
 pub(crate) struct Args {
     #[command(flatten)]
     source: Source,
+    /// Make the projections of the synthetic checkpoint FP8 in blocks, as DeepSeek-V3 is published.
+    #[arg(long, requires = "synthetic")]
+    fp8: bool,
     /// Where to work; needs room for three more copies [default: the system's temporary folder].
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -41,13 +44,13 @@ struct Source {
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
-    let parent = args.dir.unwrap_or_else(std::env::temp_dir);
+    let parent = args.dir.clone().unwrap_or_else(std::env::temp_dir);
     let scratch = Scratch::new(&parent)?;
     let (source, made) = match (&args.source.hf, args.source.synthetic) {
         (_, Some(size)) => {
             let folder = scratch.0.join("source");
             let started = Instant::now();
-            synthetic::write(&folder, size)?;
+            synthetic::write(&folder, size, args.fp8)?;
             (folder, Some(started.elapsed().as_secs_f64()))
         }
         (hf, None) => (
@@ -88,6 +91,7 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     report.line(&json!({
         "bench": "convert",
         "bytes": bytes,
+        "fp8": args.fp8,
         "threads": options().threads,
         "synthetic_s": made.map(|s| rounded(s, 2)),
         "cp_s": cp_s.map(|s| rounded(s, 3)),

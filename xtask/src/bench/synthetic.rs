@@ -11,36 +11,60 @@ use serde_json::json;
 use crate::failure::{Failure, Result};
 use crate::progress::ByteProgress;
 
+/// Rows and columns of a block of FP8 codes that share a scale.
+const FP8_BLOCK: usize = 128;
 /// Bytes written at a time.
 const BLOCK: usize = 8 << 20;
 
-/// Writes a Llama-shaped bf16 checkpoint of about `bytes` to `folder` and returns its exact size in tensor bytes.
-pub(crate) fn write(folder: &Path, bytes: u64) -> Result<u64> {
-    let config = config(bytes)?;
+/// Writes a Llama-shaped checkpoint of about `bytes` to `folder`, in bf16 or with its projections in FP8 blocks, and
+/// returns its exact size in tensor bytes.
+pub(crate) fn write(folder: &Path, bytes: u64, fp8: bool) -> Result<u64> {
+    // Codes are half as large as the numbers they stand for.
+    let mut config = config(if fp8 { 2 * bytes } else { bytes })?;
     let bridge = bridge_models::registry().detect(&config)?;
     let plan = plan_from_shapes(bridge, &config, DType::BF16, &LayoutSpec::default())?;
-    let tensors: Vec<TensorSpec> = plan
-        .mapping()
-        .foreign
+    let mut tensors: Vec<TensorSpec> = Vec::new();
+    for tensor in &plan.mapping().foreign {
+        let (name, shape) = (tensor.name.as_str(), tensor.shape.as_slice());
+        match shape {
+            [rows, cols] if fp8 && name.ends_with("_proj.weight") => {
+                let scales = [rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK)];
+                tensors.push(TensorSpec::new(name, DType::F8E4M3, shape));
+                tensors.push(TensorSpec::new(
+                    format!("{name}_scale_inv"),
+                    DType::F32,
+                    scales,
+                ));
+            }
+            _ => tensors.push(TensorSpec::new(name, DType::BF16, shape)),
+        }
+    }
+    if fp8 {
+        let mut keys = config.json().clone();
+        keys.insert(
+            "quantization_config".to_owned(),
+            json!({"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}),
+        );
+        config = HfConfig::from_json(keys, "the synthetic checkpoint");
+    }
+    let sizes: Vec<(DType, u64)> = tensors
         .iter()
-        .map(|t| TensorSpec::new(t.name.as_str(), DType::BF16, t.shape.as_slice()))
+        .map(|t| (t.dtype, t.dtype.byte_len(&t.shape).unwrap_or(0)))
         .collect();
-    let sizes: Vec<u64> = tensors
-        .iter()
-        .map(|t| t.shape.iter().product::<usize>() as u64 * 2)
-        .collect();
-    let total: u64 = sizes.iter().sum();
+    let total: u64 = sizes.iter().map(|(_, size)| size).sum();
     let writer = ShardedWriter::create(folder, tensors, WriterOptions::default())?;
     let progress = ByteProgress::new("making the checkpoint");
     let mut block = random_bf16(BLOCK);
+    let scales: Vec<u8> = 0.01f32.to_le_bytes().repeat(BLOCK / 4);
     let mut done = 0u64;
-    for (tensor, size) in sizes.into_iter().enumerate() {
+    for (tensor, (dtype, size)) in sizes.into_iter().enumerate() {
         let mut offset = 0;
         while offset < size {
             let n = (size - offset).min(BLOCK as u64);
             // No two blocks are alike, so that nothing below can store one for many.
             block[..8].copy_from_slice(&(done | 0x3c00_3c00_3c00_3c00).to_le_bytes());
-            writer.write_at(tensor, offset, &block[..n as usize])?;
+            let bytes = if dtype == DType::F32 { &scales } else { &block };
+            writer.write_at(tensor, offset, &bytes[..n as usize])?;
             offset += n;
             done += n;
             progress.update(done, total, "");

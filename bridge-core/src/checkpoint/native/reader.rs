@@ -225,12 +225,20 @@ impl NativeCheckpoint {
     /// # Errors
     /// As [`NativeCheckpoint::read_slice`].
     pub fn read(&self, group: Group, name: &str) -> Result<Vec<u8>> {
-        let tensor = self.tensor(group, name)?;
+        let region = Region::whole(&self.tensor(group, name)?.shape);
+        self.read_region(group, name, &region)
+    }
+
+    /// Reads the slice `region` of a tensor into memory.
+    ///
+    /// # Errors
+    /// As [`NativeCheckpoint::read_slice`].
+    pub fn read_region(&self, group: Group, name: &str, region: &Region) -> Result<Vec<u8>> {
+        let (tensor, _) = self.checked(group, name, region)?;
         // The pieces in the index hold every byte, so a size that no file backs fails here before it is allocated.
         self.check_pieces(tensor)?;
-        let region = Region::whole(&tensor.shape);
-        let mut out = vec![0; tensor.dtype.byte_len(&tensor.shape).unwrap_or(0) as usize];
-        self.read_slice(group, name, &region, &mut out)?;
+        let mut out = vec![0; tensor.dtype.byte_len(&region.shape).unwrap_or(0) as usize];
+        self.read_slice(group, name, region, &mut out)?;
         Ok(out)
     }
 

@@ -128,7 +128,11 @@ pub(crate) fn gemm<T: Element>(
     gemm_on(threads, a, b, c, ldc, output);
 }
 
-fn gemm_on<T: Element>(
+/// [`gemm`] on at most `threads` threads.
+///
+/// # Panics
+/// When the sizes do not fit.
+pub(crate) fn gemm_on<T: Element>(
     threads: usize,
     a: Matrix<'_, f32>,
     b: Matrix<'_, T>,

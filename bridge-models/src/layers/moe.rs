@@ -1,0 +1,279 @@
+//! A mixture of experts: a router picks some experts for each token, and their outputs are summed by weight. The steps
+//! are those of the operations' own module, one call each, so that a parallel layout can stand between them.
+
+use bridge_core::DecoderConfig;
+use bridge_core::config::{GroupScoring, MoeConfig, RouterConfig, RouterScoring};
+use bridge_ops::{
+    Activation, DType, ExpertOffsets, ExpertOrder, GroupScore, Ops, Param, RouterGroups,
+    RouterScore, RouterSpec, SwigluClamp, Tape, Var, activation, add, cast, clamped_swiglu,
+    gated_activation, grouped_linear, permute, reshape, route, scale_rows, unpermute,
+};
+use bridge_parallel::{ExpertParallel, TensorRegion};
+
+use super::mlp::activation_op;
+use super::{Linear, Mlp};
+use crate::context::ForwardContext;
+use crate::error::Result;
+use crate::weights::ParamBuilder;
+
+/// A router, its experts, and the expert that works on every token, if there is one.
+#[derive(Debug, Clone)]
+pub struct Moe<B: Ops> {
+    name: String,
+    router: Linear<B>,
+    /// `[experts]`. Sways the choice alone; moved by a rule of its own, never by the optimizer.
+    correction_bias: Option<Param<B>>,
+    spec: RouterSpec,
+    experts: Experts<B>,
+    shared_expert: Option<Mlp<B>>,
+    shared_expert_gate: Option<Linear<B>>,
+    num_experts: usize,
+    /// The region to enter and leave, where all its ranks have the same tokens.
+    region: TensorRegion<B>,
+    expert_parallel: ExpertParallel<B>,
+}
+
+/// The routed experts of one layer, their matrices stacked.
+#[derive(Debug, Clone)]
+pub struct Experts<B: Ops> {
+    gate_proj: Option<GroupedLinear<B>>,
+    up_proj: GroupedLinear<B>,
+    down_proj: GroupedLinear<B>,
+    activation: ExpertActivation,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum ExpertActivation {
+    Plain(Activation),
+    Clamped(SwigluClamp),
+}
+
+/// One linear layer per expert.
+#[derive(Debug, Clone)]
+pub struct GroupedLinear<B: Ops> {
+    /// `[experts, out_features, in_features]`.
+    pub weight: Param<B>,
+    /// `[experts, out_features]`.
+    pub bias: Option<Param<B>>,
+    /// Whether this rank adds the bias: one of those that share an expert does where their outputs are summed.
+    adds_bias: bool,
+}
+
+impl<B: Ops> Moe<B> {
+    /// The mixture of experts called `name`.
+    ///
+    /// # Errors
+    /// If the weights' source fails.
+    pub fn build(
+        params: &mut ParamBuilder<'_, B>,
+        name: &str,
+        config: &DecoderConfig,
+        moe: &MoeConfig,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let router_name = format!("{name}.router");
+        let shape = [moe.num_experts, hidden];
+        // Each rank of a tensor-parallel group minds its own tokens, also where all of them have all tokens.
+        let router = Linear::build(&mut params.inside(), &router_name, shape, moe.router.bias)?;
+        let correction_bias = if moe.router.correction_bias {
+            let name = format!("{router_name}.correction_bias");
+            let bias = params.param(&name, &[moe.num_experts])?;
+            bias.set_requires_grad(false);
+            Some(bias)
+        } else {
+            None
+        };
+        let experts = Experts::build(params, &format!("{name}.experts"), config, moe)?;
+        let shared_expert = match moe.shared_intermediate_size {
+            Some(inner) => {
+                let name = format!("{name}.shared_expert");
+                Some(Mlp::build(params, &name, config, inner)?)
+            }
+            None => None,
+        };
+        let shared_expert_gate = if moe.shared_expert_gate {
+            let name = format!("{name}.shared_expert_gate");
+            Some(Linear::build(params, &name, [1, hidden], false)?)
+        } else {
+            None
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            router,
+            correction_bias,
+            spec: router_spec(&moe.router, moe.num_experts_per_tok),
+            experts,
+            shared_expert,
+            shared_expert_gate,
+            num_experts: moe.num_experts,
+            region: match params.region() {
+                region if region.is_sequence_parallel() => TensorRegion::single(),
+                region => region,
+            },
+            expert_parallel: params.expert_parallel(),
+        })
+    }
+
+    /// `x`: `[batch, seq, hidden]` -> the same shape.
+    pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
+        let shape = x.shape();
+        let hidden = shape[2];
+        let entered = self.region.enter(tape, x);
+        let tokens = reshape(tape, &entered, &[shape[0] * shape[1], hidden]);
+        // Close scores decide which weights a token meets, so they are computed in full precision.
+        let logits = self.router.forward(tape, &cast(tape, &tokens, DType::F32)); // [tokens, experts]
+        let bias = self.correction_bias.as_ref().map(Param::value);
+        let mut routing = route(tape, &logits, bias, &self.spec);
+        if let Some(auxiliary) = ctx.auxiliary().filter(|_| tape.is_recording()) {
+            routing.weights =
+                auxiliary.attach(tape, &self.name, &self.spec, &logits, &routing, ctx);
+        }
+        let parallel = &self.expert_parallel;
+        let experts = parallel.own_assignments(routing.experts, self.num_experts);
+        let order = ExpertOrder::new(experts, self.num_experts);
+        let rows = permute(tape, &tokens, &order); // [tokens * k, hidden]
+        let rows = parallel.dispatch(tape, &rows, order.offsets(), |rows, offsets| {
+            self.experts.forward(tape, rows, offsets)
+        });
+        let y = unpermute(tape, &rows, &routing.weights, &order);
+        let y = self.region.leave(tape, &reshape(tape, &y, &shape));
+        match &self.shared_expert {
+            Some(shared) => add(tape, &y, &self.shared(tape, x, shared)),
+            None => y,
+        }
+    }
+
+    fn shared(&self, tape: &Tape<B>, x: &Var<B>, expert: &Mlp<B>) -> Var<B> {
+        let y = expert.forward(tape, x);
+        match &self.shared_expert_gate {
+            Some(gate) => {
+                let gate = activation(tape, &gate.forward(tape, x), Activation::Sigmoid);
+                scale_rows(tape, &y, &gate)
+            }
+            None => y,
+        }
+    }
+
+    /// Appends the weights, in the order of their canonical names.
+    pub fn collect(&self, params: &mut Vec<Param<B>>) {
+        self.router.collect(params);
+        params.extend(self.correction_bias.clone());
+        self.experts.collect(params);
+        if let Some(shared) = &self.shared_expert {
+            shared.collect(params);
+        }
+        if let Some(gate) = &self.shared_expert_gate {
+            gate.collect(params);
+        }
+    }
+}
+
+impl<B: Ops> Experts<B> {
+    fn build(
+        params: &mut ParamBuilder<'_, B>,
+        name: &str,
+        config: &DecoderConfig,
+        moe: &MoeConfig,
+    ) -> Result<Self> {
+        let (hidden, inner) = (config.hidden_size, moe.intermediate_size);
+        let mut project = |proj: &str, shape: [usize; 2]| {
+            GroupedLinear::build(params, &format!("{name}.{proj}_proj"), shape, moe)
+        };
+        Ok(Self {
+            gate_proj: if config.gated_mlp {
+                Some(project("gate", [inner, hidden])?)
+            } else {
+                None
+            },
+            up_proj: project("up", [inner, hidden])?,
+            down_proj: project("down", [hidden, inner])?,
+            activation: match moe.clamped_swiglu {
+                None => ExpertActivation::Plain(activation_op(config.activation)),
+                Some(clamp) => ExpertActivation::Clamped(SwigluClamp {
+                    alpha: clamp.alpha,
+                    limit: clamp.limit,
+                }),
+            },
+        })
+    }
+
+    /// Each expert's output for its rows. `rows`: `[rows, hidden]`, sorted by expert -> the same shape.
+    pub fn forward(&self, tape: &Tape<B>, rows: &Var<B>, offsets: &ExpertOffsets<B>) -> Var<B> {
+        let up = self.up_proj.forward(tape, rows, offsets); // [rows, intermediate]
+        let gate = self
+            .gate_proj
+            .as_ref()
+            .map(|gate| gate.forward(tape, rows, offsets));
+        let inner = match (gate, self.activation) {
+            (Some(gate), ExpertActivation::Plain(act)) => gated_activation(tape, &gate, &up, act),
+            (Some(gate), ExpertActivation::Clamped(clamp)) => {
+                clamped_swiglu(tape, &gate, &up, clamp)
+            }
+            (None, ExpertActivation::Plain(act)) => activation(tape, &up, act),
+            (None, ExpertActivation::Clamped(_)) => {
+                unreachable!("a config with a clamped SwiGLU has gates")
+            }
+        };
+        self.down_proj.forward(tape, &inner, offsets)
+    }
+
+    fn collect(&self, params: &mut Vec<Param<B>>) {
+        let projections = [&self.up_proj, &self.down_proj];
+        for projection in self.gate_proj.iter().chain(projections) {
+            params.push(projection.weight.clone());
+            params.extend(projection.bias.clone());
+        }
+    }
+}
+
+impl<B: Ops> GroupedLinear<B> {
+    fn build(
+        params: &mut ParamBuilder<'_, B>,
+        name: &str,
+        [out_features, in_features]: [usize; 2],
+        moe: &MoeConfig,
+    ) -> Result<Self> {
+        let experts = moe.num_experts;
+        let weight = params.param(
+            &format!("{name}.weight"),
+            &[experts, out_features, in_features],
+        )?;
+        let bias = if moe.expert_projection_bias {
+            Some(params.param(&format!("{name}.bias"), &[experts, out_features])?)
+        } else {
+            None
+        };
+        let summed = weight.shape()[2] != in_features;
+        Ok(Self {
+            adds_bias: !summed || params.expert_parallel().adds_output_bias(),
+            weight,
+            bias,
+        })
+    }
+
+    /// `rows`: `[rows, in_features]`, sorted by expert -> `[rows, out_features]`.
+    pub fn forward(&self, tape: &Tape<B>, rows: &Var<B>, offsets: &ExpertOffsets<B>) -> Var<B> {
+        let bias = self.bias.as_ref().filter(|_| self.adds_bias);
+        grouped_linear(tape, rows, &self.weight, bias, offsets)
+    }
+}
+
+fn router_spec(router: &RouterConfig, top_k: usize) -> RouterSpec {
+    RouterSpec {
+        top_k,
+        score: match router.score {
+            RouterScoring::Softmax => RouterScore::Softmax,
+            RouterScoring::Sigmoid => RouterScore::Sigmoid,
+        },
+        normalize: router.normalize,
+        scale: router.scaling_factor,
+        groups: router.groups.as_ref().map(|groups| RouterGroups {
+            groups: groups.n_group,
+            top_groups: groups.topk_group,
+            score: match groups.score {
+                GroupScoring::Max => GroupScore::Max,
+                GroupScoring::SumOfTopTwo => GroupScore::SumOfTopTwo,
+            },
+        }),
+    }
+}

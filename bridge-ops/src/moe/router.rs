@@ -1,0 +1,236 @@
+//! From router logits to each token's experts and their weights.
+//!
+//! ```text
+//! p = softmax(logits) or sigmoid(logits)                               over the E experts of a token
+//! c = p + correction bias                                              for the choice alone
+//! experts = the k largest c, among the groups whose scores are largest where there are groups
+//! w = scale p[experts]                  or, normalised, scale p[experts] / sum p[experts]
+//! ```
+//!
+//! A normalised softmax is the softmax over the k chosen logits, which is how it is computed. Sources: Qwen3-MoE and
+//! OLMoE (softmax), gpt-oss (softmax after the choice), DeepSeek-V2 (arXiv 2405.04434, groups by their best expert),
+//! DeepSeek-V3 (arXiv 2412.19437, sigmoid, correction bias, groups by the sum of their best two).
+
+use burn::tensor::{IndexingUpdateOp, Int as IntKind, Tensor, activation};
+
+use crate::ops::Ops;
+use crate::primitive::{Float, Int, float, tensor, to_f32};
+use crate::tape::{Tape, Var};
+
+/// Keeps a sum of sigmoids from being a divisor of zero, as in the reference implementations.
+pub(crate) const SUM_FLOOR: f32 = 1e-20;
+
+/// How logits become scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RouterScore {
+    /// Softmax over all experts.
+    Softmax,
+    /// Sigmoid of each by itself.
+    Sigmoid,
+}
+
+/// What a group of experts is worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupScore {
+    /// Its best expert (DeepSeek-V2).
+    Max,
+    /// The sum of its best two (DeepSeek-V3).
+    SumOfTopTwo,
+}
+
+/// Experts are chosen within the best `top_groups` of `groups` equal groups of neighbours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouterGroups {
+    /// Number of groups; divides the number of experts.
+    pub groups: usize,
+    /// How many of them are searched.
+    pub top_groups: usize,
+    /// What ranks them.
+    pub score: GroupScore,
+}
+
+/// The rule of one router.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RouterSpec {
+    /// Experts per token.
+    pub top_k: usize,
+    /// How logits become scores.
+    pub score: RouterScore,
+    /// Whether the weights of a token's experts are divided by their sum.
+    pub normalize: bool,
+    /// Factor on the weights.
+    pub scale: f64,
+    /// Choice within groups.
+    pub groups: Option<RouterGroups>,
+}
+
+/// What the forward kernel returns.
+#[derive(Debug, Clone)]
+pub struct RouterOutput<B: Ops> {
+    /// [tokens, k] fp32.
+    pub weights: Float<B>,
+    /// [tokens, k], values in `0..E`, the best one first.
+    pub experts: Int<B>,
+}
+
+/// Each token's experts.
+#[derive(Debug, Clone)]
+pub struct Routing<B: Ops> {
+    /// [tokens, k] fp32.
+    pub weights: Var<B>,
+    /// [tokens, k], values in `0..E`.
+    pub experts: Int<B>,
+}
+
+/// Chooses experts. logits: [tokens, E], correction_bias: `[E]`, which sways the choice and nothing else and gets no
+/// gradient.
+///
+/// # Panics
+/// When shapes and spec do not fit each other.
+#[track_caller]
+pub fn route<B: Ops>(
+    tape: &Tape<B>,
+    logits: &Var<B>,
+    correction_bias: Option<Float<B>>,
+    spec: &RouterSpec,
+) -> Routing<B> {
+    check(&logits.shape(), spec);
+    let RouterOutput { weights, experts } =
+        B::router_forward(logits.value(), correction_bias, spec);
+    let (logits_value, chosen, spec) = (logits.value(), experts.clone(), *spec);
+    let weights = tape.record(weights, &[logits], move |dweights| {
+        vec![Some(B::router_backward(
+            logits_value,
+            chosen,
+            dweights,
+            &spec,
+        ))]
+    });
+    Routing { weights, experts }
+}
+
+#[track_caller]
+fn check(logits: &[usize], spec: &RouterSpec) {
+    let &[_, experts] = logits else {
+        panic!("route: logits have shape {logits:?}, expected [tokens, experts]");
+    };
+    let reach = match spec.groups {
+        None => experts,
+        Some(RouterGroups {
+            groups, top_groups, ..
+        }) => {
+            assert!(
+                groups > 0 && experts.is_multiple_of(groups) && (1..=groups).contains(&top_groups),
+                "route: {experts} experts in {groups} groups of which {top_groups} are searched"
+            );
+            experts / groups * top_groups
+        }
+    };
+    assert!(
+        (1..=reach).contains(&spec.top_k),
+        "route: {} experts per token out of {reach}",
+        spec.top_k
+    );
+}
+
+pub(crate) fn portable<B: Ops>(
+    logits: Float<B>,
+    correction_bias: Option<Float<B>>,
+    spec: &RouterSpec,
+) -> RouterOutput<B> {
+    let logits = tensor::<B, 2>(to_f32::<B>(logits));
+    let scores = scores(logits.clone(), spec.score);
+    let choice = match correction_bias {
+        Some(bias) => scores.clone() + tensor::<B, 1>(to_f32::<B>(bias)).unsqueeze::<2>(),
+        None => scores.clone(),
+    };
+    let choice = match spec.groups {
+        Some(groups) => within_groups(choice, &groups),
+        None => choice,
+    };
+    let (_, experts) = choice.topk_with_indices(spec.top_k, 1);
+    let weights = match (spec.score, spec.normalize) {
+        (RouterScore::Softmax, true) => activation::softmax(logits.gather(1, experts.clone()), 1),
+        (RouterScore::Sigmoid, true) => {
+            let chosen = scores.gather(1, experts.clone());
+            let sum = chosen.clone().sum_dim(1).add_scalar(SUM_FLOOR);
+            chosen / sum
+        }
+        (_, false) => scores.gather(1, experts.clone()),
+    };
+    RouterOutput {
+        weights: float(weights.mul_scalar(spec.scale)),
+        experts: experts.into_primitive(),
+    }
+}
+
+fn scores<B: Ops>(logits: Tensor<B, 2>, score: RouterScore) -> Tensor<B, 2> {
+    match score {
+        RouterScore::Softmax => activation::softmax(logits, 1),
+        RouterScore::Sigmoid => activation::sigmoid(logits),
+    }
+}
+
+/// The choice scores, minus infinity outside the groups that are searched.
+fn within_groups<B: Ops>(choice: Tensor<B, 2>, rule: &RouterGroups) -> Tensor<B, 2> {
+    let [tokens, experts] = choice.dims();
+    let size = experts / rule.groups;
+    let grouped = choice.clone().reshape([tokens, rule.groups, size]);
+    let worth = match rule.score {
+        GroupScore::Max => grouped.max_dim(2),
+        GroupScore::SumOfTopTwo => grouped.topk(2.min(size), 2).sum_dim(2),
+    }
+    .reshape([tokens, rule.groups]);
+    let (best, chosen) = worth.clone().topk_with_indices(rule.top_groups, 1);
+    let searched = worth
+        .zeros_like()
+        .scatter(1, chosen, best.ones_like(), IndexingUpdateOp::Add);
+    let outside = searched
+        .equal_elem(0.0)
+        .reshape([tokens, rule.groups, 1])
+        .expand([tokens, rule.groups, size])
+        .reshape([tokens, experts]);
+    choice.mask_fill(outside, f32::NEG_INFINITY)
+}
+
+pub(crate) fn portable_backward<B: Ops>(
+    logits: Float<B>,
+    experts: Int<B>,
+    dweights: Float<B>,
+    spec: &RouterSpec,
+) -> Float<B> {
+    let dtype = burn_backend::TensorMetadata::dtype(&logits);
+    let logits = tensor::<B, 2>(to_f32::<B>(logits));
+    let experts = Tensor::<B, 2, IntKind>::from_primitive(experts);
+    let dw = tensor::<B, 2>(to_f32::<B>(dweights)).mul_scalar(spec.scale);
+    let spread = |chosen: Tensor<B, 2>| {
+        logits
+            .zeros_like()
+            .scatter(1, experts.clone(), chosen, IndexingUpdateOp::Add)
+    };
+    let dlogits = match (spec.score, spec.normalize) {
+        (RouterScore::Softmax, true) => {
+            let w = activation::softmax(logits.clone().gather(1, experts.clone()), 1);
+            let mean = (w.clone() * dw.clone()).sum_dim(1);
+            spread(w * (dw - mean))
+        }
+        (RouterScore::Softmax, false) => {
+            let p = activation::softmax(logits.clone(), 1);
+            let dp = spread(dw);
+            let mean = (p.clone() * dp.clone()).sum_dim(1);
+            p * (dp - mean)
+        }
+        (RouterScore::Sigmoid, normalize) => {
+            let p = activation::sigmoid(logits.clone().gather(1, experts.clone()));
+            let dp = if normalize {
+                let sum = p.clone().sum_dim(1).add_scalar(SUM_FLOOR);
+                let mean = (p.clone() * dw.clone()).sum_dim(1) / sum.clone();
+                (dw - mean) / sum
+            } else {
+                dw
+            };
+            spread(dp * p.clone() * p.neg().add_scalar(1.0))
+        }
+    };
+    crate::primitive::to_dtype::<B>(float(dlogits), dtype)
+}

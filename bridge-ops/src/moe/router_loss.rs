@@ -1,0 +1,175 @@
+//! Auxiliary losses of a router, which keep its experts equally busy and its logits small.
+//!
+//! ```text
+//! f_i = assignments to expert i / (tokens k)        P_i = mean over the tokens of p_i, their scores, of sum 1
+//! balance = E sum over i of f_i P_i                 1 when all are equally busy (Fedus et al. 2022, arXiv 2101.03961)
+//! z = mean over the tokens of logsumexp(logits)^2   (Zoph et al. 2022, arXiv 2202.08906)
+//! ```
+//!
+//! `f` counts as a constant. The balance is taken over each sequence by itself (DeepSeek-V2), over the tokens of the
+//! micro-batch, or over those of earlier micro-batches as well (arXiv 2501.11873).
+//!
+//! The losses are no part of a segment's output, so their gradients join where the routing weights' gradients pass.
+
+use burn::tensor::{IndexingUpdateOp, Int as IntKind, Tensor, activation};
+use burn_backend::DType;
+
+use super::router::{RouterScore, SUM_FLOOR};
+use crate::ops::Ops;
+use crate::primitive::{Float, Int, dims, float, reshaped, tensor, to_dtype, to_f32};
+use crate::tape::{Tape, Var};
+
+/// Over which tokens experts should be equally busy.
+#[derive(Debug, Clone)]
+pub enum BalanceLoss<B: Ops> {
+    /// Each of this many sequences of equal length by itself; the loss is their mean.
+    PerSequence(usize),
+    /// All tokens at hand.
+    PerBatch,
+    /// All tokens at hand together with earlier ones, of which the assignments to each expert are known: `[E]` fp32.
+    Since(Float<B>),
+}
+
+/// Which losses, and how much they count.
+#[derive(Debug, Clone)]
+pub struct RouterLossSpec<B: Ops> {
+    /// How logits become scores. Sigmoids are divided by their sum over all experts.
+    pub score: RouterScore,
+    /// The kind of balance loss.
+    pub balance: BalanceLoss<B>,
+    /// Factor on the gradient of the balance loss; 0 for none.
+    pub balance_weight: f64,
+    /// Factor on the gradient of the z loss; 0 for none.
+    pub z_weight: f64,
+}
+
+/// The losses, without their factors.
+#[derive(Debug, Clone)]
+pub struct RouterLosses<B: Ops> {
+    /// `[1]` fp32.
+    pub balance: Float<B>,
+    /// `[1]` fp32.
+    pub z: Float<B>,
+    /// Assignments to each expert, `[E]` fp32.
+    pub counts: Float<B>,
+}
+
+/// Passes routing weights on unchanged, and adds the gradients of the losses to that of the logits on the way back.
+/// weights: [tokens, k], logits: [tokens, E], experts: [tokens, k].
+///
+/// # Panics
+/// When the shapes do not fit.
+#[track_caller]
+pub fn with_router_losses<B: Ops>(
+    tape: &Tape<B>,
+    weights: &Var<B>,
+    logits: &Var<B>,
+    experts: &Int<B>,
+    spec: &RouterLossSpec<B>,
+) -> (Var<B>, RouterLosses<B>) {
+    let shape = logits.shape();
+    let &[tokens, num_experts] = shape.as_slice() else {
+        panic!("router losses: logits have shape {shape:?}, expected [tokens, experts]");
+    };
+    let top_k = dims(experts)[1];
+    let dtype = burn_backend::TensorMetadata::dtype(&logits.value());
+    let logits_value = tensor::<B, 2>(to_f32::<B>(logits.value()));
+    let device = logits_value.device();
+    let chosen = Tensor::<B, 2, IntKind>::from_primitive(experts.clone());
+    let ones = Tensor::<B, 2>::ones([tokens, top_k], (&device, DType::F32));
+    let assigned = Tensor::<B, 2>::zeros([tokens, num_experts], (&device, DType::F32)).scatter(
+        1,
+        chosen,
+        ones,
+        IndexingUpdateOp::Add,
+    );
+    let counts = assigned.clone().sum_dim(0); // [1, E]
+
+    // Shares for each token: those of its sequence, or the same for all.
+    let shares: Tensor<B, 2> = match &spec.balance {
+        BalanceLoss::PerBatch => counts
+            .clone()
+            .div_scalar((tokens * top_k) as f64)
+            .expand([tokens, num_experts]),
+        BalanceLoss::PerSequence(sequences) => {
+            assert!(
+                *sequences > 0 && tokens.is_multiple_of(*sequences),
+                "router losses: {tokens} tokens are not {sequences} sequences"
+            );
+            let seq = tokens / sequences;
+            assigned
+                .reshape([*sequences, seq, num_experts])
+                .sum_dim(1)
+                .div_scalar((seq * top_k) as f64)
+                .expand([*sequences, seq, num_experts])
+                .reshape([tokens, num_experts])
+        }
+        BalanceLoss::Since(earlier) => {
+            let earlier = reshaped::<B>(to_f32::<B>(earlier.clone()), &[1, num_experts]);
+            let all = tensor::<B, 2>(earlier) + counts.clone();
+            (all.clone() / all.sum_dim(1)).expand([tokens, num_experts])
+        }
+    };
+    let factor = num_experts as f64 / tokens as f64;
+    let dscores = shares.mul_scalar(factor);
+    let (scores, raw) = normalised(logits_value.clone(), spec.score);
+    let balance = (scores.clone() * dscores.clone()).sum();
+    let lse = log_sum_exp(logits_value.clone());
+    let z = lse.clone().square().mean();
+
+    let losses = RouterLosses {
+        balance: float(balance),
+        z: float(z),
+        counts: reshaped::<B>(float(counts), &[num_experts]),
+    };
+    let (balance_weight, z_weight) = (spec.balance_weight, spec.z_weight);
+    let output = tape.record(weights.value(), &[weights, logits], move |dweights| {
+        let mut dlogits = None;
+        if balance_weight != 0.0 {
+            let mean = (scores.clone() * dscores.clone()).sum_dim(1);
+            let inner = dscores - mean;
+            let grad = match raw {
+                None => scores * inner,
+                Some((sigmoid, sum)) => {
+                    inner / sum * sigmoid.clone() * sigmoid.neg().add_scalar(1.0)
+                }
+            };
+            dlogits = Some(grad.mul_scalar(balance_weight));
+        }
+        if z_weight != 0.0 {
+            let factor = 2.0 * z_weight / tokens as f64;
+            let grad = activation::softmax(logits_value, 1) * lse.mul_scalar(factor);
+            dlogits = Some(match dlogits {
+                Some(sum) => sum + grad,
+                None => grad,
+            });
+        }
+        let dlogits = dlogits.map(|grad| to_dtype::<B>(float(grad), dtype));
+        vec![Some(dweights), dlogits]
+    });
+    (output, losses)
+}
+
+/// A sigmoid router's sigmoids, [tokens, E], and their sums, [tokens, 1].
+type Sigmoids<B> = (Tensor<B, 2>, Tensor<B, 2>);
+
+/// Scores of sum 1, [tokens, E], and of sigmoids what they were made from.
+fn normalised<B: Ops>(
+    logits: Tensor<B, 2>,
+    score: RouterScore,
+) -> (Tensor<B, 2>, Option<Sigmoids<B>>) {
+    match score {
+        RouterScore::Softmax => (activation::softmax(logits, 1), None),
+        RouterScore::Sigmoid => {
+            let sigmoid = activation::sigmoid(logits);
+            let sum = sigmoid.clone().sum_dim(1).add_scalar(SUM_FLOOR);
+            (sigmoid.clone() / sum.clone(), Some((sigmoid, sum)))
+        }
+    }
+}
+
+/// [tokens, E] -> [tokens, 1].
+fn log_sum_exp<B: Ops>(logits: Tensor<B, 2>) -> Tensor<B, 2> {
+    let max = logits.clone().max_dim(1);
+    (logits - max.clone()).exp().sum_dim(1).log() + max
+}

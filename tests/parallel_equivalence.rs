@@ -1,0 +1,263 @@
+//! At every layout the models compute what the reference implementation computes on one rank: logits, loss, every
+//! gradient. Ranks are threads.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bridge_core::LayoutSpec;
+use bridge_core::convert::HfModel;
+use bridge_models::generate::{GenerateOptions, generate_parallel};
+use bridge_models::verify::{LayoutOptions, Reference, Tolerances, VerifyOptions, verify_layout};
+use bridge_models::weights::load_hf_parallel;
+use bridge_models::{DtypePolicy, ParallelOptions, registry};
+use bridge_parallel::{CpCommType, ParallelContext};
+use bridge_tests::fixture;
+use burn_flex::Flex;
+
+/// What sums in another order may change.
+const TOLERANCES: Tolerances = Tolerances {
+    logits: 2e-4,
+    loss: 2e-5,
+    gradient: 2e-3,
+    gradient_floor: 1e-6,
+};
+
+/// Every dense family.
+const DENSE: [&str; 11] = [
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "llama2",
+    "llama3_1",
+    "llama3_2",
+    "llama_nemotron_nano",
+    "mistral",
+    "nemotron",
+    "qwen2",
+    "qwen3",
+];
+
+/// Families with experts.
+const EXPERTS: [&str; 6] = [
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "olmoe",
+    "qwen3_moe",
+];
+
+/// What divides experts, alone and among other axes.
+const EXPERT_LAYOUTS: [&str; 12] = [
+    "tp=2",
+    "tp=2 sp",
+    "ep=2 dp=2",
+    "ep=4 dp=4",
+    "ep=2 cp=2",
+    "etp=2 dp=2",
+    "ep=2 etp=2 dp=4",
+    "ep=2 tp=2 etp=1",
+    "ep=2 tp=2 etp=1 sp",
+    "ep=2 tp=2 etp=2 dp=2 sp",
+    "ep=2 tp=2 cp=2 dp=2 sp",
+    "ep=2 tp=2 pp=2 sp",
+];
+
+/// Layouts as the command line writes them, with the way of talking for context parallelism.
+const LAYOUTS: [&str; 26] = [
+    "tp=2",
+    "tp=4",
+    "tp=2 sp",
+    "tp=4 sp",
+    "cp=2",
+    "cp=2 all_gather",
+    "cp=3",
+    "cp=4 all_gather",
+    "pp=2",
+    "pp=3",
+    "pp=1 dp=2",
+    "dp=3",
+    "tp=2 cp=2",
+    "tp=2 cp=2 sp",
+    "tp=2 cp=2 sp all_gather",
+    "tp=4 cp=2 sp",
+    "tp=2 pp=2",
+    "tp=2 pp=2 sp",
+    "tp=2 pp=2 dp=2",
+    "tp=2 pp=2 dp=2 sp",
+    "tp=2 pp=3 cp=2 sp",
+    "pp=2 cp=2",
+    "pp=2 dp=2",
+    "cp=2 dp=2",
+    "tp=2 cp=2 dp=2",
+    "tp=2 cp=2 a2a",
+];
+
+fn layout(text: &str) -> LayoutOptions {
+    let mut spec = LayoutSpec::default();
+    let mut comm = CpCommType::default();
+    for word in text.split_whitespace() {
+        let Some((axis, degree)) = word.split_once('=') else {
+            match word {
+                "sp" => spec.sp = true,
+                comm_type => comm = comm_type.parse().expect("a way of talking"),
+            }
+            continue;
+        };
+        let degree = degree.parse().expect("a degree");
+        match axis {
+            "tp" => spec.tp = degree,
+            "pp" => spec.pp = degree,
+            "vpp" => spec.vpp = degree,
+            "cp" => spec.cp = degree,
+            "ep" => spec.ep = degree,
+            "etp" => spec.etp = degree,
+            "dp" => spec.dp = degree,
+            other => panic!("no axis {other}"),
+        }
+    }
+    let mut options = LayoutOptions::new(spec);
+    options.parallel.cp_comm_type = comm;
+    options.timeout = Duration::from_secs(60);
+    options
+}
+
+#[track_caller]
+fn agrees(family: &str, text: &str) {
+    let options = VerifyOptions {
+        gradients: true,
+        tolerances: TOLERANCES,
+    };
+    let folder = fixture(family);
+    let report = verify_layout::<Flex>(
+        &registry(),
+        &folder,
+        &folder,
+        &options,
+        &layout(text),
+        "cpu",
+    );
+    let report = report.unwrap_or_else(|error| panic!("{family} at {text}: {error}"));
+    assert!(report.passed, "{family} at {text}: {report}");
+    let compared = [
+        report.logits_max_abs_diff.is_some(),
+        report.loss.is_some(),
+        report.grad_norm_max_rel_diff.is_some(),
+    ];
+    assert_eq!(
+        compared, [true; 3],
+        "{family} at {text}: something was not compared"
+    );
+}
+
+#[test]
+fn every_dense_family_agrees_at_every_layout() {
+    for family in DENSE {
+        for text in LAYOUTS {
+            // One key-value head is not divided among heads of several ranks by all-to-all, unless they share it.
+            agrees(family, text);
+        }
+    }
+}
+
+#[test]
+fn families_with_experts_agree() {
+    for family in EXPERTS {
+        for text in EXPERT_LAYOUTS {
+            // This one has six experts.
+            if family == "gpt_oss" && text.contains("ep=4") {
+                continue;
+            }
+            agrees(family, text);
+        }
+    }
+}
+
+#[test]
+fn recurrent_layers_agree() {
+    for text in ["tp=2", "tp=2 sp", "pp=2", "dp=2", "tp=2 pp=2 dp=2 sp"] {
+        agrees("nemotron_h", text);
+    }
+}
+
+/// Heads divided among ranks, each with a cache of its own.
+#[test]
+fn greedy_texts_are_those_of_one_rank() {
+    for (family, tp) in [
+        ("llama3_1", 2),
+        ("llama3_1", 8),
+        ("gemma2", 4),
+        ("qwen3_moe", 2),
+    ] {
+        let dir = fixture(family);
+        let greedy = Reference::load(&dir)
+            .expect("a reference")
+            .greedy
+            .expect("a text");
+        let folder = HfModel::open(&dir, &registry(), &LayoutSpec::tp_pp(tp, 1)).expect("a model");
+        let options = GenerateOptions {
+            max_new_tokens: greedy.token_ids.len(),
+            ..GenerateOptions::default()
+        };
+        let load = move |ctx: &Arc<ParallelContext<Flex>>| {
+            load_hf_parallel(
+                &folder,
+                DtypePolicy::Float32,
+                ctx,
+                &ParallelOptions::default(),
+            )
+        };
+        let mut seen = Vec::new();
+        let text = generate_parallel(
+            LayoutSpec::tp_pp(tp, 1),
+            load,
+            &greedy.prompt,
+            &options,
+            &mut |token| {
+                seen.push(token);
+                ControlFlow::Continue(())
+            },
+        );
+        let text = text.unwrap_or_else(|error| panic!("{family} at tp={tp}: {error}"));
+        assert_eq!(text.token_ids, greedy.token_ids, "{family} at tp={tp}");
+        assert_eq!(seen, greedy.token_ids);
+    }
+}
+
+#[test]
+fn virtual_stages_agree() {
+    // These have four layers.
+    for family in ["gemma2", "gemma3_text"] {
+        for text in ["pp=2 vpp=2", "pp=2 vpp=2 dp=2", "tp=2 pp=2 vpp=2 cp=2 sp"] {
+            agrees(family, text);
+        }
+    }
+}
+
+/// 64 ranks of a model with 3 layers and 8 heads.
+#[test]
+fn sixty_four_ranks_agree() {
+    agrees("llama3_1", "tp=8 pp=2 cp=2 dp=2 sp");
+}
+
+#[test]
+fn a_layout_that_does_not_fit_is_refused_with_the_nearest_that_does() {
+    let refused = |family: &str, text: &str| {
+        let folder = fixture(family);
+        let options = VerifyOptions::default();
+        let found = verify_layout::<Flex>(
+            &registry(),
+            &folder,
+            &folder,
+            &options,
+            &layout(text),
+            "cpu",
+        );
+        found.expect_err("refused").to_string()
+    };
+    assert!(refused("llama2", "tp=3").contains("does not divide"));
+    assert!(refused("llama2", "cp=2 sp").contains("tp above 1"));
+    assert!(refused("llama2", "cp=8 a2a").contains("use p2p or all_gather"));
+    assert!(refused("llama2", "pp=4").contains("the most is pp=3"));
+}
