@@ -5,8 +5,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::failure::{Blame, Failure, Result};
 use crate::report::Report;
 use crate::{
-    bench, data, doctor, export, generate, import, models, plan, pretrain, recipes, roundtrip,
-    test, verify,
+    bench, convert, data, doctor, export, generate, import, models, plan, pretrain, recipes,
+    roundtrip, test, verify,
 };
 
 /// Moves language models between Hugging Face and native sharded checkpoints, trains them, and proves both.
@@ -37,6 +37,7 @@ enum Verb {
     Pretrain(pretrain::Args),
     Import(import::Args),
     Export(export::Args),
+    Convert(convert::Args),
     Roundtrip(roundtrip::Args),
     Plan(plan::Args),
     Verify(verify::Args),
@@ -64,6 +65,7 @@ pub(crate) fn run(cli: Cli, report: Report) -> Result {
         Verb::Pretrain(args) => pretrain::run(args, report),
         Verb::Import(args) => import::run(args, report),
         Verb::Export(args) => export::run(args, report),
+        Verb::Convert(args) => convert::run(args, report),
         Verb::Roundtrip(args) => roundtrip::run(args, report),
         Verb::Plan(args) => plan::run(args, report),
         Verb::Verify(args) => verify::run(args, report),

@@ -3,11 +3,58 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bridge_core::convert::{ConvertOptions, Progress, SkippedFile};
+use std::path::PathBuf;
+
+use bridge_core::convert::{ConvertOptions, ModelPlace, Progress, SkippedFile};
 use bridge_train::signals::StopFlag;
 
 use crate::failure::{Blame, Result};
+use crate::flags::hugging_face_folder;
 use crate::progress::ByteProgress;
+
+/// Where a model comes from.
+#[derive(clap::Args, Debug)]
+pub(crate) struct SourceFlags {
+    /// Hugging Face folder or hub id (org/name[@revision]).
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "megatron",
+        conflicts_with = "megatron"
+    )]
+    hf: Option<String>,
+    /// Megatron-Core checkpoint (torch_dist): a run's folder or one iteration's.
+    #[arg(long, value_name = "DIR")]
+    megatron: Option<PathBuf>,
+    /// Folder or hub id of the Hugging Face config and tokenizer of a Megatron-Core checkpoint [default: its own hf
+    /// folder, which those written here have].
+    #[arg(long, value_name = "DIR", requires = "megatron")]
+    hf_config: Option<String>,
+}
+
+impl SourceFlags {
+    /// The place; hub ids are fetched.
+    pub(crate) fn place(&self) -> Result<ModelPlace> {
+        match (&self.megatron, &self.hf) {
+            (Some(dir), _) => megatron_place(dir.clone(), self.hf_config.as_deref()),
+            // One of the two is there, as the parser makes sure.
+            (None, hf) => Ok(ModelPlace::Hf(hugging_face_folder(
+                hf.as_deref().unwrap_or_default(),
+            )?)),
+        }
+    }
+}
+
+/// A Megatron-Core checkpoint and the folder of its config, which a hub id may name.
+pub(crate) fn megatron_place(dir: PathBuf, hf_config: Option<&str>) -> Result<ModelPlace> {
+    let hf_config = match hf_config {
+        // A file, or a folder with nothing but a config, is taken as it is.
+        Some(path) if PathBuf::from(path).exists() => Some(PathBuf::from(path)),
+        Some(id) => Some(hugging_face_folder(id)?),
+        None => None,
+    };
+    Ok(ModelPlace::Megatron { dir, hf_config })
+}
 
 /// Shows a conversion's progress. A signal stops the conversion, which then cleans up after itself.
 pub(crate) struct ConversionProgress {

@@ -1,9 +1,9 @@
-//! `export`: native to Hugging Face.
+//! `export`: native to Hugging Face or Megatron-Core.
 
 use std::path::PathBuf;
 use std::time::Instant;
 
-use bridge_core::convert::ExportOptions;
+use bridge_core::convert::{ExportOptions, ModelPlace};
 use bridge_core::dtype::DType;
 use bridge_core::quant::QuantScheme;
 use clap::ValueEnum;
@@ -14,7 +14,7 @@ use crate::failure::Result;
 use crate::flags::byte_size;
 use crate::report::{Report, bytes};
 
-/// Converts a native checkpoint to a Hugging Face folder.
+/// Converts a native checkpoint to a Hugging Face folder or a Megatron-Core checkpoint.
 #[derive(clap::Args, Debug)]
 #[command(
     after_help = "Example:\n  cargo xtask export --checkpoint runs/tiny_llama --out exported --dtype bf16"
@@ -23,19 +23,28 @@ pub(crate) struct Args {
     /// Native checkpoint: a run's folder (its newest iteration) or one iteration's.
     #[arg(long, value_name = "CKPT")]
     checkpoint: PathBuf,
-    /// The folder to make; must not exist.
+    /// The Hugging Face folder to make; must not exist.
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "megatron",
+        conflicts_with = "megatron"
+    )]
+    out: Option<PathBuf>,
+    /// The Megatron-Core checkpoint (torch_dist) to make; must not exist.
     #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    megatron: Option<PathBuf>,
     /// Type to write weights as [default: as stored, quantized again if the source was].
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
     /// Most bytes per file, such as 5GB [default: the source's files, or 5GB].
-    #[arg(long, value_name = "SIZE", value_parser = byte_size)]
+    #[arg(long, value_name = "SIZE", value_parser = byte_size, conflicts_with = "megatron")]
     max_shard_size: Option<u64>,
 }
 
+/// Types that weights can be written as.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Dtype {
+pub(crate) enum Dtype {
     Bf16,
     F16,
     F32,
@@ -45,27 +54,44 @@ enum Dtype {
     Mxfp4,
 }
 
+impl Dtype {
+    /// The plain type to cast to, or the scheme to quantize by.
+    pub(crate) fn split(self) -> (Option<DType>, Option<QuantScheme>) {
+        match self {
+            Dtype::Bf16 => (Some(DType::BF16), None),
+            Dtype::F16 => (Some(DType::F16), None),
+            Dtype::F32 => (Some(DType::F32), None),
+            Dtype::Fp8 => (None, Some(QuantScheme::FP8)),
+            Dtype::Mxfp4 => (None, Some(QuantScheme::Mxfp4)),
+        }
+    }
+}
+
 pub(crate) fn run(args: Args, report: Report) -> Result {
-    let (dtype, quantize) = match args.dtype {
-        None => (None, None),
-        Some(Dtype::Bf16) => (Some(DType::BF16), None),
-        Some(Dtype::F16) => (Some(DType::F16), None),
-        Some(Dtype::F32) => (Some(DType::F32), None),
-        Some(Dtype::Fp8) => (None, Some(QuantScheme::FP8)),
-        Some(Dtype::Mxfp4) => (None, Some(QuantScheme::Mxfp4)),
-    };
+    let (dtype, quantize) = args.dtype.map_or((None, None), Dtype::split);
     let export = ExportOptions {
         dtype,
         quantize,
         max_shard_bytes: args.max_shard_size,
         convert: options(),
     };
+    if let Some(dir) = args.megatron {
+        let (from, hf_config) = (ModelPlace::Native(args.checkpoint), None);
+        return crate::convert::run_places(
+            &from,
+            &ModelPlace::Megatron { dir, hf_config },
+            &export,
+            report,
+        );
+    }
+    // The parser makes sure that one of the two is there.
+    let out = args.out.unwrap_or_default();
     let started = Instant::now();
     let done = {
         let progress = ConversionProgress::new()?;
         bridge_core::convert::export(
             &args.checkpoint,
-            &args.out,
+            &out,
             &bridge_models::registry(),
             &export,
             &progress,

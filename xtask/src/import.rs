@@ -1,55 +1,60 @@
-//! `import`: Hugging Face to native.
+//! `import`: Hugging Face or Megatron-Core to native.
 
 use std::path::PathBuf;
 use std::time::Instant;
 
+use bridge_core::LayoutSpec;
 use serde_json::json;
 
-use crate::conversion::{ConversionProgress, options, tell_skipped};
+use bridge_core::convert::{ExportOptions, ModelPlace};
+
+use crate::conversion::{ConversionProgress, SourceFlags, options, tell_skipped};
 use crate::failure::Result;
-use crate::flags::hugging_face_folder;
 use crate::report::{Report, bytes};
 
-/// Converts a Hugging Face model to a native checkpoint.
+/// Converts a Hugging Face model or a Megatron-Core checkpoint to a native checkpoint.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "Example:\n  cargo xtask import --hf meta-llama/Llama-3.2-1B --out checkpoints/llama32_1b"
+    after_help = "Examples:\n  cargo xtask import --hf meta-llama/Llama-3.2-1B --out checkpoints/llama32_1b\n  \
+                  cargo xtask import --megatron runs/gpt --hf-config configs/llama32_1b --out checkpoints/gpt"
 )]
 pub(crate) struct Args {
-    /// Hugging Face folder or hub id (org/name[@revision]).
-    #[arg(long, value_name = "DIR")]
-    hf: String,
+    #[command(flatten)]
+    source: SourceFlags,
     /// The native checkpoint to make; must not exist.
     #[arg(long, value_name = "CKPT")]
     out: PathBuf,
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
-    let folder = hugging_face_folder(&args.hf)?;
+    let from = args.source.place()?;
+    let to = ModelPlace::Native(args.out);
+    let registry = bridge_models::registry();
+    let (model, _) = bridge_core::convert::open(&from, &registry, &LayoutSpec::default())?;
+    let family = model.bridge().name();
+    drop(model);
     let started = Instant::now();
     let done = {
         let progress = ConversionProgress::new()?;
-        bridge_core::convert::import(
-            &folder,
-            &args.out,
-            &bridge_models::registry(),
-            &options(),
-            &progress,
-        )?
+        let export = ExportOptions {
+            convert: options(),
+            ..ExportOptions::default()
+        };
+        bridge_core::convert::convert(&from, &to, &registry, &export, &progress)?
     };
     let seconds = started.elapsed().as_secs_f64();
     tell_skipped(&done.skipped_files);
     report.text(format!(
         "imported {} tensors of {} ({}) into {} in {seconds:.2} s",
-        done.plan.tensors.len(),
-        done.plan.family,
+        done.tensors,
+        family,
         bytes(done.bytes),
         done.dir.display()
     ))?;
     report.json(&json!({
         "checkpoint": done.dir,
-        "family": done.plan.family,
-        "tensors": done.plan.tensors.len(),
+        "family": family,
+        "tensors": done.tensors,
         "bytes": done.bytes,
         "seconds": seconds,
     }))

@@ -7,6 +7,7 @@ mod backend;
 mod bench;
 mod cli;
 mod conversion;
+mod convert;
 mod data;
 mod doctor;
 mod export;

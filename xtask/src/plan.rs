@@ -1,26 +1,26 @@
 //! `plan`: what a conversion would do, from the config and the headers alone.
 
-use bridge_core::convert::HfModel;
 use serde_json::to_value;
 
+use crate::conversion::SourceFlags;
 use crate::failure::{Blame, Result};
-use crate::flags::{LayoutFlags, hugging_face_folder};
+use crate::flags::LayoutFlags;
 use crate::report::Report;
 
 /// Shows the conversion plan and what each rank of a layout would hold, from the headers alone.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Example:\n  cargo xtask plan --hf meta-llama/Llama-3.2-1B --tp 2 --pp 2")]
 pub(crate) struct Args {
-    /// Hugging Face folder or hub id (org/name[@revision]).
-    #[arg(long, value_name = "DIR")]
-    hf: String,
+    #[command(flatten)]
+    source: SourceFlags,
     #[command(flatten)]
     layout: LayoutFlags,
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
-    let folder = hugging_face_folder(&args.hf)?;
-    let model = HfModel::open(&folder, &bridge_models::registry(), &args.layout.spec())?;
+    let place = args.source.place()?;
+    let registry = bridge_models::registry();
+    let (model, _) = bridge_core::convert::open(&place, &registry, &args.layout.spec())?;
     let plan = model.plan();
     report.text(plan.to_string().trim_end())?;
     if report.is_json() {

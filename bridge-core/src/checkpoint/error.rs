@@ -194,6 +194,23 @@ pub enum CheckpointError {
         problems: Problems,
     },
 
+    /// A file of `torch.save` cannot be used.
+    #[error("{file} is not a usable PyTorch file: {problem}")]
+    Torch {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A Megatron-Core checkpoint cannot be used.
+    #[error("{} is not a usable Megatron-Core checkpoint: {problem}", path.display())]
+    Megatron {
+        /// The folder or file concerned.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+
     /// The index of a native checkpoint is wrong.
     #[error("{file} is not a usable checkpoint index")]
     NativeIndex {

@@ -38,25 +38,47 @@ struct OutputTensor {
 }
 
 impl OutputFiles {
-    /// Creates a file with the given header (`bytes`: all that stands before the first tensor), takes its room on
-    /// the disk, and appends its tensors, in header order, to those known.
+    /// Creates a safetensors file with the given header (`bytes`: all that stands before the first tensor), takes its
+    /// room on the disk, and appends its tensors, in header order, to those known.
     pub(super) fn add(&mut self, path: PathBuf, bytes: &[u8], header: &Header) -> Result<()> {
         let len = header.data_start + header.data_len();
+        let tensors = header.entries.iter().map(|entry| {
+            let start = header.data_start + entry.offset;
+            (entry.spec.name.clone(), start, entry.len)
+        });
+        let file = self.add_raw(path, len, tensors)?;
+        self.write_raw(file, 0, bytes)
+    }
+
+    /// Creates a file of `len` bytes, takes its room on the disk, and appends the tensors (name, first byte, length) that
+    /// lie in it to those known. Returns its number.
+    pub(super) fn add_raw(
+        &mut self,
+        path: PathBuf,
+        len: u64,
+        tensors: impl Iterator<Item = (String, u64, u64)>,
+    ) -> Result<usize> {
         let file =
             File::create_new(&path).map_err(|error| CheckpointError::write(&path, len, error))?;
         reserve(&file, len).map_err(|error| CheckpointError::write(&path, len, error))?;
-        write_all_at(&file, 0, bytes).map_err(|error| CheckpointError::write(&path, len, error))?;
         let index = self.files.len();
         self.tensors
-            .extend(header.entries.iter().map(|entry| OutputTensor {
-                name: entry.spec.name.clone(),
+            .extend(tensors.map(|(name, start, len)| OutputTensor {
+                name,
                 file: index,
-                start: header.data_start + entry.offset,
-                len: entry.len,
+                start,
+                len,
                 written: Mutex::default(),
             }));
         self.files.push(OutputFile { file, path });
-        Ok(())
+        Ok(index)
+    }
+
+    /// Writes bytes of a file that belong to no tensor.
+    pub(super) fn write_raw(&self, file: usize, at: u64, bytes: &[u8]) -> Result<()> {
+        let OutputFile { file, path } = &self.files[file];
+        write_all_at(file, at, bytes)
+            .map_err(|error| CheckpointError::write(path, bytes.len() as u64, error))
     }
 
     pub(super) fn write_at(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()> {

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use super::canonical::CanonicalSource;
 use super::companions::{Companions, SkippedFile};
 use super::config_edit::{add_value, replace_values};
 use super::source_record::{CARRIED_DIR, SourceRecord};
@@ -73,16 +74,16 @@ pub fn export(
     export_opened(&native, &hf, out, registry, options, progress)
 }
 
-/// [`export`] of an open checkpoint whose `hf` folder may lie elsewhere.
+/// Exports canonical weights from anywhere; `hf` is the folder of the config and of the files beside the weights.
 pub(super) fn export_opened(
-    native: &NativeCheckpoint,
+    weights: &dyn CanonicalSource,
     hf: &Path,
     out: &Path,
     registry: &Registry,
     options: &ExportOptions,
     progress: &dyn Progress,
 ) -> Result<ExportReport> {
-    let config = HfConfig::load(&hf.join("config.json"))?;
+    let config = HfConfig::load(hf)?;
     let bridge = registry.detect(&config)?;
     let typed = bridge.config(&config)?;
     let record = SourceRecord::load(hf)?;
@@ -90,14 +91,7 @@ pub(super) fn export_opened(
     let source_headers: Option<Vec<TensorHeader>> = source
         .as_ref()
         .map(|source| source.tensors().iter().map(TensorHeader::from).collect());
-    let stored: Vec<TensorHeader> = native
-        .index()
-        .model
-        .iter()
-        .map(|(name, tensor)| {
-            TensorHeader::new(name.as_str(), tensor.dtype, tensor.shape.as_slice())
-        })
-        .collect();
+    let stored = weights.headers();
     if options.quantize.is_some() && options.dtype.is_some() {
         return Err(Error::InvalidArgument(
             "an export is either quantized or of another dtype, not both".to_owned(),
@@ -130,7 +124,7 @@ pub(super) fn export_opened(
         .headers()
         .map(|h| TensorSpec::new(h.name, h.dtype, h.shape))
         .collect();
-    let (mut transfers, quantizations) = transfers(native, &plan, carried.as_ref())?;
+    let (mut transfers, quantizations) = transfers(weights, &plan, carried.as_ref())?;
     if let Some(carried) = &carried {
         // Scales are written with their codes, or not at all.
         let scales: HashSet<&str> = from_source
@@ -230,8 +224,8 @@ fn quantized_source(
 
 /// What makes each foreign tensor of the plan: those that are written as they are, and those that are quantized. Targets
 /// count as [`ExportPlan::headers`] does.
-fn transfers<'a>(
-    native: &'a NativeCheckpoint,
+pub(super) fn transfers<'a>(
+    weights: &'a dyn CanonicalSource,
     plan: &ExportPlan,
     carried: Option<&'a Checkpoint>,
 ) -> Result<(Vec<Transfer<'a>>, Vec<Quantization<'a>>)> {
@@ -243,14 +237,8 @@ fn transfers<'a>(
         let mut segments = Vec::new();
         for piece in plan.mapping.pieces_of_foreign(written.foreign) {
             let name = &plan.mapping.canonical[piece.canonical].name;
-            let stored = native.tensor(Group::Model, name)?;
-            segments.extend(stored_segments(
-                native,
-                name,
-                stored,
-                &piece.canonical_view,
-                &piece.foreign_view,
-            )?);
+            let (canonical, foreign) = (&piece.canonical_view, &piece.foreign_view);
+            segments.extend(weights.segments(name, canonical, foreign)?);
         }
         let transfer = Transfer {
             tensor: position,

@@ -12,7 +12,7 @@ use super::transfer::{self, Sink, Transfer};
 use super::{ConvertOptions, HF_DIR, Progress};
 use crate::checkpoint::native::{Group, NativeWriter, PieceSpec, PieceWriter, list_iterations};
 use crate::checkpoint::{
-    CheckpointError, Existing, RangeReader, ShardedWriter, TensorSpec, WriterOptions,
+    Checkpoint, CheckpointError, Existing, RangeReader, ShardedWriter, TensorSpec, WriterOptions,
 };
 use crate::error::{Error, Result};
 use crate::layout::LayoutSpec;
@@ -49,17 +49,37 @@ pub fn import(
     progress: &dyn Progress,
 ) -> Result<ImportReport> {
     let model = HfModel::open(hf_dir, registry, &LayoutSpec::default())?;
+    import_opened(model, Some(hf_dir), out, options, progress)
+}
+
+/// Imports an open model. `companions_dir` is the folder of the files to take along beside its weights.
+pub(super) fn import_opened(
+    model: HfModel,
+    companions_dir: Option<&Path>,
+    out: &Path,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<ImportReport> {
     check_target(out, options.existing)?;
-    let companions = Companions::find(hf_dir, options.copy_code)?;
-    let record = SourceRecord::of(model.checkpoint())?;
+    let companions = match companions_dir {
+        Some(dir) => Companions::find(dir, options.copy_code)?,
+        None => Companions::default(),
+    };
+    // Only safetensors files can come back byte for byte.
+    let files = model.source().safetensors();
+    let record = files.map(SourceRecord::of).transpose()?;
 
     let writer = NativeWriter::begin(out, 0, options.durability)?;
     let hf = writer.staging_dir().join(HF_DIR);
     fs::create_dir_all(&hf).map_err(|source| Error::io("create folder", &hf, source))?;
     write_new(hf.join("config.json"), model.hf_config().raw())?;
-    companions.copy(hf_dir, &hf)?;
-    record.save(&hf)?;
-    carry_ignored(&model, &hf.join(CARRIED_DIR), options)?;
+    if let Some(dir) = companions_dir {
+        companions.copy(dir, &hf)?;
+    }
+    if let (Some(record), Some(files)) = (record, files) {
+        record.save(&hf)?;
+        carry_ignored(&model, files, &hf.join(CARRIED_DIR), options)?;
+    }
 
     let bytes = model.plan().total_bytes;
     progress.begin("import", bytes);
@@ -155,7 +175,12 @@ fn by_place(model: &HfModel) -> Vec<usize> {
 }
 
 /// Keeps the tensors that the model does not use, for the export, and the scales of quantized ones.
-fn carry_ignored(model: &HfModel, dir: &Path, options: &ConvertOptions) -> Result<()> {
+fn carry_ignored(
+    model: &HfModel,
+    files: &Checkpoint,
+    dir: &Path,
+    options: &ConvertOptions,
+) -> Result<()> {
     let names: Vec<&str> = model
         .plan()
         .ignored
@@ -168,10 +193,7 @@ fn carry_ignored(model: &HfModel, dir: &Path, options: &ConvertOptions) -> Resul
                 .map(|stored| stored.scales.name.as_str()),
         )
         .collect();
-    let infos: Vec<_> = names
-        .iter()
-        .filter_map(|name| model.checkpoint().get(name))
-        .collect();
+    let infos: Vec<_> = names.iter().filter_map(|name| files.get(name)).collect();
     if infos.is_empty() {
         return Ok(());
     }
@@ -184,13 +206,7 @@ fn carry_ignored(model: &HfModel, dir: &Path, options: &ConvertOptions) -> Resul
     };
     let writer = ShardedWriter::create(dir, specs.collect(), writer_options)?;
     for (position, info) in infos.iter().enumerate() {
-        writer.copy_from(
-            position,
-            0,
-            model.checkpoint().reader(info),
-            info.offset,
-            info.len,
-        )?;
+        writer.copy_from(position, 0, files.reader(info), info.offset, info.len)?;
     }
     writer.finish()?;
     Ok(())
@@ -208,7 +224,7 @@ fn check_tied(model: &HfModel, options: &ConvertOptions, progress: &dyn Progress
             .sources(of)
             .iter()
             .any(|piece| piece.foreign == foreign);
-        if !imported && model.checkpoint().get(&tensor.name).is_some() {
+        if !imported && model.source().has(&tensor.name) {
             let mut copy = model.tied_transfer(of, foreign);
             copy.name = tensor.name.clone();
             pairs.push((copy, model.transfer(of, &whole(&plan.tensors[of].shape), 0)));
@@ -236,7 +252,7 @@ fn check_tied(model: &HfModel, options: &ConvertOptions, progress: &dyn Progress
         Some(name) => Err(Error::TiedWeightsDiffer(format!(
             "tensor `{name}` of {} differs from the weight that the config ties it to; set tie_word_embeddings to \
              false in config.json if it is a weight of its own, or remove it from the checkpoint",
-            model.checkpoint().describe()
+            model.source().describe()
         ))),
     }
 }

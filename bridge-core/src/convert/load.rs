@@ -1,19 +1,22 @@
-//! Reading canonical weights straight out of a Hugging Face folder.
+//! Reading canonical weights straight out of a foreign checkpoint.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::source::Source;
 use super::transfer::{Resources, Segment, SegmentReader, Transfer};
 use crate::bridge::ModelBridge;
-use crate::checkpoint::{Checkpoint, TensorInfo};
+use crate::checkpoint::megatron::{MegatronBridge, MegatronCheckpoint, MegatronForm};
+use crate::checkpoint::torch::TorchWeights;
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::{DecoderConfig, HfConfig};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::LayoutSpec;
 use crate::mapping::{View, ViewPair};
-use crate::plan::{Plan, TensorHeader, plan_import};
+use crate::plan::{Plan, plan_import};
 use crate::quant::DequantizingReader;
 use crate::registry::Registry;
 
@@ -22,7 +25,7 @@ use crate::registry::Registry;
 pub struct HfModel {
     bridge: &'static dyn ModelBridge,
     config: HfConfig,
-    checkpoint: Checkpoint,
+    source: Source,
     plan: Plan,
     by_name: HashMap<String, usize>,
 }
@@ -35,20 +38,52 @@ impl HfModel {
     pub fn open(dir: &Path, registry: &Registry, layout: &LayoutSpec) -> Result<Self> {
         let config = HfConfig::load(dir)?;
         let bridge = registry.detect(&config)?;
-        let checkpoint = Checkpoint::open(dir)?;
-        let plan = plan_import(bridge, &config, &headers(&checkpoint), layout)?;
+        let source = match Checkpoint::open(dir) {
+            Ok(checkpoint) => Source::Safetensors(checkpoint),
+            Err(CheckpointError::NoWeights { .. }) if TorchWeights::are_in(dir) => {
+                Source::Blocks(TorchWeights::open(dir)?)
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let plan = plan_import(bridge, &config, &source.headers(), layout)?;
+        Ok(Self::new(bridge, config, source, plan))
+    }
+
+    /// Opens the Megatron-Core checkpoint in `dir`, of the model that `config` (a Hugging Face config) describes, to be
+    /// held at `layout`.
+    ///
+    /// # Errors
+    /// As [`HfModel::open`].
+    pub fn open_megatron(
+        dir: &Path,
+        config: HfConfig,
+        registry: &Registry,
+        layout: &LayoutSpec,
+    ) -> Result<Self> {
+        let bridge = registry.detect(&config)?;
+        let typed = bridge.config(&config)?;
+        let checkpoint = MegatronCheckpoint::open(dir)?;
+        let form = MegatronForm::of(&checkpoint);
+        let source = Source::Blocks(checkpoint.into_store(typed.vocab_size));
+        let megatron = MegatronBridge::new(bridge, form);
+        megatron.check(&typed)?;
+        let plan = plan_import(&megatron, &config, &source.headers(), layout)?;
+        Ok(Self::new(bridge, config, source, plan))
+    }
+
+    fn new(bridge: &'static dyn ModelBridge, config: HfConfig, source: Source, plan: Plan) -> Self {
         let names = plan.tensors.iter().map(|tensor| tensor.canonical.clone());
         let by_name = names
             .enumerate()
             .map(|(index, name)| (name, index))
             .collect();
-        Ok(Self {
+        Self {
             bridge,
             config,
-            checkpoint,
+            source,
             plan,
             by_name,
-        })
+        }
     }
 
     /// The family's bridge.
@@ -67,8 +102,8 @@ impl HfModel {
     }
 
     /// The files.
-    pub fn checkpoint(&self) -> &Checkpoint {
-        &self.checkpoint
+    pub fn source(&self) -> &Source {
+        &self.source
     }
 
     /// The plan.
@@ -122,6 +157,20 @@ impl HfModel {
         })
     }
 
+    /// Reads elements `range` of canonical tensor `name`, counted row by row, as stored, into `out`, which has room for
+    /// just those.
+    pub(super) fn read_elements(
+        &self,
+        name: &str,
+        range: Range<usize>,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let index = self.index(name)?;
+        let shape = &self.plan.tensors[index].shape;
+        let whole: Vec<Range<usize>> = shape.iter().map(|extent| 0..*extent).collect();
+        self.transfer(index, &whole, 0).read_range(range, out)
+    }
+
     fn index(&self, name: &str) -> Result<usize> {
         self.by_name.get(name).copied().ok_or_else(|| {
             let known = self
@@ -173,14 +222,9 @@ impl HfModel {
     /// Where foreign tensor number `foreign` can be read: from what, as which type, from which byte on.
     fn stored(&self, foreign: usize) -> Option<(SegmentReader<'_>, DType, u64)> {
         match &self.plan.quantized[foreign] {
-            None => {
-                let info = self
-                    .checkpoint
-                    .get(&self.plan.mapping.foreign[foreign].name)?;
-                Some((self.checkpoint.reader(info).into(), info.dtype, info.offset))
-            }
+            None => self.source.stored(&self.plan.mapping.foreign[foreign].name),
             Some(stored) => {
-                let reader = DequantizingReader::new(&self.checkpoint, stored)?;
+                let reader = DequantizingReader::new(self.source.safetensors()?, stored)?;
                 Some((SegmentReader::Computed(Arc::new(reader)), DType::BF16, 0))
             }
         }
@@ -194,8 +238,7 @@ impl HfModel {
             .foreign_index(name)
             .and_then(|index| self.plan.quantized[index].as_ref());
         let name = stored.map_or(name, |stored| stored.values.name.as_str());
-        let info = self.checkpoint.get(name)?;
-        Some((info.file, info.offset))
+        self.source.place(name)
     }
 
     fn transfer_of<'a>(
@@ -236,14 +279,4 @@ impl HfModel {
             segments,
         }
     }
-}
-
-/// The headers of a checkpoint, with the file of each tensor for messages.
-fn headers(checkpoint: &Checkpoint) -> Vec<TensorHeader> {
-    let several = checkpoint.files().len() > 1;
-    let header = |info: &TensorInfo| TensorHeader {
-        file: several.then(|| checkpoint.files()[info.file].name().to_owned()),
-        ..TensorHeader::from(info)
-    };
-    checkpoint.tensors().iter().map(header).collect()
 }

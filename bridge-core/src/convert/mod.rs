@@ -5,23 +5,29 @@
 //! they do not; memory stays within [`ConvertOptions::memory_budget`] whatever the size of the model. Results appear
 //! under their name only when they are complete.
 
+mod canonical;
 mod companions;
 mod config_edit;
+mod endpoints;
 mod export;
 mod import;
 mod load;
+mod megatron;
 mod reshard;
 mod roundtrip;
+mod source;
 mod source_record;
 mod strided;
 mod transfer;
 
 pub use companions::SkippedFile;
+pub use endpoints::{ConvertReport, ModelPlace, convert, open};
 pub use export::{ExportOptions, ExportReport, export};
 pub use import::{ImportReport, import};
 pub use load::HfModel;
 pub use reshard::reshard;
 pub use roundtrip::{Mismatch, RoundtripReport, roundtrip};
+pub use source::Source;
 
 use crate::checkpoint::{Durability, Existing};
 

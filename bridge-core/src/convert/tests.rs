@@ -330,10 +330,12 @@ fn slices_read_from_the_folder_are_those_of_the_whole_tensor() {
     }
     // The order of the fused rows: group 1 starts with query heads 3, 4 and 5.
     let fused = model
-        .checkpoint()
+        .source()
+        .safetensors()
+        .unwrap()
         .tensor("model.layers.0.self_attn.qkv.weight")
         .unwrap();
-    let fused = model.checkpoint().read(fused).unwrap();
+    let fused = model.source().safetensors().unwrap().read(fused).unwrap();
     let queries = model.read("layers.0.attention.q_proj.weight").unwrap();
     let (row, group) = (2 * 48, (3 + 1 + 1) * 16);
     assert_eq!(

@@ -124,6 +124,12 @@ impl<'a> Transfer<'a> {
         Ok(out)
     }
 
+    /// Makes elements `range` of the tensor in `out`, which has room for just those.
+    pub(super) fn read_range(&self, range: Range<usize>, out: &mut [u8]) -> Result<()> {
+        const SPAN_BYTES: usize = 16 << 20;
+        self.gather(range, out, &mut Buffers::default(), SPAN_BYTES)
+    }
+
     /// The segments as byte ranges (segment, target byte, source byte, length), if all of them are that simple.
     fn byte_ranges(&self) -> Option<Vec<(usize, u64, u64, u64)>> {
         let ranges = self.segments.iter().enumerate().map(|(index, segment)| {

@@ -39,7 +39,7 @@ impl<B: Ops> WeightSource<B> for HfWeights<'_> {
         ranges: &[Range<usize>],
         device: &B::Device,
     ) -> Result<Float<B>> {
-        let origin = || self.model.checkpoint().describe();
+        let origin = || self.model.source().describe();
         let (stored_shape, dtype) = self.model.tensor(name)?;
         if stored_shape != shape {
             let (name, found, expected) = (name.to_owned(), stored_shape.to_vec(), shape.to_vec());

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::super::error::{Shape, quote};
 use super::super::region::Region;
 use super::super::shards::file_name_problem;
+use super::super::tiling::{self, MAX_CUT_DIMS, TilingFault};
 use super::super::unique_map::UniqueMap;
-use super::tiling::{self, MAX_CUT_DIMS, TilingFault};
 use crate::dtype::DType;
 
 /// What the `format` field of an index holds.

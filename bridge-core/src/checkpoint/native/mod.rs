@@ -16,7 +16,6 @@
 
 mod index;
 mod reader;
-mod tiling;
 mod writer;
 
 pub use index::{

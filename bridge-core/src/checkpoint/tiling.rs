@@ -2,17 +2,19 @@
 
 use std::collections::HashMap;
 
-use super::super::region::Region;
+use super::region::Region;
 
 /// Most dims along which the pieces of one tensor may be cut. The check takes 2 to that power steps for each piece.
 pub(super) const MAX_CUT_DIMS: usize = 6;
 
 /// What the pieces of a tensor do wrong.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum TilingFault {
     /// Some elements are in no piece or in several.
+    #[error("some of its elements are in no piece or in several")]
     NotExact,
     /// Pieces are cut along more dims than are supported.
+    #[error("its pieces are cut along more than {MAX_CUT_DIMS} dims")]
     TooManyCutDims,
 }
 

@@ -1,0 +1,176 @@
+//! Conversions between any two of the three forms, streaming straight through.
+
+use std::path::{Path, PathBuf};
+
+use super::companions::SkippedFile;
+use super::export::{ExportOptions, export_opened};
+use super::import::import_opened;
+use super::load::HfModel;
+use super::megatron::write_megatron;
+use super::{HF_DIR, Progress};
+use crate::checkpoint::megatron::MegatronCheckpoint;
+use crate::checkpoint::native::NativeCheckpoint;
+use crate::config::HfConfig;
+use crate::error::{Error, Result};
+use crate::layout::LayoutSpec;
+use crate::registry::Registry;
+
+/// A place that holds a model, or will.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelPlace {
+    /// A Hugging Face folder.
+    Hf(PathBuf),
+    /// A native checkpoint: its folder, or that of one iteration.
+    Native(PathBuf),
+    /// A Megatron-Core checkpoint (`torch_dist`).
+    Megatron {
+        /// Its folder, or that of one iteration.
+        dir: PathBuf,
+        /// Folder (or file) of the Hugging Face config of the model and, in a folder, of the files beside its weights.
+        /// Not needed where the checkpoint has an `hf` folder of its own, as those written here have.
+        hf_config: Option<PathBuf>,
+    },
+}
+
+/// What a conversion did.
+#[derive(Debug)]
+pub struct ConvertReport {
+    /// The new folder.
+    pub dir: PathBuf,
+    /// Number of tensors written.
+    pub tensors: usize,
+    /// Bytes of tensors written.
+    pub bytes: u64,
+    /// Files beside the weights that were left behind.
+    pub skipped_files: Vec<SkippedFile>,
+}
+
+/// Converts the model at `from` to a new folder `to`.
+///
+/// # Errors
+/// Before anything is written: if the source cannot be read or does not fit the model, if the target cannot hold it, or
+/// exists. While writing: if the disk fails or `progress` stops it; nothing is left behind then.
+pub fn convert(
+    from: &ModelPlace,
+    to: &ModelPlace,
+    registry: &Registry,
+    options: &ExportOptions,
+    progress: &dyn Progress,
+) -> Result<ConvertReport> {
+    if let ModelPlace::Native(dir) = from {
+        let weights = NativeCheckpoint::open(dir)?;
+        let hf = weights.dir().join(HF_DIR);
+        return match to {
+            ModelPlace::Hf(out) => {
+                let done = export_opened(&weights, &hf, out, registry, options, progress)?;
+                Ok(ConvertReport {
+                    dir: done.dir,
+                    tensors: done.tensors,
+                    bytes: done.bytes,
+                    skipped_files: done.skipped_files,
+                })
+            }
+            ModelPlace::Megatron { dir: out, .. } => {
+                megatron(&weights, &hf, out, registry, options, progress)
+            }
+            ModelPlace::Native(_) => Err(Error::InvalidArgument(
+                "a native checkpoint loads at any layout as it is; there is nothing to convert"
+                    .to_owned(),
+            )),
+        };
+    }
+    let (model, hf) = open(from, registry, &LayoutSpec::default())?;
+    match to {
+        ModelPlace::Native(out) => {
+            if options.dtype.is_some() || options.quantize.is_some() {
+                return Err(Error::InvalidArgument(
+                    "a native checkpoint keeps the dtypes of its source; choose one when it is exported"
+                        .to_owned(),
+                ));
+            }
+            let done = import_opened(model, Some(&hf), out, &options.convert, progress)?;
+            Ok(ConvertReport {
+                dir: done.dir,
+                tensors: done.plan.tensors.len(),
+                bytes: done.bytes,
+                skipped_files: done.skipped_files,
+            })
+        }
+        ModelPlace::Hf(out) => {
+            let done = export_opened(&model, &hf, out, registry, options, progress)?;
+            Ok(ConvertReport {
+                dir: done.dir,
+                tensors: done.tensors,
+                bytes: done.bytes,
+                skipped_files: done.skipped_files,
+            })
+        }
+        ModelPlace::Megatron { dir: out, .. } => {
+            megatron(&model, &hf, out, registry, options, progress)
+        }
+    }
+}
+
+/// Opens the model at a foreign place, to be held at `layout`. Returns also the folder of its config and of the files
+/// beside its weights.
+///
+/// # Errors
+/// As [`HfModel::open`] and [`HfModel::open_megatron`]; for a native checkpoint, which is not opened this way.
+pub fn open(
+    place: &ModelPlace,
+    registry: &Registry,
+    layout: &LayoutSpec,
+) -> Result<(HfModel, PathBuf)> {
+    match place {
+        ModelPlace::Hf(dir) => Ok((HfModel::open(dir, registry, layout)?, dir.clone())),
+        ModelPlace::Megatron { dir, hf_config } => {
+            let hf = match hf_config {
+                Some(path) => path.clone(),
+                None => own_config(dir)?,
+            };
+            let config = HfConfig::load(&hf)?;
+            let folder = if hf.is_file() {
+                hf.parent().map(Path::to_path_buf).unwrap_or_default()
+            } else {
+                hf
+            };
+            let model = HfModel::open_megatron(dir, config, registry, layout)?;
+            Ok((model, folder))
+        }
+        ModelPlace::Native(dir) => Err(Error::InvalidArgument(format!(
+            "{} is a native checkpoint, not a foreign one",
+            dir.display()
+        ))),
+    }
+}
+
+/// The folder of the config in a Megatron-Core checkpoint that was written here.
+fn own_config(dir: &Path) -> Result<PathBuf> {
+    let checkpoint = MegatronCheckpoint::open(dir)?;
+    let own = checkpoint.dir().join(HF_DIR);
+    if own.join("config.json").is_file() {
+        return Ok(own);
+    }
+    Err(Error::InvalidArgument(format!(
+        "{} does not say which model it holds: give the folder of its Hugging Face config.json (and tokenizer) with \
+         --hf-config",
+        checkpoint.dir().display()
+    )))
+}
+
+fn megatron(
+    weights: &dyn super::canonical::CanonicalSource,
+    hf: &Path,
+    out: &Path,
+    registry: &Registry,
+    options: &ExportOptions,
+    progress: &dyn Progress,
+) -> Result<ConvertReport> {
+    let done = write_megatron(weights, hf, out, registry, options, progress)?;
+    Ok(ConvertReport {
+        dir: done.dir,
+        tensors: done.tensors,
+        bytes: done.bytes,
+        skipped_files: done.skipped_files,
+    })
+}
