@@ -5,8 +5,8 @@
 //
 // Definitions: PARAM (element of p), GRAD (element of grad). m, v float. `step` updates one tensor in place. `step_many`
 // updates a list of tensors in one launch: tensors: [count] of the structure below, chunks: [blocks] of (tensor, chunk
-// number), CHUNK elements a block; where `copy` is set, the new value is also written there in bf16. Elements are touched
-// once: 16-byte accesses, bound by memory. Source: Loshchilov and Hutter 2019. Launcher: src/ops/adamw.rs.
+// number), CHUNK elements a block; where `copy` is set, the new value is also written there in bf16; where `lower` is set,
+// the weight is not at p but in two halves, `copy` and `lower`. Elements are touched once: 16-byte accesses, bound by memory. Source: Loshchilov and Hutter 2019. Launcher: src/ops/adamw.rs.
 #include "common.cuh"
 
 typedef PARAM P;
@@ -25,43 +25,88 @@ __device__ __forceinline__ float update(float p, float g, float& m, float& v, co
 
 constexpr int VECTOR = 4;
 
-__device__ __forceinline__ void range(P* p, const G* g, float* m, float* v, bf16* copy, const Numbers& n, i64 begin, i64 end, i64 thread, i64 step) {
+// A weight cut in two: the nearest bf16 number (away from zero where two are equally near), and what its bits lack.
+__device__ __forceinline__ float join(bf16 upper, u16 lower) {
+    return __uint_as_float(((u32)upper.bits << 16) + (u32)(i32)(i16)lower);
+}
+__device__ __forceinline__ void split(float x, bf16& upper, u16& lower) {
+    u32 bits = __float_as_uint(x);
+    upper.bits = (u16)((bits + 0x8000u) >> 16);
+    lower = (u16)(bits - ((u32)upper.bits << 16));
+}
+
+__device__ __forceinline__ void range(P* p, const G* g, float* m, float* v, bf16* copy, u16* lower, const Numbers& n, i64 begin, i64 end, i64 thread, i64 step) {
     i64 packed_end = begin + (end - begin) / VECTOR * VECTOR;
     for (i64 i = begin + thread * VECTOR; i < packed_end; i += step * VECTOR) {
-        Pack<P, VECTOR> pp = load_pack<P, VECTOR>(p + i);
+        Pack<P, VECTOR> pp;
+        Pack<bf16, VECTOR> pc;
+        Pack<u16, VECTOR> pl;
+        if (lower) {
+            pc = load_pack<bf16, VECTOR>(copy + i);
+            pl = load_pack<u16, VECTOR>(lower + i);
+        } else {
+            pp = load_pack<P, VECTOR>(p + i);
+        }
         Pack<G, VECTOR> pg = load_pack<G, VECTOR>(g + i);
         Pack<float, VECTOR> pm = load_pack<float, VECTOR>(m + i), pv = load_pack<float, VECTOR>(v + i);
-        Pack<bf16, VECTOR> pc;
         #pragma unroll
         for (int k = 0; k < VECTOR; k++) {
-            float x = update(load(pp.at[k]), load(pg.at[k]), pm.at[k], pv.at[k], n);
-            pp.at[k] = store<P>(x);
-            pc.at[k] = store<bf16>(x);
+            float old = lower ? join(pc.at[k], pl.at[k]) : (float)load(pp.at[k]);
+            float x = update(old, load(pg.at[k]), pm.at[k], pv.at[k], n);
+            if (lower) {
+                split(x, pc.at[k], pl.at[k]);
+            } else {
+                pp.at[k] = store<P>(x);
+                pc.at[k] = store<bf16>(x);
+            }
         }
-        store_pack(p + i, pp);
+        if (lower) store_pack(lower + i, pl); else store_pack(p + i, pp);
         store_pack(m + i, pm);
         store_pack(v + i, pv);
         if (copy) store_pack(copy + i, pc);
     }
     for (i64 i = packed_end + thread; i < end; i += step) {
-        float x = update(load(p[i]), load(g[i]), m[i], v[i], n);
-        p[i] = store<P>(x);
-        if (copy) copy[i] = store<bf16>(x);
+        float old = lower ? join(copy[i], lower[i]) : (float)load(p[i]);
+        float x = update(old, load(g[i]), m[i], v[i], n);
+        if (lower) {
+            split(x, copy[i], lower[i]);
+        } else {
+            p[i] = store<P>(x);
+            if (copy) copy[i] = store<bf16>(x);
+        }
     }
 }
 
 extern "C" __global__ void step(P* p, const G* g, float* m, float* v, Numbers n, i64 count) {
-    range(p, g, m, v, nullptr, n, 0, count, (i64)blockIdx.x * blockDim.x + threadIdx.x, (i64)gridDim.x * blockDim.x);
+    range(p, g, m, v, nullptr, nullptr, n, 0, count, (i64)blockIdx.x * blockDim.x + threadIdx.x, (i64)gridDim.x * blockDim.x);
 }
 
-struct Tensor { P* p; const G* g; float* m; float* v; bf16* copy; i64 count; };
+struct Tensor { P* p; const G* g; float* m; float* v; bf16* copy; u16* lower; i64 count; };
 constexpr i64 CHUNK = 1 << 16;
 
 extern "C" __global__ void step_many(const Tensor* tensors, const i32* chunks, Numbers n) {
     Tensor t = tensors[chunks[blockIdx.x * 2]];
-    i64 begin = chunks[blockIdx.x * 2 + 1] * CHUNK;
+    i64 begin = (i64)chunks[blockIdx.x * 2 + 1] * CHUNK;
     i64 end = begin + CHUNK < t.count ? begin + CHUNK : t.count;
-    range(t.p, t.g, t.m, t.v, t.copy, n, begin, end, threadIdx.x, blockDim.x);
+    range(t.p, t.g, t.m, t.v, t.copy, t.lower, n, begin, end, threadIdx.x, blockDim.x);
+}
+
+// partial[block] = sum of squares of the block's chunk of the gradients in the list.
+extern "C" __global__ void sum_squares_many(float* partial, const Tensor* tensors, const i32* chunks) {
+    Tensor t = tensors[chunks[blockIdx.x * 2]];
+    i64 begin = (i64)chunks[blockIdx.x * 2 + 1] * CHUNK;
+    i64 end = begin + CHUNK < t.count ? begin + CHUNK : t.count;
+    i64 packed_end = begin + (end - begin) / VECTOR * VECTOR;
+    float sum = 0;
+    #pragma unroll 4
+    for (i64 i = begin + (i64)threadIdx.x * VECTOR; i < packed_end; i += (i64)blockDim.x * VECTOR) {
+        Pack<G, VECTOR> g = load_pack<G, VECTOR>(t.g + i);
+        #pragma unroll
+        for (int k = 0; k < VECTOR; k++) { float x = load(g.at[k]); sum += x * x; }
+    }
+    for (i64 i = packed_end + threadIdx.x; i < end; i += blockDim.x) { float x = load(t.g[i]); sum += x * x; }
+    sum = block_reduce<Add>(sum, 0.0f);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
 // partial[block] = sum of squares of the block's share of g. A second launch of one block with GRAD = float and
@@ -75,4 +120,14 @@ extern "C" __global__ void sum_squares(float* partial, const G* g, i64 count, i3
     }
     sum = block_reduce<Add>(sum, 0.0f);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+extern "C" __global__ void split_halves(const float* weight, bf16* upper, u16* lower, i64 count) {
+    i64 step = (i64)gridDim.x * blockDim.x;
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) split(weight[i], upper[i], lower[i]);
+}
+
+extern "C" __global__ void join_halves(float* weight, const bf16* upper, const u16* lower, i64 count) {
+    i64 step = (i64)gridDim.x * blockDim.x;
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) weight[i] = join(upper[i], lower[i]);
 }

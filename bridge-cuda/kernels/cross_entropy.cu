@@ -26,6 +26,7 @@ __device__ __forceinline__ float capped(float x, float cap) { return SOFTCAP ? c
 
 __device__ __forceinline__ float log_sum_exp(const T* row, i64 n, float cap) {
     Mass mass = {-infinity(), 0.0f};
+    #pragma unroll 4
     for (i64 i = (i64)threadIdx.x * VECTOR; i < n; i += (i64)blockDim.x * VECTOR) {
         Pack<T, VECTOR> p = load_pack<T, VECTOR>(row + i);
         float z[VECTOR], top = -infinity(), sum = 0;
@@ -55,6 +56,7 @@ __device__ __forceinline__ float log_sum_exp(const T* row, i64 n, float cap) {
 }
 
 __device__ __forceinline__ void gradient(T* out, const T* row, i64 n, i64 target, float lse, float dloss, float cap) {
+    #pragma unroll 4
     for (i64 i = (i64)threadIdx.x * VECTOR; i < n; i += (i64)blockDim.x * VECTOR) {
         Pack<T, VECTOR> p = load_pack<T, VECTOR>(row + i);
         #pragma unroll

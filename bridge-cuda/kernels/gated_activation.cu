@@ -69,7 +69,8 @@ extern "C" __global__ void gated_forward(T* y, const T* gate, const T* up, i64 c
     })
 }
 
-extern "C" __global__ void gated_backward(T* dgate, T* dup, const T* gate, const T* up, const T* dy, i64 count) {
+// `y` may be null; where it is not, it gets the forward pass's result and may take the place of dy.
+extern "C" __global__ void gated_backward(T* dgate, T* dup, T* y, const T* gate, const T* up, const T* dy, i64 count) {
     FOR_ALL(N, {
         Pack<T, N> a = load_pack<T, N>(gate + i);
         Pack<T, N> u = load_pack<T, N>(up + i);
@@ -77,10 +78,12 @@ extern "C" __global__ void gated_backward(T* dgate, T* dup, const T* gate, const
         _Pragma("unroll") for (int k = 0; k < N; k++) {
             Curve c = ACT::at(load(a.at[k]));
             float d = load(g.at[k]);
+            if (y) g.at[k] = store<T>(c.value * (float)load(u.at[k]));
             a.at[k] = store<T>(c.slope * (float)load(u.at[k]) * d);
             u.at[k] = store<T>(c.value * d);
         }
         store_pack(dgate + i, a);
         store_pack(dup + i, u);
+        if (y) store_pack(y + i, g);
     })
 }

@@ -41,7 +41,7 @@ extern "C" __global__ void forward(T* y, const T* x, const W* w, const W* b, i64
     }
 }
 
-extern "C" __global__ void backward(T* dx, float* partial, const T* x, const W* w, const T* dy, i64 rows, i64 n, float eps) {
+extern "C" __global__ void __launch_bounds__(512) backward(T* dx, float* partial, const T* x, const W* w, const T* dy, i64 rows, i64 n, float eps) {
     float dw[PACKS][VECTOR], db[PACKS][VECTOR];
     #pragma unroll
     for (int c = 0; c < PACKS; c++)

@@ -10,13 +10,18 @@ use burn_backend::DType;
 use cudarc::cublaslt::sys;
 
 use crate::device::Gpu;
-use crate::error::{Error, OrPanic, Result};
+use crate::error::{Error, Result};
 use crate::library::Library;
+use crate::tuned::TunedProducts;
 
 /// Scratch memory for products, in bytes; NVIDIA's advice for Hopper.
 const WORKSPACE: usize = 32 << 20;
 /// Candidates asked of the heuristics; the first is used unless [`Blas::tune`] has measured them.
 const CANDIDATES: usize = 8;
+/// Products of fewer operations are not worth measuring.
+const WORTH_TUNING: f64 = 1e10;
+/// Most memory for a result that is thrown away, in bytes.
+const TUNING_SCRATCH: usize = 256 << 20;
 
 /// An operand as it lies in memory: column-major `rows` x `columns`, `ld` elements between columns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,7 +34,7 @@ pub(crate) struct Layout {
     pub(crate) batch_stride: i64,
 }
 
-/// A product `D = op(A) op(B) + beta * D (+ bias)`, column-major, as cuBLASLt sees it.
+/// A product `D = op(A) op(B) + beta * C (+ bias)`, column-major, as cuBLASLt sees it. C lies like D.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Product {
     pub(crate) a: Layout,
@@ -38,17 +43,18 @@ pub(crate) struct Product {
     pub(crate) transpose_b: bool,
     pub(crate) d: Layout,
     pub(crate) batch: usize,
-    /// Adds to `d` instead of overwriting it.
+    /// Adds C, which may be D.
     pub(crate) accumulate: bool,
     /// Type of the bias added to every column, if there is one.
     pub(crate) bias: Option<DType>,
 }
 
-/// Addresses of a product's operands. `bias` is 0 when there is none.
+/// Addresses of a product's operands. `c` is read only by a product that accumulates; `bias` is 0 when there is none.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Operands {
     pub(crate) a: u64,
     pub(crate) b: u64,
+    pub(crate) c: u64,
     pub(crate) d: u64,
     pub(crate) bias: u64,
 }
@@ -58,7 +64,9 @@ pub(crate) struct Operands {
 struct Key {
     product: Product,
     /// Largest power of two, up to 256, that divides each address.
-    alignment: [u32; 3],
+    alignment: [u32; 4],
+    /// Whether C is D.
+    in_place: bool,
     tf32: bool,
 }
 
@@ -78,6 +86,8 @@ pub(crate) struct Blas {
     workspace: u64,
     plans: Mutex<HashMap<Key, Plan>>,
     tf32: AtomicBool,
+    tuning: AtomicBool,
+    tuned: Mutex<TunedProducts>,
 }
 
 // SAFETY: the handle may be used from any thread; descriptors are used only under the lock.
@@ -124,7 +134,17 @@ impl Blas {
             workspace,
             plans: Mutex::default(),
             tf32: AtomicBool::new(false),
+            tuning: AtomicBool::new(true),
+            // SAFETY: the library is open.
+            tuned: Mutex::new(TunedProducts::open(&gpu.name, unsafe {
+                sys::cublasLtGetVersion()
+            })),
         })
+    }
+
+    /// Whether large products measure their candidates when they first run. On at the start.
+    pub(crate) fn allow_tuning(&self, allow: bool) {
+        self.tuning.store(allow, Ordering::Relaxed);
     }
 
     /// Whether products of f32 may round their inputs to tf32. Off at the start.
@@ -137,7 +157,8 @@ impl Blas {
         let tf32 = product.a.dtype == DType::F32 && self.tf32.load(Ordering::Relaxed);
         Key {
             product: *product,
-            alignment: [alignment(at.a), alignment(at.b), alignment(at.d)],
+            alignment: [at.a, at.b, at.c, at.d].map(alignment),
+            in_place: at.c == at.d,
             tf32,
         }
     }
@@ -145,7 +166,7 @@ impl Blas {
     /// Queues a product.
     ///
     /// # Safety
-    /// The operands must be device memory that the layouts fit in; `d` must not overlap the others.
+    /// The operands must be device memory that the layouts fit in; `d` must not overlap the others, unless it is `c`.
     pub(crate) unsafe fn run(&self, product: &Product, at: &Operands) -> Result<()> {
         let key = self.key(product, at);
         let mut plans = self
@@ -155,7 +176,11 @@ impl Blas {
         let plan = match plans.entry(key) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-                let plan = self.plan(entry.key())?;
+                let mut plan = self.plan(entry.key())?;
+                if self.tuning.load(Ordering::Relaxed) {
+                    // SAFETY: as the caller promises.
+                    plan.chosen = unsafe { self.best(entry.key(), &plan, at)? };
+                }
                 entry.insert(plan)
             }
         };
@@ -198,7 +223,7 @@ impl Blas {
                 at.b as *const c_void,
                 plan.b,
                 beta.pointer(),
-                at.d as *const c_void,
+                at.c as *const c_void,
                 plan.d,
                 at.d as *mut c_void,
                 plan.d,
@@ -211,35 +236,93 @@ impl Blas {
         }
     }
 
-    /// Times every candidate for a product on the given operands and keeps the fastest. Returns its position and its
-    /// milliseconds. `d` is overwritten.
+    /// The fastest candidate for a product: as found before on this kind of GPU, else measured now.
+    ///
+    /// The first one, which the library thinks best, stays unless another is clearly faster; a GPU's clock wavers.
     ///
     /// # Safety
-    /// As [`Self::run`].
-    pub(crate) unsafe fn tune(&self, product: &Product, at: &Operands) -> Result<(usize, f32)> {
-        let key = self.key(product, at);
-        // SAFETY: as the caller promises.
-        unsafe { self.run(product, at)? };
-        let mut plans = self
-            .plans
+    /// As [`Self::run`]. `d` is overwritten, unless the product accumulates.
+    unsafe fn best(&self, key: &Key, plan: &Plan, at: &Operands) -> Result<usize> {
+        let Product { a, b, d, batch, .. } = key.product;
+        let inner = if key.product.transpose_a {
+            a.rows
+        } else {
+            a.columns
+        };
+        let operations = 2.0 * (d.rows * d.columns * batch) as f64 * inner as f64;
+        if operations < WORTH_TUNING || plan.candidates.len() < 2 || a.dtype != b.dtype {
+            return Ok(0);
+        }
+        let mut tuned = self
+            .tuned
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner());
-        let plan = plans.get_mut(&key).expect("the run above made the plan");
-        let mut best = (0, f32::INFINITY);
+        let name = format!("{key:?}");
+        if let Some(known) = tuned
+            .get(&name)
+            .filter(|known| *known < plan.candidates.len())
+        {
+            return Ok(known);
+        }
+        // What is added must survive, so an accumulating product writes elsewhere.
+        let bytes = d.ld * d.columns * d.dtype.size();
+        let scratch = if key.product.accumulate {
+            if batch > 1 || bytes > TUNING_SCRATCH {
+                return Ok(0);
+            }
+            match self.gpu.allocate(bytes) {
+                Ok(scratch) => Some(scratch),
+                Err(_) => return Ok(0),
+            }
+        } else {
+            None
+        };
+        let mut at = *at;
+        if let Some((address, _)) = scratch {
+            at.d = address;
+            at.c = if key.in_place { address } else { at.c };
+        }
+        // SAFETY: as the caller promises; the scratch memory is as large as the result.
+        let measured = unsafe { self.measure(&key.product, plan, &at) };
+        if let Some((address, size)) = scratch {
+            self.gpu.pool().release(address, size);
+        }
+        let best = measured?;
+        tuned.put(name, best);
+        Ok(best)
+    }
+
+    /// # Safety
+    /// As [`Self::run`].
+    unsafe fn measure(&self, product: &Product, plan: &Plan, at: &Operands) -> Result<usize> {
         let device = crate::device::CudaDevice {
             ordinal: self.gpu.ordinal,
         };
-        for candidate in 0..plan.candidates.len() {
-            // SAFETY: as the caller promises.
-            let queue = || unsafe { self.queue(plan, candidate, product, at).or_panic() };
-            queue();
-            let milliseconds = device.time(|| (0..5).for_each(|_| queue()))? / 5.0;
-            if milliseconds < best.1 {
-                best = (candidate, milliseconds);
+        let mut times = vec![f32::INFINITY; plan.candidates.len()];
+        // Several rounds over all candidates, so that a change of clock meets all of them.
+        for round in 0..4 {
+            for (candidate, best) in times.iter_mut().enumerate() {
+                // A candidate that cannot run here is out.
+                let mut failed = false;
+                let milliseconds = device.time(|| {
+                    for _ in 0..2 {
+                        // SAFETY: as the caller promises.
+                        failed |= unsafe { self.queue(plan, candidate, product, at) }.is_err();
+                    }
+                })?;
+                if round > 0 && !failed {
+                    *best = best.min(milliseconds);
+                }
             }
         }
-        plan.chosen = best.0;
-        Ok(best)
+        let fastest = (0..times.len())
+            .min_by(|a, b| times[*a].total_cmp(&times[*b]))
+            .unwrap_or(0);
+        Ok(if times[fastest] < 0.985 * times[0] {
+            fastest
+        } else {
+            0
+        })
     }
 
     fn plan(&self, key: &Key) -> Result<Plan> {
@@ -364,11 +447,11 @@ impl Blas {
                 size_of::<usize>(),
             );
             check("cublasLtMatmulPreferenceSetAttribute", status, what)?;
-            let [a, b, d] = key.alignment;
+            let [a, b, c, d] = key.alignment;
             for (attribute, alignment) in [
                 (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
                 (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
-                (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),
+                (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
                 (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
             ] {
                 let pointer = std::ptr::from_ref(&alignment).cast();

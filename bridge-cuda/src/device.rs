@@ -38,6 +38,14 @@ impl CudaDevice {
         device_count().unwrap_or(0)
     }
 
+    /// The GPU's marketing name.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn name(self) -> Result<String> {
+        Ok(Gpu::get(self.ordinal)?.name.clone())
+    }
+
     /// State of the memory pool.
     ///
     /// # Errors

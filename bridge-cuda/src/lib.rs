@@ -42,6 +42,7 @@ mod sort;
 mod staging;
 mod stream;
 mod tensor;
+mod tuned;
 mod view;
 
 pub use backend::{Cuda, CudaQTensor};
@@ -49,11 +50,11 @@ pub use device::CudaDevice;
 pub use error::{Error, Result};
 pub use library::Library;
 pub use mark::Mark;
-pub use matmul::{allow_tf32, tune};
+pub use matmul::{allow_tf32, allow_tuning};
 pub use nvrtc::{SOURCES, compile};
 pub use ops::{
-    AdamWTensor, AttentionCalls, AttentionPath, adamw_step_many, attention_calls,
-    attention_refusals, force_attention_path, set_deterministic_attention, sum_squares_many,
+    AttentionCalls, AttentionPath, attention_calls, attention_refusals, force_attention_path,
+    set_deterministic_attention,
 };
 pub use pool::MemoryStats;
 pub use probe::{GpuInfo, LibraryInfo, Report, probe};

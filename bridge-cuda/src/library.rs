@@ -26,6 +26,18 @@ pub enum Library {
     Nccl,
 }
 
+impl std::fmt::Display for Library {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Library::Driver => "CUDA driver",
+            Library::Nvrtc => "NVRTC",
+            Library::CublasLt => "cuBLASLt",
+            Library::Cudnn => "cuDNN",
+            Library::Nccl => "NCCL",
+        })
+    }
+}
+
 impl Library {
     /// Every library, in the order `doctor` lists them.
     pub const ALL: [Library; 5] = [

@@ -158,7 +158,7 @@ pub(crate) fn matmul(a: CudaTensor, b: CudaTensor) -> CudaTensor {
                 &product,
                 inputs,
                 (d_at, out.dtype(), (m * n) as i64),
-                false,
+                None,
                 None,
             )
             .or_panic()
@@ -195,7 +195,7 @@ struct Shape {
     batch: usize,
 }
 
-/// Queues `d = a b` (`+ d`, `+ bias`) for row-major `d` of packed rows. cuBLASLt is column-major, in which `d` is its own
+/// Queues `d = a b` (`+ c` at the address `add`, `+ bias`) for row-major `d` of packed rows. cuBLASLt is column-major, in which `d` is its own
 /// transpose, so the operands trade places.
 ///
 /// # Safety
@@ -208,7 +208,7 @@ unsafe fn gemm(
         (b, b_type, b_matrix, b_stride),
     ]: [(u64, DType, Matrix, i64); 2],
     (d, d_type, d_stride): (u64, DType, i64),
-    accumulate: bool,
+    add: Option<u64>,
     bias: Option<&CudaTensor>,
 ) -> crate::error::Result<()> {
     let Shape { m, n, k, batch } = *shape;
@@ -239,12 +239,13 @@ unsafe fn gemm(
             batch_stride: d_stride,
         },
         batch,
-        accumulate,
+        accumulate: add.is_some(),
         bias: bias.map(|bias| bias.dtype()),
     };
     let operands = Operands {
         a: b,
         b: a,
+        c: add.unwrap_or(d),
         d,
         bias: bias.map_or(0, CudaTensor::address),
     };
@@ -252,14 +253,15 @@ unsafe fn gemm(
     unsafe { gpu.blas()?.run(&product, &operands) }
 }
 
-/// `out (+)= a b (+ bias)` for matrices, into a packed tensor that the caller may write. Types may differ as far as
-/// cuBLASLt allows: bf16 inputs with an f32 result accumulate a gradient.
+/// `out = a b (+ add) (+ bias)` for matrices, into a packed tensor that the caller may write. `add` is packed and like
+/// `out`, or `out` itself. Types may differ as far as cuBLASLt allows: bf16 inputs with an f32 result accumulate a
+/// gradient.
 #[track_caller]
 pub(crate) fn matmul_into(
     out: &CudaTensor,
     a: CudaTensor,
     b: CudaTensor,
-    accumulate: bool,
+    add: Option<&CudaTensor>,
     bias: Option<&CudaTensor>,
 ) {
     let (m, k, n) = (a.dims()[0], a.dims()[1], b.dims()[1]);
@@ -274,12 +276,17 @@ pub(crate) fn matmul_into(
         "matmul: the result has the operands' outer dimensions"
     );
     assert!(out.is_packed(), "matmul: results are packed");
+    if let Some(add) = add {
+        let alike = add.is_packed() && add.dims() == out.dims() && add.dtype() == out.dtype();
+        assert!(alike, "matmul: what is added lies like the result");
+    }
     if m * n == 0 {
         return;
     }
     if k == 0 {
-        if !accumulate {
-            crate::elementwise::run("Fill", out, &[], [0.0.into(), 0.0.into()]);
+        match add {
+            Some(add) => crate::elementwise::copy_into(out, add),
+            None => crate::elementwise::run("Fill", out, &[], [0.0.into(), 0.0.into()]),
         }
         return;
     }
@@ -297,7 +304,7 @@ pub(crate) fn matmul_into(
             &shape,
             inputs,
             (out.address(), out.dtype(), 0),
-            accumulate,
+            add.map(CudaTensor::address),
             bias.as_ref(),
         )
         .or_panic()
@@ -334,51 +341,14 @@ pub fn allow_tf32(device: crate::device::CudaDevice, allow: bool) -> crate::erro
     Ok(())
 }
 
-/// Measures cuBLASLt's candidates for `a @ b` and keeps the fastest for products of this shape. Returns (candidate,
-/// milliseconds).
+/// Lets large products measure cuBLASLt's candidates when they first run, and keep the fastest on disk. On unless
+/// turned off; results then depend on the measurements in their last bits.
 ///
 /// # Errors
-/// A product failed.
-pub fn tune(a: &CudaTensor, b: &CudaTensor) -> crate::error::Result<(usize, f32)> {
-    let (m, k, n) = (a.dims()[0], a.dims()[1], b.dims()[1]);
-    let out = CudaTensor::empty(a.gpu(), &[m, n], a.dtype());
-    let ((a, a_matrix), (b, b_matrix)) = (operand(a.clone()), operand(b.clone()));
-    let layout = |dtype, rows: usize, columns: usize, matrix: Matrix| {
-        let (rows, columns) = if matrix.transposed {
-            (rows, columns)
-        } else {
-            (columns, rows)
-        };
-        Layout {
-            dtype,
-            rows,
-            columns,
-            ld: matrix.ld,
-            batch_stride: 0,
-        }
-    };
-    let product = Product {
-        a: layout(b.dtype(), k, n, b_matrix),
-        transpose_a: b_matrix.transposed,
-        b: layout(a.dtype(), m, k, a_matrix),
-        transpose_b: a_matrix.transposed,
-        d: Layout {
-            dtype: out.dtype(),
-            rows: n,
-            columns: m,
-            ld: n,
-            batch_stride: 0,
-        },
-        batch: 1,
-        accumulate: false,
-        bias: None,
-    };
-    let operands = Operands {
-        a: b.address(),
-        b: a.address(),
-        d: out.address(),
-        bias: 0,
-    };
-    // SAFETY: the layouts come from the views themselves; `out` is new memory.
-    unsafe { out.gpu().blas()?.tune(&product, &operands) }
+/// The device or cuBLASLt cannot be opened.
+pub fn allow_tuning(device: crate::device::CudaDevice, allow: bool) -> crate::error::Result<()> {
+    crate::device::Gpu::get(device.ordinal)?
+        .blas()?
+        .allow_tuning(allow);
+    Ok(())
 }

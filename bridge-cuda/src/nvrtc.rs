@@ -303,7 +303,7 @@ pub fn compile(file: &'static str, defines: &[(&str, &str)], arch: &str) -> Resu
 }
 
 /// Where compiled kernels are kept: `$XDG_CACHE_HOME` or `~/.cache`, then `bridge-cuda`.
-fn cache_folder() -> Option<PathBuf> {
+pub(crate) fn cache_folder() -> Option<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .filter(|path| path.is_absolute())

@@ -224,6 +224,19 @@ impl CudaTensor {
         }
     }
 
+    /// [`Self::packed`] for an owner: keeps the only handle to the buffer the only one.
+    #[track_caller]
+    pub(crate) fn into_packed(self) -> Self {
+        if self.is_packed() {
+            Self {
+                strides: packed_strides(&self.shape),
+                ..self
+            }
+        } else {
+            self.copied()
+        }
+    }
+
     /// A packed copy with a buffer of its own.
     #[track_caller]
     pub(crate) fn copied(&self) -> Self {

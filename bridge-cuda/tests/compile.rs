@@ -70,7 +70,11 @@ fn variants(file: &str) -> Vec<Vec<(&'static str, &'static str)>> {
             vec![("TYPE", "float"), ("ACT", "GeluTanh")],
         ],
         "index" => vec![vec![("TYPE", "bf16"), ("INDEX", "i32"), ("OP", "Plus")]],
-        "layer_norm" | "rms_norm" => vec![norm("bf16", "float"), norm("f16", "f16")],
+        "layer_norm" | "rms_norm" => {
+            let mut short = norm("bf16", "bf16");
+            short.push(("GROUP", "16"));
+            vec![norm("bf16", "float"), norm("f16", "f16"), short]
+        }
         "reduce" => vec![
             vec![("TYPE", "bf16"), ("TYPE_O", "float"), ("OP", "Sum")],
             vec![

@@ -10,6 +10,7 @@
 use std::f64::consts::{FRAC_1_SQRT_2, PI};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use burn::tensor::{Tensor, activation as burn_activation};
 use burn_backend::TensorMetadata;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::elementwise::check_alike;
 use crate::ops::Ops;
 use crate::primitive::{Float, dims, float, reshaped, tensor, to_dtype, to_f32};
+use crate::saved::Recipe;
 use crate::tape::{Tape, Var};
 
 /// An activation function; reads and writes as the `hidden_act` of a Hugging Face config.
@@ -112,10 +114,12 @@ impl FromStr for Activation {
 /// `y = act(x)`, elementwise.
 pub fn activation<B: Ops>(tape: &Tape<B>, x: &Var<B>, activation: Activation) -> Var<B> {
     let output = B::activation_forward(x.value(), activation);
+    let input = x.saved();
+    let y = tape.record(output, &[x], move |dy| {
+        vec![Some(B::activation_backward(input.get(), dy, activation))]
+    });
     let input = x.value();
-    tape.record(output, &[x], move |dy| {
-        vec![Some(B::activation_backward(input, dy, activation))]
-    })
+    tape.cheap(y, move || B::activation_forward(input.clone(), activation))
 }
 
 /// `y = act(gate) * up`, elementwise: SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer") with `Silu`.
@@ -131,11 +135,30 @@ pub fn gated_activation<B: Ops>(
 ) -> Var<B> {
     check_alike("gated_activation", gate, up);
     let output = B::gated_activation_forward(gate.value(), up.value(), activation);
-    let (gate_value, up_value) = (gate.value(), up.value());
-    tape.record(output, &[gate, up], move |dy| {
-        let (dgate, dup) = B::gated_activation_backward(gate_value, up_value, dy, activation);
+    let parents = [gate, up];
+    // The backward kernel reads all that the output is made from, so it can make the output once more on the side.
+    let recipe = (tape.recomputes_cheap() && tape.needs_grad(&parents, &[])).then(|| {
+        let (gate, up) = (gate.value(), up.value());
+        Arc::new(Recipe::new(true, move || {
+            B::gated_activation_forward(gate.clone(), up.clone(), activation)
+        }))
+    });
+    let own = recipe.clone();
+    let (gate_value, up_value) = (gate.saved(), up.saved());
+    let y = tape.record(output, &parents, move |dy| {
+        let waiting = own.map_or_else(Vec::new, |recipe| recipe.take_waiting());
+        let (gate, up) = (gate_value.get(), up_value.get());
+        if waiting.is_empty() {
+            let (dgate, dup) = B::gated_activation_backward(gate, up, dy, activation);
+            return vec![Some(dgate), Some(dup)];
+        }
+        let (dgate, dup, y) = B::gated_activation_backward_with_output(gate, up, dy, activation);
+        for work in waiting {
+            work(y.clone());
+        }
         vec![Some(dgate), Some(dup)]
-    })
+    });
+    y.with_recipe(recipe)
 }
 
 pub(crate) fn portable<B: Ops>(x: Float<B>, activation: Activation) -> Float<B> {
@@ -183,6 +206,17 @@ pub(crate) fn portable_gated_backward<B: Ops>(
         finish::<B>(dgate, &shape, dtype),
         finish::<B>(dup, &shape, dtype),
     )
+}
+
+pub(crate) fn portable_gated_backward_with_output<B: Ops>(
+    gate: Float<B>,
+    up: Float<B>,
+    dy: Float<B>,
+    activation: Activation,
+) -> (Float<B>, Float<B>, Float<B>) {
+    let y = B::gated_activation_forward(gate.clone(), up.clone(), activation);
+    let (dgate, dup) = B::gated_activation_backward(gate, up, dy, activation);
+    (dgate, dup, y)
 }
 
 fn flat<B: Ops>(x: Float<B>) -> Tensor<B, 1> {
@@ -365,5 +399,34 @@ mod tests {
             error.contains("`mish`") && error.contains("silu"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn made_again_on_the_side_gradients_are_the_same() {
+        use crate::{Param, linear};
+        let gradients = |recompute: bool| {
+            let weight = Param::<Flex>::new("w", random(&[5, 7], 3));
+            let tape = Tape::<Flex>::new();
+            let tape = if recompute {
+                tape.recompute_cheap()
+            } else {
+                tape
+            };
+            let (gate, up) = (tape.leaf(random(&[4, 7], 1)), tape.leaf(random(&[4, 7], 2)));
+            let inner = gated_activation(&tape, &gate, &up, Activation::Silu);
+            let y = linear(&tape, &inner, &weight, None);
+            drop(inner);
+            let grads = tape.backward(vec![(y, random(&[4, 5], 4))], &[&gate, &up]);
+            let mut all: Vec<_> = grads.into_iter().map(Option::unwrap).collect();
+            all.push(
+                weight
+                    .grad()
+                    .expect("the weight's gradient waited for the activation"),
+            );
+            all.into_iter()
+                .map(crate::to_f32_vec::<Flex>)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(gradients(true), gradients(false));
     }
 }

@@ -9,8 +9,9 @@
 //! p  = p - lr / bc1 * m / (sqrt(v) / sqrt(bc2) + eps)         bc1 = 1 - beta1^t, bc2 = 1 - beta2^t
 //! ```
 
-use burn_backend::TensorMetadata;
+use burn_backend::{DType, TensorMetadata, read_sync};
 
+use crate::data::{float_from_bytes, float_from_f32, to_f32_vec};
 use crate::ops::Ops;
 use crate::primitive::{Float, dims, float, reshaped, tensor, to_dtype, to_f32};
 
@@ -52,6 +53,94 @@ impl AdamWStep {
     }
 }
 
+/// A weight with its gradient and optimizer state, for [`Ops::adamw_step_many`].
+#[derive(Debug)]
+pub struct AdamWTensors<B: Ops> {
+    /// The fp32 weight. On a backend that splits it ([`Ops::SPLITS_MASTER_WEIGHTS`]) and for a bf16 `copy`, its lower
+    /// half (see [`Ops::split_halves`]); the copy is then the upper one.
+    pub master: Float<B>,
+    /// Its gradient, fp32. Dropped by the update.
+    pub grad: Option<Float<B>>,
+    /// Mean of gradients, fp32.
+    pub m: Float<B>,
+    /// Mean of squared gradients, fp32.
+    pub v: Float<B>,
+    /// The weight in the narrower dtype that the model computes with, if that is not `master` itself.
+    pub copy: Option<Float<B>>,
+}
+
+impl<B: Ops> AdamWTensors<B> {
+    /// The update by the operations for one weight, one after the other: what a kernel for many falls back to.
+    pub fn step_by_parts(self, step: &AdamWStep) -> Self {
+        let Some(grad) = self.grad else { return self };
+        let is_lower = self.master.dtype() != DType::F32;
+        let (master, copy) = match self.copy {
+            Some(copy) if is_lower => (B::join_halves(copy, self.master), None),
+            copy => (self.master, copy),
+        };
+        let (master, m, v) = B::adamw_step(master, grad, self.m, self.v, step);
+        let (master, copy) = if is_lower {
+            let (upper, lower) = B::split_halves(master);
+            (lower, Some(upper))
+        } else {
+            let copy = copy.map(|copy| B::cast(master.clone(), copy.dtype()));
+            (master, copy)
+        };
+        Self {
+            master,
+            grad: None,
+            m,
+            v,
+            copy,
+        }
+    }
+}
+
+pub(crate) fn portable_many<B: Ops>(
+    tensors: Vec<AdamWTensors<B>>,
+    step: &AdamWStep,
+) -> Vec<AdamWTensors<B>> {
+    tensors
+        .into_iter()
+        .map(|tensors| tensors.step_by_parts(step))
+        .collect()
+}
+
+pub(crate) fn portable_split_halves<B: Ops>(weight: Float<B>) -> (Float<B>, Float<B>) {
+    let (shape, device) = (dims(&weight), B::float_device(&weight));
+    let halves: Vec<[[u8; 2]; 2]> = (to_f32_vec::<B>(weight).into_iter())
+        .map(|x| {
+            let upper = (x.to_bits().wrapping_add(0x8000) >> 16) as u16;
+            let lower = x.to_bits().wrapping_sub(u32::from(upper) << 16) as u16;
+            [upper.to_le_bytes(), lower.to_le_bytes()]
+        })
+        .collect();
+    let half = |which: usize| {
+        let bytes = halves.iter().flat_map(|pair| pair[which]).collect();
+        float_from_bytes::<B>(DType::BF16, bytes, &shape, &device)
+    };
+    (half(0), half(1))
+}
+
+pub(crate) fn portable_join_halves<B: Ops>(upper: Float<B>, lower: Float<B>) -> Float<B> {
+    let (shape, device) = (dims(&upper), B::float_device(&upper));
+    // Bits, not numbers: converting the lower half would change those that happen to be no number.
+    let bits = |half: Float<B>| {
+        let data = read_sync(B::float_into_data(half)).expect("reading a tensor back");
+        let pairs: Vec<u16> = (data.as_bytes().chunks_exact(2))
+            .map(|pair| u16::from_le_bytes([pair[0], pair[1]]))
+            .collect();
+        pairs
+    };
+    let joined: Vec<f32> = (bits(upper).into_iter().zip(bits(lower)))
+        .map(|(upper, lower)| {
+            let lower = i32::from(lower as i16) as u32;
+            f32::from_bits((u32::from(upper) << 16).wrapping_add(lower))
+        })
+        .collect();
+    float_from_f32::<B>(&joined, &shape, &device)
+}
+
 pub(crate) fn portable<B: Ops>(
     param: Float<B>,
     grad: Float<B>,
@@ -85,7 +174,6 @@ mod tests {
 
     use super::*;
     use crate::testing::{assert_close, assert_fast, random, random_bf16};
-    use crate::{DType, to_f32_vec};
 
     fn step(t: u64) -> AdamWStep {
         AdamWStep {
@@ -101,6 +189,54 @@ mod tests {
         *m += (1.0 - s.beta1) * (g - *m);
         *v = s.beta2 * *v + (1.0 - s.beta2) * g * g;
         *p -= s.lr / s.bias_correction1 * *m / (v.sqrt() / s.bias_correction2.sqrt() + s.eps);
+    }
+
+    #[test]
+    fn halves_join_to_the_very_same_bits() {
+        let mut values: Vec<f32> = [
+            0u32,
+            1,
+            0x7fff,
+            0x8000,
+            0x8001,
+            0x1_8000,
+            0x3f80_8000,
+            0x3f81_8000,
+            0xbf80_7fff,
+        ]
+        .map(f32::from_bits)
+        .to_vec();
+        values.extend(to_f32_vec::<Flex>(random(&[50], 4)));
+        let weight = crate::float_from_f32::<Flex>(&values, &[values.len()], &Default::default());
+        let (upper, lower) = Flex::split_halves(weight);
+        let rounded = to_f32_vec::<Flex>(upper.clone());
+        assert!(
+            values
+                .iter()
+                .zip(&rounded)
+                .all(|(x, y)| (x - y).abs() <= x.abs() / 256.0 + 1e-38)
+        );
+        let joined = to_f32_vec::<Flex>(Flex::join_halves(upper, lower));
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&joined), bits(&values));
+    }
+
+    #[test]
+    fn an_update_of_halves_is_that_of_the_whole() {
+        let tensors = |master, copy| AdamWTensors::<Flex> {
+            master,
+            grad: Some(random(&[33], 2)),
+            m: random(&[33], 3),
+            v: crate::float_from_f32::<Flex>(&[0.25; 33], &[33], &Default::default()),
+            copy,
+        };
+        let weight = random(&[33], 1);
+        let (upper, lower) = Flex::split_halves(weight.clone());
+        let whole = Flex::adamw_step_many(vec![tensors(weight, None)], &step(3)).remove(0);
+        let halves = Flex::adamw_step_many(vec![tensors(lower, Some(upper))], &step(3)).remove(0);
+        let joined = Flex::join_halves(halves.copy.unwrap(), halves.master);
+        assert_eq!(to_f32_vec::<Flex>(joined), to_f32_vec::<Flex>(whole.master));
+        assert_eq!(to_f32_vec::<Flex>(halves.v), to_f32_vec::<Flex>(whole.v));
     }
 
     #[test]

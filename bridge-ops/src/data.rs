@@ -10,11 +10,21 @@ use crate::primitive::{Float, Int, dims};
 /// When `values.len()` is not the product of `dims`.
 #[track_caller]
 pub fn float_from_f32<B: Backend>(values: &[f32], dims: &[usize], device: &B::Device) -> Float<B> {
+    float_from_vec::<B>(values.to_vec(), dims, device)
+}
+
+/// [`float_from_f32`] that takes the buffer over, for large tensors.
+///
+/// # Panics
+/// When `values.len()` is not the product of `dims`.
+#[track_caller]
+pub fn float_from_vec<B: Backend>(
+    values: Vec<f32>,
+    dims: &[usize],
+    device: &B::Device,
+) -> Float<B> {
     check_len(values.len(), dims);
-    B::float_from_data(
-        TensorData::new(values.to_vec(), Shape::from(dims.to_vec())),
-        device,
-    )
+    B::float_from_data(TensorData::new(values, Shape::from(dims.to_vec())), device)
 }
 
 /// A float tensor of the given dtype from its little-endian bytes in row-major order; takes the buffer over.

@@ -38,11 +38,17 @@ pub fn layer_norm<B: Ops>(
     let output = B::layer_norm_forward(x.value(), weight.value(), bias.map(Param::value), spec);
 
     let params: Vec<&Param<B>> = std::iter::once(weight).chain(bias).collect();
-    let input = x.value();
-    let weight = weight.clone();
-    let bias = bias.cloned();
-    tape.record_with_params(output, &[x], &params, move |dy| {
-        let (dx, dweight, dbias) = B::layer_norm_backward(input, weight.value(), dy, spec);
+    let (weight, bias) = (weight.clone(), bias.cloned());
+    let again = {
+        let (input, weight, bias) = (x.value(), weight.clone(), bias.clone());
+        move || {
+            let bias = bias.as_ref().map(Param::value);
+            B::layer_norm_forward(input.clone(), weight.value(), bias, spec)
+        }
+    };
+    let input = x.saved();
+    let normed = tape.record_with_params(output, &[x], &params, move |dy| {
+        let (dx, dweight, dbias) = B::layer_norm_backward(input.get(), weight.value(), dy, spec);
         if weight.requires_grad() {
             weight.accumulate_grad(dweight);
         }
@@ -50,7 +56,8 @@ pub fn layer_norm<B: Ops>(
             bias.accumulate_grad(dbias);
         }
         vec![Some(dx)]
-    })
+    });
+    tape.cheap(normed, again)
 }
 
 pub(crate) fn portable<B: Ops>(

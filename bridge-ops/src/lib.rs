@@ -55,6 +55,7 @@ mod primitive;
 mod reduce;
 mod rms_norm;
 mod rotary;
+mod saved;
 mod shape;
 mod ssd_scan;
 mod tape;
@@ -63,7 +64,7 @@ mod time_step;
 pub mod cpu;
 
 pub use activation::{Activation, UnknownActivation, activation, gated_activation};
-pub use adamw::AdamWStep;
+pub use adamw::{AdamWStep, AdamWTensors};
 pub use attention::{AttentionGrads, AttentionOutput, AttentionRule, AttentionSpec, attention};
 pub use burn_fn::{TrackedTensor, burn_fn};
 pub use cache::KvCache;
@@ -71,7 +72,8 @@ pub use causal_conv1d::{ConvGrads, ConvSpec, causal_conv1d, causal_conv1d_with_h
 pub use clamped_swiglu::{SwigluClamp, clamped_swiglu};
 pub use cross_entropy::{CrossEntropyOutput, CrossEntropySpec, TARGET_ELSEWHERE, cross_entropy};
 pub use data::{
-    float_from_bytes, float_from_f32, float_zeros, int_from_i64, to_f32_vec, to_i64_vec, to_scalar,
+    float_from_bytes, float_from_f32, float_from_vec, float_zeros, int_from_i64, to_f32_vec,
+    to_i64_vec, to_scalar,
 };
 pub use elementwise::{add, add_bias, cast, mul, scale, scale_rows, softcap, sub};
 pub use embedding::{embedding, embedding_as};
@@ -97,6 +99,7 @@ pub use primitive::{Float, Int};
 pub use reduce::sum;
 pub use rms_norm::{NormSpec, rms_norm};
 pub use rotary::{RotaryDirection, RotaryStyle, RotaryTable, rotary};
+pub use saved::Saved;
 pub use shape::{concat, matmul, repeat, reshape, slice, transpose};
 pub use ssd_scan::{ScanSpec, SsdGrads, SsdInputs, ssd_scan, ssd_scan_with_state};
 pub use tape::{Tape, Var};

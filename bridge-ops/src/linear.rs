@@ -36,16 +36,19 @@ pub fn linear<B: Ops>(
     let bias = bias.cloned();
     let input_tracked = x.is_tracked();
     // A frozen weight needs no x, which may then be freed early.
-    let input = weight.requires_grad().then(|| x.value());
-    tape.record_with_params(output, &[x], &params, move |dy| {
+    let input = weight.requires_grad().then(|| x.saved());
+    tape.record_accumulating(output, x, &params, move |dy, so_far| {
         if let Some(bias) = bias.filter(|bias| bias.requires_grad()) {
             bias.accumulate_with(|slot| B::linear_accumulate_bias_grad(dy.clone(), slot));
         }
-        let dx = input_tracked.then(|| B::linear_backward_input(dy.clone(), weight.value()));
+        let dx =
+            input_tracked.then(|| B::linear_backward_input_add(dy.clone(), weight.value(), so_far));
         if let Some(input) = input {
-            weight.accumulate_with(|slot| B::linear_accumulate_weight_grad(input, dy, slot));
+            input.use_when_made(move |input| {
+                weight.accumulate_with(|slot| B::linear_accumulate_weight_grad(input, dy, slot));
+            });
         }
-        vec![dx]
+        dx
     })
 }
 
@@ -85,6 +88,18 @@ pub(crate) fn portable_backward_input<B: Ops>(dy: Float<B>, weight: Float<B>) ->
     let weight = tensor::<B, 2>(to_dtype::<B>(weight, dy.dtype()));
     *shape.last_mut().expect("dy has at least one dimension") = weight.dims()[1];
     reshaped::<B>(float(matrix::<B>(dy).matmul(weight)), &shape)
+}
+
+pub(crate) fn portable_backward_input_add<B: Ops>(
+    dy: Float<B>,
+    weight: Float<B>,
+    so_far: Option<Float<B>>,
+) -> Float<B> {
+    let dx = B::linear_backward_input(dy, weight);
+    match so_far {
+        Some(so_far) => B::add(so_far, dx),
+        None => dx,
+    }
 }
 
 pub(crate) fn portable_accumulate_weight_grad<B: Ops>(

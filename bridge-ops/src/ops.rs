@@ -3,7 +3,7 @@
 use burn_backend::{Backend, DType};
 
 use crate::activation::{self, Activation};
-use crate::adamw::{self, AdamWStep};
+use crate::adamw::{self, AdamWStep, AdamWTensors};
 use crate::attention::{self, AttentionGrads, AttentionOutput, AttentionRule};
 use crate::cache;
 use crate::causal_conv1d::{self, ConvGrads, ConvSpec};
@@ -36,6 +36,14 @@ use crate::time_step;
 /// dimensions. Norms, softmax, losses and weight gradients are computed in fp32 whatever the dtype of the inputs;
 /// outputs have the dtype of the activations. A weight may have a lower precision than the activations it meets.
 pub trait Ops: Backend {
+    /// Whether gradient buffers are kept from one step to the next. Worth it where fresh memory costs (page faults on a
+    /// CPU); a backend with a pool of its own does better to lend the memory to activations meanwhile.
+    const KEEPS_GRADIENT_BUFFERS: bool = true;
+
+    /// Whether an optimizer should keep, of the fp32 weight behind a bf16 one, the lower half alone
+    /// ([`split_halves`](Self::split_halves)): 2 bytes less for each weight, nothing lost.
+    const SPLITS_MASTER_WEIGHTS: bool = false;
+
     /// The dtype in which activations are computed for weights of `weight_dtype`: that dtype, unless the backend has
     /// no fast arithmetic in it.
     fn activation_dtype(weight_dtype: DType) -> DType {
@@ -54,6 +62,16 @@ pub trait Ops: Backend {
     /// `dx = dy W`. dy: [.., out], weight: [out, in] -> [.., in].
     fn linear_backward_input(dy: Float<Self>, weight: Float<Self>) -> Float<Self> {
         linear::portable_backward_input::<Self>(dy, weight)
+    }
+
+    /// `dx = so_far + dy W`: [`linear_backward_input`](Self::linear_backward_input) added to what the input's gradient is
+    /// so far, in place where nobody else has that.
+    fn linear_backward_input_add(
+        dy: Float<Self>,
+        weight: Float<Self>,
+        so_far: Option<Float<Self>>,
+    ) -> Float<Self> {
+        linear::portable_backward_input_add::<Self>(dy, weight, so_far)
     }
 
     /// `dW += dy^T x` in fp32. x: [.., in], dy: [.., out] -> [out, in].
@@ -99,6 +117,17 @@ pub trait Ops: Backend {
         spec: NormSpec,
     ) -> (Float<Self>, Float<Self>) {
         rms_norm::portable_backward::<Self>(x, weight, dy, spec)
+    }
+
+    /// [`rms_norm_backward`](Self::rms_norm_backward) with `so_far`, what the input's gradient is so far, added to dx.
+    fn rms_norm_backward_add(
+        x: Float<Self>,
+        weight: Float<Self>,
+        dy: Float<Self>,
+        spec: NormSpec,
+        so_far: Option<Float<Self>>,
+    ) -> (Float<Self>, Float<Self>) {
+        rms_norm::portable_backward_add::<Self>(x, weight, dy, spec, so_far)
     }
 
     /// `y = (x - mean) / sqrt(var + eps) * weight + bias`. x: [.., h], weight, bias: `[h]` -> [.., h].
@@ -185,6 +214,17 @@ pub trait Ops: Backend {
         activation: Activation,
     ) -> (Float<Self>, Float<Self>) {
         activation::portable_gated_backward::<Self>(gate, up, dy, activation)
+    }
+
+    /// [`gated_activation_backward`](Self::gated_activation_backward) that makes the forward pass's result as well:
+    /// (dgate, dup, y).
+    fn gated_activation_backward_with_output(
+        gate: Float<Self>,
+        up: Float<Self>,
+        dy: Float<Self>,
+        activation: Activation,
+    ) -> (Float<Self>, Float<Self>, Float<Self>) {
+        activation::portable_gated_backward_with_output::<Self>(gate, up, dy, activation)
     }
 
     /// `y = glu(min(gate, limit)) * (clamp(up) + 1)`, elementwise; see [`clamped_swiglu`](crate::clamped_swiglu()).
@@ -414,6 +454,35 @@ pub trait Ops: Backend {
         step: &AdamWStep,
     ) -> (Float<Self>, Float<Self>, Float<Self>) {
         adamw::portable::<Self>(param, grad, m, v, step)
+    }
+
+    /// One AdamW update of many weights, as [`adamw_step`](Self::adamw_step) does one: the fp32 weights and their state,
+    /// and the copies that the model computes with. In place where a buffer is not shared.
+    fn adamw_step_many(
+        tensors: Vec<AdamWTensors<Self>>,
+        step: &AdamWStep,
+    ) -> Vec<AdamWTensors<Self>> {
+        adamw::portable_many::<Self>(tensors, step)
+    }
+
+    /// Cuts an fp32 weight into two tensors of 16 bits each: the bf16 number nearest to it (away from zero where two are
+    /// equally near), and what its bits lack to those of the weight, as a signed integer under the label of bf16.
+    fn split_halves(weight: Float<Self>) -> (Float<Self>, Float<Self>) {
+        adamw::portable_split_halves::<Self>(weight)
+    }
+
+    /// The fp32 weight that [`split_halves`](Self::split_halves) cut.
+    fn join_halves(upper: Float<Self>, lower: Float<Self>) -> Float<Self> {
+        adamw::portable_join_halves::<Self>(upper, lower)
+    }
+
+    /// Sums of squares, fp32, that add up to that of all elements of all `tensors`; how many there are is the backend's
+    /// choice.
+    ///
+    /// # Panics
+    /// When there is no tensor.
+    fn sum_squares_many(tensors: Vec<Float<Self>>) -> Float<Self> {
+        reduce::portable_sum_squares_many::<Self>(tensors)
     }
 
     /// Writes `x`: [batch, s, heads, d] over positions `start..start + s` of `cache`: [batch, capacity, heads, d], in

@@ -68,7 +68,7 @@ struct Inner<B: Ops> {
 }
 
 struct State<B: Ops> {
-    /// `None` only while `update` runs.
+    /// `None` only while `update` runs, or between `take_value` and `put_value`.
     value: Option<Float<B>>,
     grad: GradSlot<B>,
 }
@@ -187,6 +187,24 @@ impl<B: Ops> Param<B> {
         state.value = Some(value);
     }
 
+    /// Takes the value out, so that whoever updates several weights at once owns their buffers. Until
+    /// [`put_value`](Self::put_value) brings one back, anything that reads the value panics.
+    #[track_caller]
+    pub fn take_value(&self) -> Float<B> {
+        let value = self.state().value.take();
+        value.expect("a parameter's value was taken twice")
+    }
+
+    /// Puts a value in the place of the one that [`take_value`](Self::take_value) took, of the same shape.
+    ///
+    /// # Panics
+    /// When there is a value.
+    #[track_caller]
+    pub fn put_value(&self, value: Float<B>) {
+        let there = self.state().value.replace(value).is_some();
+        assert!(!there, "parameter `{}` has a value already", self.name());
+    }
+
     /// Whether gradients are computed for this weight.
     pub fn requires_grad(&self) -> bool {
         self.inner.requires_grad.load(Ordering::Relaxed)
@@ -227,12 +245,15 @@ impl<B: Ops> Param<B> {
         self.state().grad = grad.map_or(GradSlot::Empty, GradSlot::Sum);
     }
 
-    /// Forgets the gradient and keeps its buffer for the next step.
+    /// Forgets the gradient; whether its buffer is kept for the next step is the backend's choice
+    /// ([`Ops::KEEPS_GRADIENT_BUFFERS`]).
     pub fn clear_grad(&self) {
         let mut state = self.state();
         state.grad = match std::mem::replace(&mut state.grad, GradSlot::Empty) {
-            GradSlot::Empty => GradSlot::Empty,
-            GradSlot::Stale(buffer) | GradSlot::Sum(buffer) => GradSlot::Stale(buffer),
+            GradSlot::Stale(buffer) | GradSlot::Sum(buffer) if B::KEEPS_GRADIENT_BUFFERS => {
+                GradSlot::Stale(buffer)
+            }
+            _ => GradSlot::Empty,
         };
     }
 

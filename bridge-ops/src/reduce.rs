@@ -16,6 +16,11 @@ pub fn sum<B: Ops>(tape: &Tape<B>, x: &Var<B>) -> Var<B> {
     })
 }
 
+pub(crate) fn portable_sum_squares_many<B: Ops>(tensors: Vec<Float<B>>) -> Float<B> {
+    assert!(!tensors.is_empty(), "a sum over at least one tensor");
+    B::float_cat(tensors.into_iter().map(B::sum_squares).collect(), 0)
+}
+
 pub(crate) fn portable_sum_squares<B: Ops>(x: Float<B>) -> Float<B> {
     let count = x.shape().num_elements();
     debug_assert_eq!(count, dims(&x).iter().product::<usize>());

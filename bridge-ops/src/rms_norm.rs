@@ -44,14 +44,17 @@ pub fn rms_norm<B: Ops>(tape: &Tape<B>, x: &Var<B>, weight: &Param<B>, spec: Nor
     check_shapes("rms_norm", &x.shape(), weight);
     let output = B::rms_norm_forward(x.value(), weight.value(), spec);
 
-    let input = x.value();
-    let param = weight.clone();
-    tape.record_with_params(output, &[x], &[weight], move |dy| {
-        let (dx, dweight) = B::rms_norm_backward(input, param.value(), dy, spec);
+    let (input, param) = (x.saved(), weight.clone());
+    let normed = tape.record_accumulating(output, x, &[weight], move |dy, so_far| {
+        let (dx, dweight) = B::rms_norm_backward_add(input.get(), param.value(), dy, spec, so_far);
         if param.requires_grad() {
             param.accumulate_grad(dweight);
         }
-        vec![Some(dx)]
+        Some(dx)
+    });
+    let (input, param) = (x.value(), weight.clone());
+    tape.cheap(normed, move || {
+        B::rms_norm_forward(input.clone(), param.value(), spec)
     })
 }
 
@@ -106,6 +109,21 @@ pub(crate) fn portable_backward<B: Ops>(
         reshaped::<B>(to_dtype::<B>(float(dx), dtype), &shape),
         reshaped::<B>(float(dweight), &[hidden]),
     )
+}
+
+pub(crate) fn portable_backward_add<B: Ops>(
+    x: Float<B>,
+    weight: Float<B>,
+    dy: Float<B>,
+    spec: NormSpec,
+    so_far: Option<Float<B>>,
+) -> (Float<B>, Float<B>) {
+    let (dx, dweight) = B::rms_norm_backward(x, weight, dy, spec);
+    let dx = match so_far {
+        Some(so_far) => B::add(so_far, dx),
+        None => dx,
+    };
+    (dx, dweight)
 }
 
 /// The fp32 factor: the weight, plus one with a unit offset.

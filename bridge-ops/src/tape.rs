@@ -9,6 +9,7 @@
 //! the gradients are added in that order, so results repeat bit for bit.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::tensor::Tensor;
@@ -17,12 +18,15 @@ use burn_backend::{DType, TensorMetadata};
 use crate::ops::Ops;
 use crate::param::Param;
 use crate::primitive::{Float, dims, tensor};
+use crate::saved::{Recipe, Saved};
 
 /// A value on a [`Tape`]. Cloning shares the buffer and stands for the same value.
 #[derive(Debug, Clone)]
 pub struct Var<B: Ops> {
     value: Float<B>,
     node: Option<NodeId>,
+    /// How to make the value again, where the tape would rather do that than keep it.
+    recipe: Option<Arc<Recipe<B>>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +46,12 @@ impl<B: Ops> Var<B> {
         self.value
     }
 
+    /// The value as a backward closure should keep it: the tensor, or on a tape that makes cheap values again
+    /// ([`Tape::recompute_cheap`]) the way to make it.
+    pub fn saved(&self) -> Saved<B> {
+        Saved::new(&self.value, self.recipe.as_ref())
+    }
+
     /// The shape.
     pub fn shape(&self) -> Vec<usize> {
         dims(&self.value)
@@ -50,6 +60,11 @@ impl<B: Ops> Var<B> {
     /// The dtype.
     pub fn dtype(&self) -> DType {
         self.value.dtype()
+    }
+
+    /// The same value with a way to make it again.
+    pub(crate) fn with_recipe(self, recipe: Option<Arc<Recipe<B>>>) -> Self {
+        Self { recipe, ..self }
     }
 
     /// The value as a Burn tensor of rank `D`.
@@ -67,13 +82,19 @@ impl<B: Ops> Var<B> {
     }
 }
 
-type BackwardFn<B> = Box<dyn FnOnce(Float<B>) -> Vec<Option<Float<B>>> + Send>;
+/// What a node does with the gradient of its output.
+enum Backward<B: Ops> {
+    /// Returns the gradient of each parent, to be added to what they have.
+    Returns(Box<dyn FnOnce(Float<B>) -> Vec<Option<Float<B>>> + Send>),
+    /// Gets what its only parent has so far and returns the sum, so that one kernel can do both.
+    Accumulates(Box<dyn FnOnce(Float<B>, Option<Float<B>>) -> Option<Float<B>> + Send>),
+}
 
 /// One recorded operation. Leaves have no `backward`.
 struct Node<B: Ops> {
     /// Index of each parent's node, `None` for parents that are not tracked.
     parents: Vec<Option<usize>>,
-    backward: Option<BackwardFn<B>>,
+    backward: Option<Backward<B>>,
 }
 
 /// A record of operations, to be run backward once. See the module documentation.
@@ -81,6 +102,7 @@ pub struct Tape<B: Ops> {
     id: u64,
     /// `None` on an inference tape.
     nodes: Option<RefCell<Vec<Node<B>>>>,
+    recompute_cheap: bool,
 }
 
 impl<B: Ops> Tape<B> {
@@ -94,7 +116,15 @@ impl<B: Ops> Tape<B> {
         Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             nodes: Some(RefCell::new(Vec::new())),
+            recompute_cheap: false,
         }
+    }
+
+    /// The same tape, but values that one pass over memory makes (outputs of norms and activations) are not kept for
+    /// the backward pass; they are made again there.
+    pub fn recompute_cheap(mut self) -> Self {
+        self.recompute_cheap = true;
+        self
     }
 
     /// A tape that records nothing: saved tensors are freed at once.
@@ -122,7 +152,11 @@ impl<B: Ops> Tape<B> {
 
     /// An input that is not tracked.
     pub fn constant(&self, value: Float<B>) -> Var<B> {
-        Var { value, node: None }
+        Var {
+            value,
+            node: None,
+            recipe: None,
+        }
     }
 
     /// Adds an operation. `backward` gets the gradient of `output` and returns that of each of `parents`, in order,
@@ -158,7 +192,50 @@ impl<B: Ops> Tape<B> {
             return self.constant(output);
         }
         let parents = parents.iter().map(|parent| self.index_of(parent)).collect();
-        self.push(output, parents, Some(Box::new(backward)))
+        self.push(output, parents, Some(Backward::Returns(Box::new(backward))))
+    }
+
+    /// Like [`record_with_params`](Self::record_with_params) for an operation with one parent whose backward kernel
+    /// can add to the gradient that the parent has so far. `backward` gets the gradient of `output` and that gradient,
+    /// if there is one, and returns their sum: `None` only where the parent is not tracked.
+    ///
+    /// # Panics
+    /// When the parent belongs to another tape.
+    #[track_caller]
+    pub fn record_accumulating(
+        &self,
+        output: Float<B>,
+        parent: &Var<B>,
+        params: &[&Param<B>],
+        backward: impl FnOnce(Float<B>, Option<Float<B>>) -> Option<Float<B>> + Send + 'static,
+    ) -> Var<B> {
+        if !self.needs_grad(&[parent], params) {
+            return self.constant(output);
+        }
+        let parents = vec![self.index_of(parent)];
+        let backward = Backward::Accumulates(Box::new(backward));
+        self.push(output, parents, Some(backward))
+    }
+
+    /// Says how `var` can be made again at little cost. On a tape that prefers that to keeping
+    /// ([`recompute_cheap`](Self::recompute_cheap)), [`Var::saved`] then does.
+    pub fn cheap(
+        &self,
+        var: Var<B>,
+        make: impl Fn() -> Float<B> + Send + Sync + 'static,
+    ) -> Var<B> {
+        if !(self.recompute_cheap && var.is_tracked()) {
+            return var;
+        }
+        Var {
+            recipe: Some(Arc::new(Recipe::new(false, make))),
+            ..var
+        }
+    }
+
+    /// Whether cheap values are made again rather than kept.
+    pub(crate) fn recomputes_cheap(&self) -> bool {
+        self.recompute_cheap
     }
 
     /// Whether an operation on these inputs would be recorded. An operation that must prepare something for its
@@ -206,6 +283,18 @@ impl<B: Ops> Tape<B> {
             let Some(grad) = grads[nodes.len()].take() else {
                 continue;
             };
+            let backward = match backward {
+                Backward::Returns(backward) => backward,
+                Backward::Accumulates(backward) => {
+                    let parent = node.parents[0];
+                    let so_far = parent.and_then(|parent| grads[parent].take());
+                    let sum = backward(grad, so_far);
+                    if let Some(parent) = parent {
+                        grads[parent] = sum;
+                    }
+                    continue;
+                }
+            };
             let parent_grads = backward(grad);
             assert_eq!(
                 parent_grads.len(),
@@ -230,7 +319,7 @@ impl<B: Ops> Tape<B> {
         &self,
         value: Float<B>,
         parents: Vec<Option<usize>>,
-        backward: Option<BackwardFn<B>>,
+        backward: Option<Backward<B>>,
     ) -> Var<B> {
         let node = self.nodes.as_ref().map(|nodes| {
             let mut nodes = nodes.borrow_mut();
@@ -240,7 +329,11 @@ impl<B: Ops> Tape<B> {
                 index: nodes.len() - 1,
             }
         });
-        Var { value, node }
+        Var {
+            value,
+            node,
+            recipe: None,
+        }
     }
 
     #[track_caller]
@@ -323,6 +416,51 @@ mod tests {
                 "drop 9", "run 2", "drop 2", "run 1", "drop 1", "run 0", "drop 0"
             ]
         );
+    }
+
+    #[test]
+    fn accumulating_nodes_add_to_what_the_parent_has() {
+        let tape = Tape::<Flex>::new();
+        let x = tape.leaf(number(3.0));
+        let double = |tape: &Tape<Flex>, x: &Var<Flex>| {
+            tape.record_accumulating(Flex::scale(x.value(), 2.0), x, &[], |dy, so_far| {
+                let dx = Flex::scale(dy, 2.0);
+                Some(match so_far {
+                    Some(so_far) => Flex::add(so_far, dx),
+                    None => dx,
+                })
+            })
+        };
+        let y = double(&tape, &x);
+        let z = add(&tape, &double(&tape, &y), &double(&tape, &y)); // slope 4 in y
+        let sum = add(&tape, &z, &x);
+        let grads = tape.backward(vec![(sum, number(1.0))], &[&x]);
+        assert_eq!(to_f32_vec::<Flex>(grads[0].clone().unwrap()), [9.0]);
+    }
+
+    #[test]
+    fn cheap_values_are_made_again_once_and_only_when_asked_for() {
+        use std::sync::atomic::AtomicUsize;
+        for (recompute, expected) in [(false, 0), (true, 1)] {
+            let made = Arc::new(AtomicUsize::new(0));
+            let tape = Tape::<Flex>::new();
+            let tape = if recompute {
+                tape.recompute_cheap()
+            } else {
+                tape
+            };
+            let x = tape.leaf(number(3.0));
+            let counter = Arc::clone(&made);
+            let y = tape.cheap(scale(&tape, &x, 2.0), move || {
+                counter.fetch_add(1, Ordering::Relaxed);
+                number(6.0)
+            });
+            let (one, two) = (y.saved(), y.saved());
+            drop(y);
+            assert_eq!(to_f32_vec::<Flex>(one.get()), [6.0]);
+            assert_eq!(to_f32_vec::<Flex>(two.get()), [6.0]);
+            assert_eq!(made.load(Ordering::Relaxed), expected);
+        }
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! `doctor`: what this machine has.
 
 use std::fs;
-use std::path::Path;
 use std::thread::available_parallelism;
 
 use serde_json::{Value, json};
@@ -19,7 +18,6 @@ pub(crate) fn run(_args: Args, report: Report) -> Result {
     let memory = memory();
     let simd = instruction_sets();
     let driver = nvidia_driver();
-    let gpus = nvidia_gpus();
     let threads = rayon::current_num_threads();
 
     let unknown = || "unknown".to_owned();
@@ -58,8 +56,14 @@ pub(crate) fn run(_args: Args, report: Report) -> Result {
                 .to_owned(),
         ]),
     }
-    rows.extend(gpus.iter().map(|gpu| vec!["GPU".to_owned(), gpu.clone()]));
-    rows.push(vec!["backends".to_owned(), "cpu".to_owned()]);
+    let cuda = bridge_cuda::probe();
+    rows.extend(gpu_rows(&cuda));
+    let backends = if cuda.is_ready() {
+        vec!["cpu", "cuda"]
+    } else {
+        vec!["cpu"]
+    };
+    rows.push(vec!["backends".to_owned(), backends.join(", ")]);
     report.text(table(&["what", "found"], &rows))?;
     report.json(&json!({
         "os": std::env::consts::OS,
@@ -70,8 +74,10 @@ pub(crate) fn run(_args: Args, report: Report) -> Result {
         "memory_available_bytes": memory.map(|m| m.1),
         "instruction_sets": simd,
         "nvidia_driver": driver.map_or(Value::Null, Value::from),
-        "gpus": gpus,
-        "backends": ["cpu"],
+        "cuda_version": cuda.driver_version.map(|(major, minor)| format!("{major}.{minor}")),
+        "gpus": cuda.gpus.as_ref().map_or_else(|_| Vec::new(), |gpus| gpus.iter().map(|gpu| gpu.name.clone()).collect()),
+        "libraries": libraries(&cuda),
+        "backends": backends,
     }))
 }
 
@@ -121,22 +127,52 @@ fn nvidia_driver() -> Option<String> {
     Some(text.lines().next()?.trim().to_owned())
 }
 
-/// Models of the GPUs that the driver lists.
-fn nvidia_gpus() -> Vec<String> {
-    let mut gpus: Vec<String> = fs::read_dir(Path::new("/proc/driver/nvidia/gpus"))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| fs::read_to_string(entry.path().join("information")).ok())
-        .filter_map(|text| {
-            Some(
-                text.lines()
-                    .find_map(|l| l.strip_prefix("Model:"))?
-                    .trim()
-                    .to_owned(),
-            )
+/// The GPUs as the driver describes them, and each library with its place or with what gets it.
+fn gpu_rows(cuda: &bridge_cuda::Report) -> Vec<Vec<String>> {
+    let mut rows = Vec::new();
+    match &cuda.gpus {
+        Ok(gpus) if gpus.is_empty() => rows.push(("GPU".to_owned(), "none".to_owned())),
+        Ok(gpus) => rows.extend(gpus.iter().map(|gpu| {
+            let (major, minor) = gpu.capability;
+            let note = if gpu.supported {
+                ""
+            } else {
+                "; too old for the cuda backend, which needs 8.0"
+            };
+            let text = format!(
+                "{}, {}, compute capability {major}.{minor}{note}",
+                gpu.name,
+                bytes(gpu.memory_bytes)
+            );
+            (format!("GPU {}", gpu.ordinal), text)
+        })),
+        Err(bridge_cuda::Error::Library { .. }) => {
+            rows.push(("GPU".to_owned(), "none: there is no driver".to_owned()));
+        }
+        Err(error) => rows.push(("GPU".to_owned(), error.to_string())),
+    }
+    for info in &cuda.libraries {
+        let text = match &info.path {
+            Ok(path) => path.display().to_string(),
+            Err(_) => format!("missing; {}", info.library.advice()),
+        };
+        rows.push((info.library.to_string(), text));
+    }
+    rows.into_iter()
+        .map(|(what, found)| vec![what, found])
+        .collect()
+}
+
+/// The libraries for scripts: name, file (or nothing), and how to get it where it is missing.
+fn libraries(cuda: &bridge_cuda::Report) -> Vec<Value> {
+    cuda.libraries
+        .iter()
+        .map(|info| {
+            json!({
+                "name": info.library.to_string(),
+                "path": info.path.as_ref().ok(),
+                "advice": info.path.is_err().then(|| info.library.advice()),
+            })
         })
-        .collect();
-    gpus.sort();
-    gpus
+        .collect()
 }

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use bridge_core::Registry;
 use bridge_models::generate::{GenerateOptions, Sampling, generate};
-use bridge_ops::Ops;
 use bridge_parallel::{ParallelContext, run_threads};
 use bridge_tokenizers::{SpecialTokens, TokenizerKind};
 use bridge_train::callback::{Callback, Callbacks, StopReason, Summary};
@@ -16,7 +15,7 @@ use bridge_train::signals::StopFlag;
 use bridge_train::{PretrainContext, PretrainOutcome, pretrain};
 use serde_json::json;
 
-use crate::backend::{OnBackend, dispatch};
+use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
 use crate::flags::{BackendFlags, BackendName, LayoutFlags, hugging_face_folder};
 use crate::report::Report;
@@ -102,7 +101,6 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         config: &config,
         registry: &registry,
         name: &name,
-        backend: args.backend,
     };
     let trained = dispatch(args.backend, work)?;
     tell(&config, &trained, report)?;
@@ -125,17 +123,15 @@ struct Pretrain<'a> {
     config: &'a ResolvedConfig,
     registry: &'a Registry,
     name: &'a str,
-    backend: BackendFlags,
 }
 
 impl OnBackend for Pretrain<'_> {
     type Output = Trained;
 
-    fn run<B: Ops>(self, device: B::Device) -> Result<Trained> {
+    fn run<B: Machine>(self, device: B::Device) -> Result<Trained> {
         let platform = Platform {
-            backend: self.backend.backend.as_str(),
             world_size: self.config.parallel.layout().world_size(),
-            ..Platform::cpu()
+            ..B::platform()
         };
         let stop = StopFlag::on_signals().running("cannot listen for signals")?;
         if platform.world_size > 1 {
@@ -189,8 +185,8 @@ impl OnBackend for Pretrain<'_> {
 
 impl Pretrain<'_> {
     /// Runs every rank of the layout as a thread of this process.
-    fn run_ranks<B: Ops>(self, platform: Platform, stop: StopFlag) -> Result<Trained> {
-        if self.backend.backend != BackendName::Cpu {
+    fn run_ranks<B: Machine>(self, platform: Platform, stop: StopFlag) -> Result<Trained> {
+        if platform.backend != BackendName::Cpu.as_str() {
             return Err(Failure::input(format!(
                 "the layout has {} ranks, and only the cpu backend runs them in one process",
                 platform.world_size

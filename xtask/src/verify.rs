@@ -4,13 +4,12 @@ use std::path::PathBuf;
 
 use bridge_core::LayoutSpec;
 use bridge_models::verify::{
-    LayoutOptions, Tolerances, VerifyOptions, VerifyReport, verify_layout,
+    LayoutOptions, Tolerances, VerifyOptions, VerifyReport, verify_bf16, verify_layout,
 };
-use bridge_ops::Ops;
 use bridge_parallel::CpCommType;
 use serde_json::to_value;
 
-use crate::backend::{OnBackend, dispatch};
+use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
 use crate::flags::{BackendFlags, BackendName, LayoutFlags, hugging_face_folder};
 use crate::report::Report;
@@ -30,6 +29,9 @@ pub(crate) struct Args {
     /// Compare the gradient of every weight as well.
     #[arg(long)]
     grads: bool,
+    /// Run in bf16 (needs --backend cuda): the loss may differ by 1 %, the cosine between the logits must be above 0.999.
+    #[arg(long, conflicts_with = "grads")]
+    bf16: bool,
     /// Largest difference of a logit that passes; the loss may differ by a tenth of it.
     #[arg(long, value_name = "X", default_value_t = 1e-4)]
     atol: f64,
@@ -85,7 +87,7 @@ struct Verify {
 impl OnBackend for Verify {
     type Output = VerifyReport;
 
-    fn run<B: Ops>(self, device: B::Device) -> Result<VerifyReport> {
+    fn run<B: Machine>(self, device: B::Device) -> Result<VerifyReport> {
         let Self { args, folder } = self;
         let tolerances = Tolerances {
             logits: args.atol,
@@ -100,6 +102,22 @@ impl OnBackend for Verify {
         let registry = bridge_models::registry();
         let name = args.backend.backend.as_str();
         let layout = args.layout.spec();
+        if args.bf16 {
+            if !B::platform().bf16 {
+                return Err(Failure::input(format!(
+                    "--bf16: the {name} backend does not compute in bf16; use --backend cuda"
+                )));
+            }
+            if layout != LayoutSpec::default() {
+                return Err(Failure::input(
+                    "--bf16 compares on one rank; leave out the layout flags",
+                ));
+            }
+            let reference = &args.reference;
+            return Ok(verify_bf16::<B>(
+                &registry, &folder, reference, &device, name,
+            )?);
+        }
         if layout != LayoutSpec::default() {
             let mut divided = LayoutOptions::new(layout);
             divided.parallel.cp_comm_type = args.cp_comm_type;

@@ -1,12 +1,12 @@
 //! Times of the kernels a training step is made of, as the rate of their floor: TFLOP/s or GB/s.
 
 use bridge_cuda::{
-    AdamWTensor, AttentionPath, Cuda, CudaDevice, CudaTensor, adamw_step_many, attention_calls,
-    attention_refusals, force_attention_path, sum_squares_many,
+    AttentionPath, Cuda, CudaDevice, CudaTensor, attention_calls, attention_refusals,
+    force_attention_path,
 };
 use bridge_ops::{
-    Activation, AdamWStep, AttentionSpec, CrossEntropySpec, DType, GradSlot, LossGradRequest,
-    NormSpec, Ops, RotaryDirection, RotaryStyle,
+    Activation, AdamWStep, AdamWTensors, AttentionSpec, CrossEntropySpec, DType, GradSlot,
+    LossGradRequest, NormSpec, Ops, RotaryDirection, RotaryStyle,
 };
 use burn_backend::ops::{FloatTensorOps, IntTensorOps};
 use burn_backend::{Distribution, FloatDType, IntDType, Shape};
@@ -103,13 +103,6 @@ fn products(b: &Bench) {
                 slot,
             ));
         });
-        let (candidate, ms) =
-            bridge_cuda::tune(&x, &Cuda::float_transpose(w.clone())).expect("tuning runs");
-        println!(
-            "{:44} {ms:9.3} ms {:9.1} TFLOP/s (candidate {candidate})",
-            "  tuned y",
-            flop / f64::from(ms) * 1e-9
-        );
     }
 }
 
@@ -359,36 +352,37 @@ fn optimizer(b: &Bench) {
     // The 1.24e9 parameters of a Llama 3.2 1B, in tensors of 16 Mi elements.
     let (count, size) = (74, 1 << 24);
     let new = |dtype| -> Vec<CudaTensor> { (0..count).map(|_| b.random(&[size], dtype)).collect() };
-    let (master, grad, m, copy) = (
-        new(FloatDType::F32),
-        new(FloatDType::F32),
-        new(FloatDType::F32),
-        new(FloatDType::BF16),
-    );
-    let v: Vec<CudaTensor> = m.iter().map(|m| Cuda::float_abs(m.clone())).collect();
     let step = AdamWStep::new(10, 1e-4, (0.9, 0.95), 1e-8, 0.1);
-    let tensors: Vec<AdamWTensor> = (0..count)
-        .map(|i| AdamWTensor {
-            master: &master[i],
-            grad: &grad[i],
-            m: &m[i],
-            v: &v[i],
-            copy: Some(&copy[i]),
+    let grads = new(FloatDType::F32);
+    let mut tensors: Vec<AdamWTensors<Cuda>> = (0..count)
+        .map(|_| {
+            let (copy, master) = Cuda::split_halves(b.random(&[size], FloatDType::F32));
+            AdamWTensors {
+                master,
+                grad: None,
+                m: b.random(&[size], FloatDType::F32),
+                v: Cuda::float_abs(b.random(&[size], FloatDType::F32)),
+                copy: Some(copy),
+            }
         })
         .collect();
     b.time(
         "adamw, 1.24e9 parameters",
         "B",
-        (count * size * 30) as f64,
-        || adamw_step_many(&tensors, &step),
+        (count * size * 28) as f64,
+        || {
+            for (tensors, grad) in tensors.iter_mut().zip(&grads) {
+                tensors.grad = Some(grad.clone());
+            }
+            tensors = Cuda::adamw_step_many(std::mem::take(&mut tensors), &step);
+        },
     );
-    let grads: Vec<&CudaTensor> = grad.iter().collect();
     b.time(
         "adamw: norm of all gradients",
         "B",
         (count * size * 4) as f64,
         || {
-            sum_squares_many(&grads);
+            Cuda::sum_squares_many(grads.clone());
         },
     );
 }

@@ -42,7 +42,7 @@ fn kernel(
 
 /// Packed and aligned for 16-byte packs.
 fn aligned(x: CudaTensor) -> CudaTensor {
-    let x = x.packed();
+    let x = x.into_packed();
     if x.address().is_multiple_of(16) {
         x
     } else {
@@ -95,22 +95,29 @@ pub(super) fn gated_forward(
     y
 }
 
+/// Returns (dgate, dup) and, if asked for, the result of the forward pass.
 pub(super) fn gated_backward(
     gate: CudaTensor,
     up: CudaTensor,
     dy: CudaTensor,
     activation: Activation,
-) -> (CudaTensor, CudaTensor) {
+    with_output: bool,
+) -> (CudaTensor, CudaTensor, Option<CudaTensor>) {
     let dy = aligned(cast(dy, gate.dtype()));
     let (gate, up) = (aligned(gate), aligned(up));
-    let (dgate, dup) = (like(&gate), like(&up));
+    // Each thread reads an element of every operand before it writes any, so what is written may take the place of what
+    // nobody else needs.
+    let place = |x: &CudaTensor| if x.is_unique() { x.clone() } else { like(x) };
+    let (dgate, dup) = (place(&gate), place(&up));
+    let y = with_output.then(|| place(&dy));
     if dgate.count() > 0 {
         let (gpu, kernel, shape, count) = kernel(&gate, activation, "gated_backward");
+        let to = y.as_ref().map_or(0, CudaTensor::address);
         // SAFETY: packed operands of `count` elements.
         unsafe {
-            launch!(gpu, kernel, shape; dgate.address(), dup.address(), gate.address(), up.address(), dy.address(), count)
+            launch!(gpu, kernel, shape; dgate.address(), dup.address(), to, gate.address(), up.address(), dy.address(), count)
                 .or_panic();
         }
     }
-    (dgate, dup)
+    (dgate, dup, y)
 }

@@ -1,11 +1,13 @@
 //! AdamW and the norm of gradients. Kernels: `kernels/adamw.cu`.
 
-use bridge_ops::AdamWStep;
+use bridge_ops::{AdamWStep, AdamWTensors};
 use burn_backend::{DType, TensorMetadata};
 
-use crate::device::{Argument, Launch, launch};
-use crate::elementwise::{blocks, cast, type_name};
+use crate::backend::Cuda;
+use crate::device::{Argument, Gpu, Launch, launch};
+use crate::elementwise::{blocks, cast, concatenate, type_name};
 use crate::error::OrPanic;
+use crate::reduce::{Reduction, reduce_all};
 use crate::tensor::CudaTensor;
 
 /// Elements of a tensor that one block updates; `CHUNK` of the kernel file.
@@ -84,94 +86,182 @@ pub(super) fn step(
     (param, m, v)
 }
 
-/// A parameter and its state, for [`adamw_step_many`].
-#[derive(Debug)]
-pub struct AdamWTensor<'a> {
-    /// fp32 master weight, updated in place.
-    pub master: &'a CudaTensor,
-    /// fp32 gradient.
-    pub grad: &'a CudaTensor,
-    /// fp32 mean of gradients, updated in place.
-    pub m: &'a CudaTensor,
-    /// fp32 mean of squared gradients, updated in place.
-    pub v: &'a CudaTensor,
-    /// bf16 copy of the weight that the model computes with, overwritten.
-    pub copy: Option<&'a CudaTensor>,
+/// Where the parts of a weight lie, as the kernels take it. Mirrors `Tensor` in `kernels/adamw.cu`.
+#[derive(Clone, Copy, Default)]
+struct Entry {
+    param: u64,
+    grad: u64,
+    m: u64,
+    v: u64,
+    /// 0 where there is none.
+    copy: u64,
+    /// The lower half of the weight, where `param` is 0 and `copy` the upper one.
+    lower: u64,
+    count: u64,
 }
 
-/// One AdamW update of many tensors in one launch, in place: the caller vouches that nobody else reads them meanwhile.
-/// All on one device and packed.
-///
-/// # Panics
-/// When a tensor is not packed, not aligned, or of the wrong dtype or size.
-#[track_caller]
-pub fn adamw_step_many(tensors: &[AdamWTensor], step: &AdamWStep) {
-    let Some(first) = tensors.first() else { return };
-    let gpu = first.master.gpu();
-    let (mut table, mut chunks) = (Vec::new(), Vec::new());
-    for (index, tensor) in tensors.iter().enumerate() {
-        let count = tensor.master.count();
-        for x in [tensor.master, tensor.grad, tensor.m, tensor.v] {
-            let fits = x.count() == count
-                && x.dtype() == DType::F32
-                && x.is_packed()
-                && x.address().is_multiple_of(16);
-            assert!(
-                fits,
-                "adamw: expected {count} packed f32 elements, found {x:?}"
-            );
-        }
-        if let Some(copy) = tensor.copy {
-            let fits = copy.count() == count && copy.dtype() == DType::BF16 && copy.is_packed();
-            assert!(
-                fits && copy.address().is_multiple_of(8),
-                "adamw: expected {count} packed bf16 elements, found {copy:?}"
-            );
-        }
-        let copy = tensor.copy.map_or(0, CudaTensor::address);
-        let addresses = [tensor.master, tensor.grad, tensor.m, tensor.v].map(CudaTensor::address);
-        table.extend(addresses.into_iter().chain([copy, count as u64]));
-        chunks.extend((0..count.div_ceil(CHUNK)).flat_map(|chunk| [index as i32, chunk as i32]));
+impl Entry {
+    fn words(&self) -> [u64; 7] {
+        let Self {
+            param,
+            grad,
+            m,
+            v,
+            copy,
+            lower,
+            count,
+        } = *self;
+        [param, grad, m, v, copy, lower, count]
     }
-    if chunks.is_empty() {
+}
+
+/// A list of tensors cut into chunks of [`CHUNK`] elements, one for each block of a launch.
+struct Chunks {
+    table: CudaTensor,
+    chunks: CudaTensor,
+    blocks: usize,
+}
+
+impl Chunks {
+    /// `None` where there is nothing to do.
+    fn new(gpu: &'static Gpu, entries: &[Entry]) -> Option<Self> {
+        let chunks: Vec<[i32; 2]> = (entries.iter().enumerate())
+            .flat_map(|(index, entry)| {
+                (0..entry.count.div_ceil(CHUNK as u64))
+                    .map(move |chunk| [index as i32, chunk as i32])
+            })
+            .collect();
+        if chunks.is_empty() {
+            return None;
+        }
+        let words: Vec<u64> = entries.iter().flat_map(Entry::words).collect();
+        Some(Self {
+            table: CudaTensor::from_bytes(
+                gpu,
+                bytemuck::cast_slice(&words),
+                &[words.len()],
+                DType::U64,
+            ),
+            chunks: CudaTensor::from_bytes(
+                gpu,
+                bytemuck::cast_slice(&chunks),
+                &[chunks.len(), 2],
+                DType::I32,
+            ),
+            blocks: chunks.len(),
+        })
+    }
+}
+
+/// Whether the list kernels can work on a tensor where it lies.
+fn fits(x: &CudaTensor, dtype: DType, count: usize) -> bool {
+    x.dtype() == dtype && x.count() == count && x.is_packed() && x.address().is_multiple_of(16)
+}
+
+/// One update of all tensors in one launch. Tensors whose layout the list kernel does not take go one by one.
+pub(super) fn step_many(
+    tensors: Vec<AdamWTensors<Cuda>>,
+    step: &AdamWStep,
+) -> Vec<AdamWTensors<Cuda>> {
+    let mut entries = Vec::new();
+    let mut grads = Vec::new();
+    let tensors: Vec<AdamWTensors<Cuda>> = tensors
+        .into_iter()
+        .map(|mut t| {
+            let Some(grad) = t.grad.take() else { return t };
+            let count = t.master.count();
+            let is_lower = t.master.dtype() != DType::F32;
+            let master_fits = if is_lower {
+                fits(&t.master, DType::BF16, count) && t.copy.is_some()
+            } else {
+                fits(&t.master, DType::F32, count)
+            };
+            let copy_fits = t
+                .copy
+                .as_ref()
+                .is_none_or(|copy| fits(copy, DType::BF16, count) && copy.is_unique());
+            let floats = [&t.m, &t.v, &grad];
+            let listed = master_fits
+                && copy_fits
+                && floats.iter().all(|x| fits(x, DType::F32, count))
+                && [&t.master, &t.m, &t.v].iter().all(|x| x.is_unique());
+            if !listed {
+                t.grad = Some(grad);
+                return AdamWTensors::step_by_parts(t, step);
+            }
+            let master = t.master.address();
+            entries.push(Entry {
+                param: if is_lower { 0 } else { master },
+                lower: if is_lower { master } else { 0 },
+                grad: grad.address(),
+                m: t.m.address(),
+                v: t.v.address(),
+                copy: t.copy.as_ref().map_or(0, CudaTensor::address),
+                count: count as u64,
+            });
+            grads.push(grad);
+            t
+        })
+        .collect();
+    let Some(gpu) = grads.first().map(CudaTensor::gpu) else {
+        return tensors;
+    };
+    if let Some(list) = Chunks::new(gpu, &entries) {
+        let defines = [("PARAM", "float"), ("GRAD", "float")];
+        let kernel = gpu.kernel("adamw", &defines, "step_many").or_panic();
+        let shape = Launch::linear(list.blocks, 256);
+        // SAFETY: the table describes packed tensors of the sizes checked above, of which those that are written are
+        // owned by nobody else; the chunks cover each exactly once.
+        unsafe {
+            launch!(gpu, kernel, shape; list.table.address(), list.chunks.address(), Numbers::new(step)).or_panic();
+        }
+    }
+    tensors
+}
+
+/// Cuts f32 weights into bf16 numbers and what they lack.
+pub(super) fn split_halves(weight: CudaTensor) -> (CudaTensor, CudaTensor) {
+    let weight = cast(weight, DType::F32).packed();
+    let gpu = weight.gpu();
+    let half = || CudaTensor::empty(gpu, weight.dims(), DType::BF16);
+    let (upper, lower) = (half(), half());
+    queue_halves("split_halves", &weight, &upper, &lower);
+    (upper, lower)
+}
+
+/// Puts them together again.
+pub(super) fn join_halves(upper: CudaTensor, lower: CudaTensor) -> CudaTensor {
+    let (upper, lower) = (upper.packed(), lower.packed());
+    let weight = CudaTensor::empty(upper.gpu(), upper.dims(), DType::F32);
+    queue_halves("join_halves", &weight, &upper, &lower);
+    weight
+}
+
+fn queue_halves(entry: &'static str, weight: &CudaTensor, upper: &CudaTensor, lower: &CudaTensor) {
+    let (gpu, count) = (weight.gpu(), weight.count());
+    assert!(
+        [upper, lower]
+            .iter()
+            .all(|x| x.count() == count && x.dtype() == DType::BF16),
+        "halves: two bf16 tensors of the weight's shape"
+    );
+    if count == 0 {
         return;
     }
-    let table = CudaTensor::from_bytes(
-        gpu,
-        bytemuck::cast_slice(&table),
-        &[table.len()],
-        DType::U64,
-    );
-    let count = chunks.len() / 2;
-    let chunks = CudaTensor::from_bytes(
-        gpu,
-        bytemuck::cast_slice(&chunks),
-        &[chunks.len()],
-        DType::I32,
-    );
-    let kernel = gpu
-        .kernel(
-            "adamw",
-            &[("PARAM", "float"), ("GRAD", "float")],
-            "step_many",
-        )
-        .or_panic();
-    // SAFETY: the table describes packed tensors of the sizes checked above; the chunks cover each exactly once.
+    let defines = [("PARAM", "float"), ("GRAD", "float")];
+    let kernel = gpu.kernel("adamw", &defines, entry).or_panic();
+    let shape = Launch::linear(blocks(gpu, count, 1), 256);
+    // SAFETY: packed operands of `count` elements; what is written was just allocated.
     unsafe {
-        launch!(gpu, kernel, Launch::linear(count, 256); table.address(), chunks.address(), Numbers::new(step)).or_panic();
+        launch!(gpu, kernel, shape; weight.address(), upper.address(), lower.address(), count as i64).or_panic();
     }
 }
 
 /// Writes partial sums of squares (`square`) or sums of `x` to `partial`, one per block.
 fn queue_sum(x: &CudaTensor, partial: &CudaTensor, blocks: usize, square: bool) {
     let gpu = x.gpu();
-    let kernel = gpu
-        .kernel(
-            "adamw",
-            &[("PARAM", "float"), ("GRAD", type_name(x.dtype()))],
-            "sum_squares",
-        )
-        .or_panic();
+    let defines = [("PARAM", "float"), ("GRAD", type_name(x.dtype()))];
+    let kernel = gpu.kernel("adamw", &defines, "sum_squares").or_panic();
     // SAFETY: x is packed; `partial` holds one element per block.
     unsafe {
         launch!(gpu, kernel, Launch::linear(blocks, 512); partial.address(), x.address(), x.count() as i64, i32::from(square))
@@ -180,33 +270,46 @@ fn queue_sum(x: &CudaTensor, partial: &CudaTensor, blocks: usize, square: bool) 
 }
 
 pub(super) fn sum_squares(x: CudaTensor) -> CudaTensor {
-    sum_squares_many(&[&x])
+    let x = x.packed();
+    let blocks = x
+        .count()
+        .div_ceil(512 * 8)
+        .clamp(1, x.gpu().multiprocessors * 4);
+    let partial = CudaTensor::empty(x.gpu(), &[blocks], DType::F32);
+    queue_sum(&x, &partial, blocks, true);
+    let out = CudaTensor::empty(x.gpu(), &[1], DType::F32);
+    queue_sum(&partial, &out, 1, false);
+    out
 }
 
 /// The sum of the squares of all elements of all tensors, `[1]` fp32. The order of additions is fixed.
-///
-/// # Panics
-/// When there is no tensor.
 #[track_caller]
-pub fn sum_squares_many(tensors: &[&CudaTensor]) -> CudaTensor {
-    let gpu = tensors
-        .first()
-        .expect("a sum over at least one tensor")
-        .gpu();
-    let tensors: Vec<CudaTensor> = tensors.iter().map(|x| x.packed()).collect();
-    let per_tensor: Vec<usize> = tensors
+pub(super) fn sum_squares_many(tensors: &[CudaTensor]) -> CudaTensor {
+    let first = tensors.first().expect("a sum over at least one tensor");
+    let gpu = first.gpu();
+    let listed = |x: &CudaTensor| fits(x, DType::F32, x.count());
+    if !tensors.iter().all(listed) {
+        let sums: Vec<CudaTensor> = tensors.iter().cloned().map(sum_squares).collect();
+        return reduce_all(Reduction::Sum, concatenate(&sums, 0), DType::F32);
+    }
+    let entries: Vec<Entry> = tensors
         .iter()
-        .map(|x| {
-            x.count()
-                .div_ceil(512 * 8)
-                .clamp(1, gpu.multiprocessors * 4)
+        .map(|x| Entry {
+            grad: x.address(),
+            count: x.count() as u64,
+            ..Entry::default()
         })
         .collect();
-    let partial = CudaTensor::empty(gpu, &[per_tensor.iter().sum()], DType::F32);
-    let mut start = 0;
-    for (x, &blocks) in tensors.iter().zip(&per_tensor) {
-        queue_sum(x, &partial.clone().narrow(0, start, blocks), blocks, true);
-        start += blocks;
+    let Some(list) = Chunks::new(gpu, &entries) else {
+        return CudaTensor::zeros(gpu, &[1], DType::F32);
+    };
+    let partial = CudaTensor::empty(gpu, &[list.blocks], DType::F32);
+    let defines = [("PARAM", "float"), ("GRAD", "float")];
+    let kernel = gpu.kernel("adamw", &defines, "sum_squares_many").or_panic();
+    // SAFETY: the table describes packed tensors, the chunks cover each exactly once, `partial` has one element a block.
+    unsafe {
+        launch!(gpu, kernel, Launch::linear(list.blocks, 256); partial.address(), list.table.address(), list.chunks.address())
+            .or_panic();
     }
     let out = CudaTensor::empty(gpu, &[1], DType::F32);
     queue_sum(&partial, &out, 1, false);

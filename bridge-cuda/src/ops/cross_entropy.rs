@@ -171,7 +171,7 @@ impl Scratch {
             &logits,
             x.clone(),
             weight.clone().swap_dims(0, 1),
-            false,
+            None,
             None,
         );
         logits
@@ -267,7 +267,7 @@ pub(super) fn linear_grads(
             (None, None) => unreachable!("either the log-sum-exp is known or it is computed"),
         }
         if let Some(dx) = &dx {
-            matmul_into(&part(dx), logits.clone(), weight.clone(), false, None);
+            matmul_into(&part(dx), logits.clone(), weight.clone(), None, None);
         }
         slot =
             slot.map(|slot| GradSlot::Sum(linear::accumulate_weight_grad(part(&x), logits, slot)));

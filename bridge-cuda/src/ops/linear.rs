@@ -35,17 +35,27 @@ pub(super) fn forward(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor
     let shape = with_last(x.dims(), weight.dims()[0]);
     let x = rows(x);
     let out = CudaTensor::empty(x.gpu(), &[x.dims()[0], weight.dims()[0]], dtype);
-    matmul_into(&out, x, weight.swap_dims(0, 1), false, bias.as_ref());
+    matmul_into(&out, x, weight.swap_dims(0, 1), None, bias.as_ref());
     out.reshape(&shape)
 }
 
-pub(super) fn backward_input(dy: CudaTensor, weight: CudaTensor) -> CudaTensor {
+/// `dy W`, added by the product to what the gradient is so far: in place where nobody else has that.
+pub(super) fn backward_input(
+    dy: CudaTensor,
+    weight: CudaTensor,
+    so_far: Option<CudaTensor>,
+) -> CudaTensor {
     let dtype = dy.dtype();
     let weight = cast(weight, dtype);
     let shape = with_last(dy.dims(), weight.dims()[1]);
     let dy = rows(dy);
-    let out = CudaTensor::empty(dy.gpu(), &[dy.dims()[0], weight.dims()[1]], dtype);
-    matmul_into(&out, dy, weight, false, None);
+    let size = [dy.dims()[0], weight.dims()[1]];
+    let so_far = so_far.map(|so_far| rows(cast(so_far, dtype).into_packed()));
+    let out = match &so_far {
+        Some(so_far) if so_far.is_unique() => so_far.clone(),
+        _ => CudaTensor::empty(dy.gpu(), &size, dtype),
+    };
+    matmul_into(&out, dy, weight, so_far.as_ref(), None);
     out.reshape(&shape)
 }
 
@@ -62,7 +72,13 @@ pub(super) fn accumulate_weight_grad(
         _ => (cast(x, DType::F32), cast(dy, DType::F32)),
     };
     let (sum, accumulate) = open_slot(slot, &x, &shape);
-    matmul_into(&sum, dy.swap_dims(0, 1), x, accumulate, None);
+    matmul_into(
+        &sum,
+        dy.swap_dims(0, 1),
+        x,
+        accumulate.then_some(&sum),
+        None,
+    );
     sum
 }
 

@@ -12,9 +12,9 @@ mod norm;
 mod rotary;
 
 use bridge_ops::{
-    Activation, AdamWStep, AttentionGrads, AttentionOutput, AttentionRule, CrossEntropyOutput,
-    CrossEntropySpec, GradSlot, LossGradRequest, LossGrads, NormSpec, Ops, RotaryDirection,
-    RotaryStyle,
+    Activation, AdamWStep, AdamWTensors, AttentionGrads, AttentionOutput, AttentionRule,
+    CrossEntropyOutput, CrossEntropySpec, GradSlot, LossGradRequest, LossGrads, NormSpec, Ops,
+    RotaryDirection, RotaryStyle,
 };
 use burn_backend::DType;
 
@@ -22,19 +22,29 @@ use crate::backend::Cuda;
 use crate::elementwise::cast;
 use crate::tensor::CudaTensor;
 
-pub use adamw::{AdamWTensor, adamw_step_many, sum_squares_many};
 pub use attention::{
     AttentionCalls, AttentionPath, attention_calls, attention_refusals, force_attention_path,
     set_deterministic_attention,
 };
 
 impl Ops for Cuda {
+    const KEEPS_GRADIENT_BUFFERS: bool = false;
+    const SPLITS_MASTER_WEIGHTS: bool = true;
+
     fn linear_forward(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>) -> CudaTensor {
         linear::forward(x, weight, bias)
     }
 
     fn linear_backward_input(dy: CudaTensor, weight: CudaTensor) -> CudaTensor {
-        linear::backward_input(dy, weight)
+        linear::backward_input(dy, weight, None)
+    }
+
+    fn linear_backward_input_add(
+        dy: CudaTensor,
+        weight: CudaTensor,
+        so_far: Option<CudaTensor>,
+    ) -> CudaTensor {
+        linear::backward_input(dy, weight, so_far)
     }
 
     fn linear_accumulate_weight_grad(
@@ -72,7 +82,17 @@ impl Ops for Cuda {
         dy: CudaTensor,
         spec: NormSpec,
     ) -> (CudaTensor, CudaTensor) {
-        norm::rms_backward(x, weight, dy, spec)
+        norm::rms_backward(x, weight, dy, spec, None)
+    }
+
+    fn rms_norm_backward_add(
+        x: CudaTensor,
+        weight: CudaTensor,
+        dy: CudaTensor,
+        spec: NormSpec,
+        so_far: Option<CudaTensor>,
+    ) -> (CudaTensor, CudaTensor) {
+        norm::rms_backward(x, weight, dy, spec, so_far)
     }
 
     fn layer_norm_forward(
@@ -147,7 +167,18 @@ impl Ops for Cuda {
         dy: CudaTensor,
         activation: Activation,
     ) -> (CudaTensor, CudaTensor) {
-        activation::gated_backward(gate, up, dy, activation)
+        let (dgate, dup, _) = activation::gated_backward(gate, up, dy, activation, false);
+        (dgate, dup)
+    }
+
+    fn gated_activation_backward_with_output(
+        gate: CudaTensor,
+        up: CudaTensor,
+        dy: CudaTensor,
+        activation: Activation,
+    ) -> (CudaTensor, CudaTensor, CudaTensor) {
+        let (dgate, dup, y) = activation::gated_backward(gate, up, dy, activation, true);
+        (dgate, dup, y.expect("asked for"))
     }
 
     fn cross_entropy_forward(
@@ -221,6 +252,25 @@ impl Ops for Cuda {
         step: &AdamWStep,
     ) -> (CudaTensor, CudaTensor, CudaTensor) {
         adamw::step(param, grad, m, v, step)
+    }
+
+    fn adamw_step_many(
+        tensors: Vec<AdamWTensors<Self>>,
+        step: &AdamWStep,
+    ) -> Vec<AdamWTensors<Self>> {
+        adamw::step_many(tensors, step)
+    }
+
+    fn split_halves(weight: CudaTensor) -> (CudaTensor, CudaTensor) {
+        adamw::split_halves(weight)
+    }
+
+    fn join_halves(upper: CudaTensor, lower: CudaTensor) -> CudaTensor {
+        adamw::join_halves(upper, lower)
+    }
+
+    fn sum_squares_many(tensors: Vec<CudaTensor>) -> CudaTensor {
+        adamw::sum_squares_many(&tensors)
     }
 }
 

@@ -1,8 +1,8 @@
 //! The kernels of `bridge_ops::Ops`, forward and backward. Attention has a file of its own.
 
 use bridge_ops::{
-    Activation, AdamWStep, CrossEntropySpec, DType, GradSlot, LossGradRequest, NormSpec, Ops,
-    RotaryDirection, RotaryStyle, int_from_i64,
+    Activation, AdamWStep, AdamWTensors, CrossEntropySpec, DType, GradSlot, LossGradRequest,
+    NormSpec, Ops, RotaryDirection, RotaryStyle, int_from_i64,
 };
 use burn_backend::TensorMetadata;
 
@@ -20,6 +20,7 @@ pub(crate) fn groups() -> Vec<Group> {
         group!(activation, FLOATS),
         group!(cross_entropy, FLOATS),
         group!(linear_cross_entropy, FLOATS),
+        group!(adamw_many, &[DType::F32]),
         group!(adamw, &[DType::F32]),
         group!(sum_squares, FLOATS),
     ]
@@ -99,9 +100,15 @@ fn rms_norm<B: Ops>(c: &mut Context<B>) {
             );
             let w = c.float(seed + 200, &[hidden]);
             c.push("forward", B::rms_norm_forward(x.clone(), w.clone(), spec));
-            let (dx, dw) = B::rms_norm_backward(x, w, dy, spec);
+            let so_far = c.float(seed + 300, &[1, rows, hidden]);
+            let (dx, dw) = B::rms_norm_backward(x.clone(), w.clone(), dy.clone(), spec);
             c.push("dx", dx);
             c.push("dw", dw);
+            let shared = Some(so_far.clone());
+            let (dx, _) = B::rms_norm_backward_add(x.clone(), w.clone(), dy.clone(), spec, shared);
+            c.push("dx added", dx);
+            let (dx, _) = B::rms_norm_backward_add(x, w, dy, spec, Some(so_far));
+            c.push("dx added in place", dx);
         }
     }
 }
@@ -177,6 +184,13 @@ fn activation<B: Ops>(c: &mut Context<B>) {
             name,
             B::gated_activation_forward(gate.clone(), up.clone(), act),
         );
+        let once_more = c.float(seed_again(act), &[5, 77]);
+        let own = |i: u64| B::scale(once_more.clone(), 0.5 + i as f64 / 4.0);
+        // Operands that nobody else has, which the results take the place of.
+        let (dgate, dup, y) = B::gated_activation_backward_with_output(own(0), own(1), own(2), act);
+        c.push("dgate with y", dgate);
+        c.push("dup with y", dup);
+        c.push("y on the side", y);
         let (dgate, dup) = B::gated_activation_backward(gate.clone(), up.clone(), dy.clone(), act);
         c.push(name, dgate);
         c.push(name, dup);
@@ -223,7 +237,8 @@ fn linear_cross_entropy<B: Ops>(c: &mut Context<B>) {
     for (seed, tokens, hidden, vocab) in [(250, 37, 48, 131), (251, 300, 64, 1000)] {
         let spec = CrossEntropySpec::default();
         let x = c.float(seed, &[tokens, hidden]);
-        let w = c.float(seed + 1, &[vocab, hidden]);
+        // Logits of the size that a trained model's have. In 16 bits they are rounded, which larger ones would show.
+        let w = B::scale(c.float(seed + 1, &[vocab, hidden]), 0.125);
         let targets = targets(c, seed + 2, tokens, vocab);
         let dloss = c.float32(seed + 3, &[tokens]);
         let output = B::linear_cross_entropy_forward(x.clone(), w.clone(), targets.clone(), &spec);
@@ -249,6 +264,63 @@ fn linear_cross_entropy<B: Ops>(c: &mut Context<B>) {
         c.push("dx at once", grads.input.expect("asked for"));
         c.push("dw at once", grads.weight.expect("asked for"));
     }
+}
+
+/// A seed that differs from activation to activation.
+fn seed_again(act: Activation) -> u64 {
+    320 + Activation::ALL.iter().position(|a| *a == act).unwrap_or(0) as u64
+}
+
+fn adamw_many<B: Ops>(c: &mut Context<B>) {
+    let step = AdamWStep {
+        grad_scale: 0.7,
+        ..AdamWStep::new(2, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    };
+    // One larger than a block's share; some that no vector fits in.
+    let shapes = [vec![300, 257], vec![7], vec![2], vec![64, 128]];
+    for halves in [false, true] {
+        let tensors = (0u64..)
+            .zip(&shapes)
+            .map(|(i, shape)| {
+                let weight = c.float32(270 + i, shape);
+                let v = c.float32(290 + i, shape);
+                let (master, copy) = if halves {
+                    let (upper, lower) = B::split_halves(weight);
+                    (lower, Some(upper))
+                } else {
+                    let copy = B::cast(weight.clone(), DType::BF16);
+                    (weight, Some(copy))
+                };
+                AdamWTensors {
+                    master,
+                    grad: Some(c.float32(280 + i, shape)),
+                    m: c.float32(300 + i, shape),
+                    v: B::mul(v.clone(), v),
+                    copy,
+                }
+            })
+            .collect();
+        for tensors in B::adamw_step_many(tensors, &step) {
+            let copy = tensors.copy.expect("a copy was given");
+            let weight = if halves {
+                B::join_halves(copy, tensors.master)
+            } else {
+                // Nearly equal numbers may round to neighbours, so what is compared is how far the copy is off.
+                let off = B::sub(B::cast(copy, DType::F32), tensors.master.clone());
+                c.push("copy", B::add(B::scale(off, 1e-4), tensors.master.clone()));
+                tensors.master
+            };
+            c.push("weight", weight);
+            c.push("m", tensors.m);
+            c.push("v", tensors.v);
+        }
+    }
+    let grads: Vec<_> = (0u64..)
+        .zip(&shapes)
+        .map(|(i, s)| c.float32(310 + i, s))
+        .collect();
+    let sums = B::sum_squares_many(grads);
+    c.push("norm", B::float_sum(sums));
 }
 
 fn adamw<B: Ops>(c: &mut Context<B>) {

@@ -3,6 +3,8 @@
 use bridge_core::config::{Frequencies, RopeConfig, RopeStyle};
 use bridge_ops::{Ops, RotaryStyle, RotaryTable, float_from_f32};
 
+use rayon::prelude::*;
+
 use crate::context::ForwardContext;
 
 /// The rotary table of `ctx`'s positions for heads of which `rotary_dim` elements are rotated:
@@ -40,15 +42,20 @@ fn cos_sin(
         inv_freq,
         attention_factor,
     } = frequencies;
-    let capacity = positions.size_hint().0 * inv_freq.len();
-    let (mut cos, mut sin) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
-    for position in positions {
-        for frequency in inv_freq {
-            // The angle is rounded to f32, as in the reference implementation; its cosine is then exact.
-            let angle = f64::from(position as f32 * frequency);
-            cos.push((angle.cos() * attention_factor) as f32);
-            sin.push((angle.sin() * attention_factor) as f32);
-        }
-    }
-    (cos, sin)
+    let positions: Vec<usize> = positions.collect();
+    // On all cores: a GPU waits for this in each step.
+    positions
+        .par_iter()
+        .with_min_len(64)
+        .flat_map_iter(|position| {
+            inv_freq.iter().map(move |frequency| {
+                // The angle is rounded to f32, as in the reference implementation; its cosine is then exact.
+                let (sin, cos) = f64::from(*position as f32 * frequency).sin_cos();
+                (
+                    (cos * attention_factor) as f32,
+                    (sin * attention_factor) as f32,
+                )
+            })
+        })
+        .unzip()
 }

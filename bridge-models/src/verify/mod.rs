@@ -2,6 +2,7 @@
 
 mod gradients;
 mod layout;
+mod narrow;
 mod reference;
 mod report;
 
@@ -15,6 +16,7 @@ use bridge_core::{LayoutSpec, Registry};
 use bridge_ops::{Ops, to_f32_vec};
 
 pub use layout::{LayoutOptions, verify_layout};
+pub use narrow::verify_bf16;
 pub use reference::{GradientStats, GreedyReference, LogitsReference, Reference};
 pub use report::{Comparison, VerifyReport};
 

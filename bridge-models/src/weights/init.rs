@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use bridge_ops::{Float, Ops, float_from_f32};
+use bridge_ops::{Float, Ops, float_from_vec};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -137,7 +137,7 @@ impl RandomInit {
 impl<B: Ops> WeightSource<B> for RandomInit {
     fn weight(&mut self, name: &str, shape: &[usize], device: &B::Device) -> Result<Float<B>> {
         let values = self.elements(name, shape, 0..shape.iter().product());
-        Ok(float_from_f32::<B>(&values, shape, device))
+        Ok(float_from_vec::<B>(values, shape, device))
     }
 
     fn slice(
@@ -149,7 +149,7 @@ impl<B: Ops> WeightSource<B> for RandomInit {
     ) -> Result<Float<B>> {
         let held: Vec<usize> = ranges.iter().map(Range::len).collect();
         let values = self.region(name, shape, ranges);
-        Ok(float_from_f32::<B>(&values, &held, device))
+        Ok(float_from_vec::<B>(values, &held, device))
     }
 }
 

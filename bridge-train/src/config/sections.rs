@@ -11,6 +11,8 @@ choice! {
     pub enum RecomputeGranularity {
         /// Every activation the backward pass needs.
         None = "none",
+        /// All but what one pass over memory makes again: outputs of norms and of activation functions.
+        Selective = "selective",
         /// Only the layer's input; the layer runs again in the backward pass. Less memory, about a third more work.
         Full = "full",
     }
@@ -41,7 +43,8 @@ section! {
         exit_duration_in_mins: Option<f64> = None,
         /// Seed of the initial weights, and of the data order unless data.seed is given.
         seed: u64 = 1234,
-        /// Trade time for memory: `full` keeps only the input of every layer.
+        /// Trade time for memory: `selective` makes norms and activation functions again in the backward pass, `full`
+        /// keeps only the input of every layer.
         recompute_granularity: RecomputeGranularity = RecomputeGranularity::None,
         /// What a NaN or an infinity in the loss or the gradients does.
         on_non_finite: NonFinitePolicy = NonFinitePolicy::Stop,

@@ -25,6 +25,7 @@ pub(super) struct ChunkState<B: Ops> {
     kept: Vec<Kept<B>>,
     /// The gradient of the token losses, where the chunk ends in the head.
     seed: Option<Float<B>>,
+    recompute: RecomputeGranularity,
 }
 
 /// What a chunk's forward pass gives.
@@ -53,6 +54,7 @@ impl<B: Ops> ChunkState<B> {
             first: segments.start,
             kept: Vec::with_capacity(segments.len()),
             seed: None,
+            recompute,
         };
         let mut hidden = input;
         for index in segments.start..segments.end.min(head) {
@@ -70,7 +72,7 @@ impl<B: Ops> ChunkState<B> {
                     output.into_value()
                 }
                 (input, _) => {
-                    let recorded = record(model, index, input, ctx);
+                    let recorded = record(model, index, input, ctx, recompute);
                     let value = recorded.2.value();
                     state.kept.push(Kept::Tape {
                         tape: recorded.0,
@@ -121,7 +123,7 @@ impl<B: Ops> ChunkState<B> {
                         input,
                         output,
                     } => (tape, input, output),
-                    Kept::Input(input) => record(model, index, Some(input), ctx),
+                    Kept::Input(input) => record(model, index, Some(input), ctx, self.recompute),
                 };
                 let leaves: Vec<&Var<B>> = input.iter().collect();
                 gradient = tape.backward(vec![(output, seed)], &leaves).pop().flatten();
@@ -138,8 +140,15 @@ fn record<B: Ops>(
     index: usize,
     input: Option<Float<B>>,
     ctx: &ForwardContext<'_, B>,
+    recompute: RecomputeGranularity,
 ) -> (Tape<B>, Option<Var<B>>, Var<B>) {
-    let tape = Tape::new();
+    let tape = match recompute {
+        RecomputeGranularity::None => Tape::new(),
+        // A layer that runs again holds its activations for a short time, yet all of them at once.
+        RecomputeGranularity::Selective | RecomputeGranularity::Full => {
+            Tape::new().recompute_cheap()
+        }
+    };
     let input = input.map(|value| tape.leaf(value));
     let output = model.forward_segment(index, &tape, input.as_ref(), ctx);
     (tape, input, output)

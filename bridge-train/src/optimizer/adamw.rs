@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use bridge_ops::{AdamWStep, DType, Float, Ops, Param, float_zeros};
+use bridge_ops::{AdamWStep, AdamWTensors, DType, Float, Ops, Param, float_zeros};
 
 use super::pattern::name_matches;
 use crate::error::{Error, Result};
@@ -48,10 +48,36 @@ pub struct ParamState<B: Ops> {
     pub param: Param<B>,
     /// Whether weight decay applies to it.
     pub decayed: bool,
-    /// The weight in fp32, when the model's is narrower.
-    master: Option<Float<B>>,
+    /// The weight in fp32, when the model's is narrower, or the lower half of it.
+    master: Option<Master<B>>,
     /// Running means of the gradient and of its square. `None` only while a kernel owns them.
     moments: Option<(Float<B>, Float<B>)>,
+}
+
+/// What the optimizer keeps of an fp32 weight beside the model's narrower one.
+enum Master<B: Ops> {
+    /// All of it.
+    Whole(Float<B>),
+    /// What the model's lacks (see [`Ops::split_halves`]).
+    Lower(Float<B>),
+}
+
+/// Whether only the lower half is kept of the fp32 weight behind one of `dtype`.
+fn splits<B: Ops>(dtype: DType) -> bool {
+    dtype == DType::BF16 && B::SPLITS_MASTER_WEIGHTS
+}
+
+impl<B: Ops> Master<B> {
+    /// What belongs to `weight` in fp32, and the model's weight in `dtype`.
+    fn new(weight: Float<B>, dtype: DType) -> (Self, Float<B>) {
+        if splits::<B>(dtype) {
+            let (upper, lower) = B::split_halves(weight);
+            (Self::Lower(lower), upper)
+        } else {
+            let value = B::cast(weight.clone(), dtype);
+            (Self::Whole(weight), value)
+        }
+    }
 }
 
 /// The AdamW optimizer.
@@ -102,8 +128,10 @@ impl<B: Ops> AdamW<B> {
                 let zeros = || float_zeros::<B>(&param.shape(), DType::F32, &param.device());
                 ParamState {
                     decayed: options.decays(param.name()),
-                    master: (param.dtype() != DType::F32)
-                        .then(|| B::cast(param.value(), DType::F32)),
+                    master: (param.dtype() != DType::F32).then(|| {
+                        // Exact both ways, so the model's own value stays.
+                        Master::new(B::cast(param.value(), DType::F32), param.dtype()).0
+                    }),
                     moments: Some((zeros(), zeros())),
                     param,
                 }
@@ -127,20 +155,21 @@ impl<B: Ops> AdamW<B> {
             grad_scale,
             ..AdamWStep::new(self.steps, lr, self.betas, self.eps, weight_decay)
         };
-        for state in &mut self.states {
-            let Some(grad) = state.param.grad() else {
-                continue;
-            };
-            let step = if state.decayed {
-                step
-            } else {
-                AdamWStep {
-                    weight_decay: 0.0,
-                    ..step
-                }
-            };
-            state.update(grad, &step);
-            state.param.clear_grad();
+        let not_decayed = AdamWStep {
+            weight_decay: 0.0,
+            ..step
+        };
+        for (decayed, step) in [(true, step), (false, not_decayed)] {
+            // Everything is moved out and back, so that the kernel owns its buffers and can work in place.
+            let mut states: Vec<&mut ParamState<B>> = (self.states.iter_mut())
+                .filter(|state| state.decayed == decayed && state.param.grad().is_some())
+                .collect();
+            let tensors = states.iter_mut().map(|state| state.take()).collect();
+            let updated = B::adamw_step_many(tensors, &step);
+            for (state, tensors) in states.iter_mut().zip(updated) {
+                state.put(tensors);
+                state.param.clear_grad();
+            }
         }
     }
 
@@ -191,9 +220,12 @@ impl<B: Ops> ParamState<B> {
         self.moments().1.clone()
     }
 
-    /// The weight in fp32, if the model's is narrower; shares the buffer.
+    /// The weight in fp32, if the model's is narrower.
     pub fn master(&self) -> Option<Float<B>> {
-        self.master.clone()
+        Some(match self.master.as_ref()? {
+            Master::Whole(weight) => weight.clone(),
+            Master::Lower(lower) => B::join_halves(self.param.value(), lower.clone()),
+        })
     }
 
     /// Restores the running means, fp32 and shaped like the parameter.
@@ -206,9 +238,9 @@ impl<B: Ops> ParamState<B> {
         match &mut self.master {
             None => self.param.set_value(weight),
             Some(master) => {
-                self.param
-                    .set_value(B::cast(weight.clone(), self.param.dtype()));
-                *master = weight;
+                let (own, value) = Master::new(weight, self.param.dtype());
+                self.param.set_value(value);
+                *master = own;
             }
         }
     }
@@ -219,26 +251,43 @@ impl<B: Ops> ParamState<B> {
             .expect("the moments are back after every update")
     }
 
-    fn update(&mut self, grad: Float<B>, step: &AdamWStep) {
-        // The moments are moved out and back, so that the kernel owns its buffers and can work in place.
+    /// Moves out everything that an update works on. The gradient is shared with the parameter's slot, which keeps its
+    /// buffer.
+    fn take(&mut self) -> AdamWTensors<B> {
         let (m, v) = self
             .moments
             .take()
             .expect("the moments are back after every update");
-        let moments = &mut self.moments;
-        let kernel = |weight: Float<B>| {
-            let (weight, m, v) = B::adamw_step(weight, grad, m, v, step);
-            *moments = Some((m, v));
-            weight
+        let value = self.param.take_value();
+        let (master, copy) = match self.master.take() {
+            Some(Master::Whole(master) | Master::Lower(master)) => (master, Some(value)),
+            None => (value, None),
         };
-        match self.master.take() {
-            None => self.param.update(kernel),
-            Some(master) => {
-                let master = kernel(master);
-                self.param
-                    .set_value(B::cast(master.clone(), self.param.dtype()));
-                self.master = Some(master);
+        AdamWTensors {
+            master,
+            grad: self.param.grad(),
+            m,
+            v,
+            copy,
+        }
+    }
+
+    /// Moves it back in after the update.
+    fn put(&mut self, tensors: AdamWTensors<B>) {
+        let AdamWTensors {
+            master, m, v, copy, ..
+        } = tensors;
+        self.moments = Some((m, v));
+        match copy {
+            Some(copy) => {
+                self.param.put_value(copy);
+                self.master = Some(if splits::<B>(self.param.dtype()) {
+                    Master::Lower(master)
+                } else {
+                    Master::Whole(master)
+                });
             }
+            None => self.param.put_value(master),
         }
     }
 }

@@ -10,12 +10,12 @@ pub fn grad_norm<B: Ops>(params: &[Param<B>]) -> f64 {
 
 /// The sum of the squares of the elements of all tensors. Waits for the device.
 pub(super) fn sum_of_squares<B: Ops>(tensors: impl Iterator<Item = Float<B>>) -> f64 {
-    let squares: Vec<Float<B>> = tensors.map(B::sum_squares).collect();
-    if squares.is_empty() {
+    let tensors: Vec<Float<B>> = tensors.collect();
+    if tensors.is_empty() {
         return 0.0;
     }
-    // Joined on the device, so that the host waits once and not once per parameter.
-    let squares = to_f32_vec::<B>(B::float_cat(squares, 0));
+    // Summed on the device, so that the host waits once and not once per parameter.
+    let squares = to_f32_vec::<B>(B::sum_squares_many(tensors));
     squares.into_iter().map(f64::from).sum()
 }
 

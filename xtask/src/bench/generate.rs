@@ -4,11 +4,10 @@ use std::time::Instant;
 
 use bridge_models::DtypePolicy;
 use bridge_models::generate::{GenerateOptions, generate};
-use bridge_ops::Ops;
 use serde_json::{Value, json};
 
 use super::{memory, random_ids, rounded};
-use crate::backend::{OnBackend, dispatch};
+use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Failure, Result};
 use crate::flags::BackendFlags;
 use crate::model::{ModelFlags, ModelOnDisk};
@@ -50,7 +49,7 @@ struct Generate<'a>(&'a Args);
 impl OnBackend for Generate<'_> {
     type Output = Value;
 
-    fn run<B: Ops>(self, device: B::Device) -> Result<Value> {
+    fn run<B: Machine>(self, device: B::Device) -> Result<Value> {
         let args = self.0;
         let started = Instant::now();
         let policy = if args.fp32_weights {
@@ -83,9 +82,9 @@ impl OnBackend for Generate<'_> {
             "tokens_per_s": rounded(run.tokens_per_s(), 1),
             "decode_tokens_per_s": rounded(run.decode_tokens_per_s(), 1),
             "prefill_ms": rounded(run.prefill.as_secs_f64() * 1e3, 2),
-            "peak_gib": memory::gib(memory::peak()),
+            "peak_gib": memory::gib(B::peak_memory(&device)),
             "startup_s": rounded(startup, 2),
-            "gpu": Value::Null,
+            "gpu": B::gpu_name(&device),
         }))
     }
 }

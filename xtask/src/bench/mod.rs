@@ -3,7 +3,7 @@
 mod comm;
 mod convert;
 mod generate;
-mod memory;
+pub(crate) mod memory;
 mod ops;
 mod synthetic;
 mod train;

@@ -3,14 +3,14 @@
 use std::time::Instant;
 
 use bridge_ops::{
-    Activation, AttentionSpec, CrossEntropySpec, NormSpec, Ops, Param, RotaryStyle, RotaryTable,
+    Activation, AttentionSpec, CrossEntropySpec, DType, NormSpec, Param, RotaryStyle, RotaryTable,
     Tape, Var, attention, float_from_f32, gated_activation, int_from_i64, linear,
     linear_cross_entropy, rms_norm, rotary,
 };
 use serde_json::{Value, json};
 
 use super::{random_ids, rounded};
-use crate::backend::{OnBackend, dispatch};
+use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Failure, Result};
 use crate::flags::BackendFlags;
 use crate::report::Report;
@@ -91,7 +91,7 @@ struct OpsBench<'a> {
 impl OnBackend for OpsBench<'_> {
     type Output = ();
 
-    fn run<B: Ops>(self, device: B::Device) -> Result {
+    fn run<B: Machine>(self, device: B::Device) -> Result {
         let Args {
             seq,
             batch,
@@ -174,13 +174,13 @@ impl OnBackend for OpsBench<'_> {
     }
 }
 
-struct Bench<'a, B: Ops> {
+struct Bench<'a, B: Machine> {
     args: &'a Args,
     report: Report,
     device: B::Device,
 }
 
-impl<B: Ops> Bench<'_, B> {
+impl<B: Machine> Bench<'_, B> {
     /// Times one operation; `flops` is what its forward pass computes, 0 where memory decides.
     fn case(
         &self,
@@ -211,7 +211,7 @@ impl<B: Ops> Bench<'_, B> {
             let y = op(&tape, &x);
             self.wait()?;
             let there = time.elapsed().as_secs_f64();
-            let seed = random::<B>(&y.shape(), &self.device);
+            let seed = B::cast(random::<B>(&y.shape(), &self.device), y.dtype());
             self.wait()?;
             let time = Instant::now();
             tape.backward(vec![(y, seed)], &x.iter().collect::<Vec<_>>());
@@ -240,6 +240,7 @@ impl<B: Ops> Bench<'_, B> {
             "backward_ms": rounded(backward * 1e3, 3),
             "forward_gflops": rate(flops, forward),
             "backward_gflops": rate(2.0 * flops, backward),
+            "gpu": B::gpu_name(&self.device),
         }))
     }
 
@@ -248,10 +249,16 @@ impl<B: Ops> Bench<'_, B> {
     }
 }
 
-fn random<B: Ops>(shape: &[usize], device: &B::Device) -> bridge_ops::Float<B> {
+/// Numbers in [-1, 1), in the format that the backend trains in.
+fn random<B: Machine>(shape: &[usize], device: &B::Device) -> bridge_ops::Float<B> {
     let values: Vec<f32> = random_ids(shape.iter().product(), 1 << 20)
         .into_iter()
         .map(|i| i as f32 / 524_288.0 - 1.0)
         .collect();
-    float_from_f32::<B>(&values, shape, device)
+    let values = float_from_f32::<B>(&values, shape, device);
+    if B::platform().bf16 {
+        B::cast(values, DType::BF16)
+    } else {
+        values
+    }
 }

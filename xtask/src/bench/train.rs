@@ -5,7 +5,7 @@ use std::time::Instant;
 use bridge_core::{DecoderConfig, HfConfig};
 use bridge_data::Batch;
 use bridge_models::{Decoder, DtypePolicy, Init, RandomInit};
-use bridge_ops::Ops;
+use bridge_ops::DType;
 use bridge_train::config::RecomputeGranularity;
 use bridge_train::engine::Executor;
 use bridge_train::flops::train_flops_per_token;
@@ -14,7 +14,7 @@ use bridge_train::step::{StepOptions, train_step};
 use serde_json::{Value, json};
 
 use super::{memory, random_ids, rounded};
-use crate::backend::{OnBackend, dispatch};
+use crate::backend::{Machine, OnBackend, dispatch};
 use crate::cli::unknown_name;
 use crate::failure::{Failure, Result};
 use crate::flags::BackendFlags;
@@ -41,11 +41,21 @@ pub(crate) struct Args {
     /// Steps before them that are not timed.
     #[arg(long, value_name = "N", default_value_t = 1)]
     warmup: u32,
-    /// Run each layer's forward pass again in the backward pass.
-    #[arg(long)]
-    recompute: bool,
+    /// What is kept of a layer for its backward pass: `full` keeps its input alone and runs it again.
+    #[arg(long, value_name = "WHAT", default_value_t = RecomputeGranularity::None, num_args = 0..=1, default_missing_value = "full")]
+    recompute: RecomputeGranularity,
+    /// Number formats: fp32, or bf16 weights and activations with fp32 master weights, gradients and optimizer state
+    /// [default: bf16 on a GPU, fp32 on the CPU].
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    precision: Option<Precision>,
     #[command(flatten)]
     backend: BackendFlags,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Precision {
+    Fp32,
+    Bf16,
 }
 
 #[derive(clap::Args, Debug)]
@@ -54,7 +64,7 @@ struct Model {
     /// Hugging Face folder or hub id (org/name[@revision]).
     #[arg(long, value_name = "DIR")]
     hf: Option<String>,
-    /// A shape with fresh weights: tiny, llama3_8b_4l (four layers of it), or a named size of `models list`.
+    /// A shape with fresh weights: tiny, llama3_8b_4l (four layers of it), qwen3_600m, or a named size of `models list`.
     #[arg(long, value_name = "NAME")]
     shape: Option<String>,
 }
@@ -77,6 +87,7 @@ fn shape(name: &str) -> Result<DecoderConfig> {
     };
     match name {
         "llama3_8b_4l" => sized("llama3_8b", 4),
+        "qwen3_600m" => sized("qwen3_0_6b", usize::MAX),
         "tiny" => {
             let json = json!({
                 "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
@@ -97,7 +108,7 @@ fn shape(name: &str) -> Result<DecoderConfig> {
                 return Err(unknown_name(
                     "shape",
                     name,
-                    presets().chain(["tiny", "llama3_8b_4l"]),
+                    presets().chain(["tiny", "llama3_8b_4l", "qwen3_600m"]),
                 ));
             }
             sized(name, usize::MAX)
@@ -110,7 +121,7 @@ struct Train<'a>(&'a Args);
 impl OnBackend for Train<'_> {
     type Output = Value;
 
-    fn run<B: Ops>(self, device: B::Device) -> Result<Value> {
+    fn run<B: Machine>(self, device: B::Device) -> Result<Value> {
         let args = self.0;
         let started = Instant::now();
         let (name, model) = match (&args.model.hf, &args.model.shape) {
@@ -141,6 +152,7 @@ impl OnBackend for Train<'_> {
                 )
             }
         };
+        let weights_s = started.elapsed().as_secs_f64();
         let config = model.config().clone();
         if args.seq > config.max_position_embeddings {
             let context = config.max_position_embeddings;
@@ -149,17 +161,27 @@ impl OnBackend for Train<'_> {
                 args.seq
             )));
         }
-        let recompute = if args.recompute {
-            RecomputeGranularity::Full
+        let precision = args.precision.unwrap_or(if B::platform().bf16 {
+            Precision::Bf16
         } else {
-            RecomputeGranularity::None
-        };
+            Precision::Fp32
+        });
+        if precision == Precision::Bf16 {
+            if !B::platform().bf16 {
+                return Err(Failure::input(
+                    "--precision bf16: the cpu backend trains in fp32; leave the flag out",
+                ));
+            }
+            for param in model.params() {
+                param.set_value(B::cast(param.value(), DType::BF16));
+            }
+        }
         let options = StepOptions {
             lr: 1e-5,
             weight_decay: 0.01,
             clip_grad: 1.0,
         };
-        let executor = Executor::single(&model, &device, recompute)?;
+        let executor = Executor::single(&model, &device, args.recompute)?;
         let mut optimizer = Optimizer::new(
             &model,
             executor.parallel(),
@@ -182,6 +204,9 @@ impl OnBackend for Train<'_> {
             if let Some(problem) = outcome.non_finite {
                 return Err(Failure::running(format!("step {step}: {problem}")));
             }
+            if step + 1 == args.warmup {
+                B::reset_peak_memory(&device);
+            }
             if step == 0 {
                 startup = started.elapsed().as_secs_f64();
             }
@@ -199,14 +224,16 @@ impl OnBackend for Train<'_> {
             "threads": rayon::current_num_threads(),
             "seq": args.seq,
             "micro_batch": args.batch,
-            "precision": "fp32",
+            "precision": if precision == Precision::Bf16 { "bf16" } else { "fp32" },
+            "recompute": args.recompute.as_str(),
             "step_ms": rounded(median * 1e3, 2),
             "min_ms": rounded(times[0] * 1e3, 2),
             "tokens_per_s": rounded(tokens / median, 1),
             "model_tflops": rounded(train_flops_per_token(&config, args.seq) * tokens / median / 1e12, 4),
-            "peak_gib": memory::gib(memory::peak()),
+            "peak_gib": memory::gib(B::peak_memory(&device)),
+            "weights_s": rounded(weights_s, 2),
             "startup_s": rounded(startup, 2),
-            "gpu": Value::Null,
+            "gpu": B::gpu_name(&device),
         }))
     }
 }

@@ -1,0 +1,87 @@
+//! A model in bf16 against reference numbers that were computed in f32: not the same digits, but the same model.
+
+use std::path::Path;
+
+use bridge_core::convert::HfModel;
+use bridge_core::{LayoutSpec, Registry};
+use bridge_ops::{DType, Ops, to_f32_vec};
+
+use super::{Reference, VerifyReport, check_ids, shifted};
+use crate::context::ForwardContext;
+use crate::error::{Error, Result};
+use crate::run::loss_and_gradients;
+use crate::weights::{DtypePolicy, load_hf};
+
+/// Largest relative difference of the mean loss. A bf16 number has 8 bits, so each is off by up to 0.4 %.
+const LOSS: f64 = 1e-2;
+/// How far the cosine between found and expected logits may be from 1.
+const COSINE: f64 = 1e-3;
+
+/// Like [`verify`](super::verify) with weights and activations in bf16: loss and direction of the logits.
+///
+/// # Errors
+/// As [`verify`](super::verify), and if the backend does not compute in bf16 or the reference has no logits.
+pub fn verify_bf16<B: Ops>(
+    registry: &Registry,
+    hf: &Path,
+    reference: &Path,
+    device: &B::Device,
+    backend: &str,
+) -> Result<VerifyReport> {
+    let layout = LayoutSpec::default();
+    let folder = HfModel::open(hf, registry, &layout)?;
+    let reference = Reference::load(reference)?;
+    let Some(expected) = &reference.logits else {
+        return Err(Error::reference(
+            &reference.path,
+            "holds no logits to compare with",
+        ));
+    };
+    let model = load_hf::<B>(&folder, DtypePolicy::Float32, device)?;
+    check_ids(model.config().vocab_size, &reference, expected)?;
+    for param in model.params() {
+        param.set_value(B::cast(param.value(), DType::BF16));
+    }
+    let name = folder.bridge().name();
+    let mut report = VerifyReport::new(name, &layout.to_string(), backend, "bf16");
+
+    let size = [expected.batch, expected.seq];
+    let ctx = ForwardContext::new(&expected.input_ids, size, device);
+    let found = to_f32_vec::<B>(model.forward(&ctx));
+    let cosine = cosine(&found, &expected.logits);
+    report.compare("logits, one minus their cosine", 1.0 - cosine, COSINE);
+    if let Some(loss) = reference.loss {
+        let found = loss_and_gradients(&model, &ctx, &shifted(expected)).mean_loss();
+        report.loss = Some(found);
+        report.loss_reference = Some(loss);
+        let difference = (found - loss).abs() / loss.abs().max(f64::MIN_POSITIVE);
+        report.compare("loss, relative difference", difference, LOSS);
+    }
+    Ok(report)
+}
+
+/// Cosine of the angle between two vectors; NaN where they differ in length or one is zero.
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    if a.len() != b.len() {
+        return f64::NAN;
+    }
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
+    };
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cosine_of_vectors() {
+        assert!((cosine(&[1.0, 2.0], &[2.0, 4.0]) - 1.0).abs() < 1e-12);
+        assert!((cosine(&[1.0, 0.0], &[0.0, 1.0])).abs() < 1e-12);
+        assert!(cosine(&[1.0], &[1.0, 2.0]).is_nan() && cosine(&[0.0], &[1.0]).is_nan());
+    }
+}
