@@ -11,6 +11,7 @@ use bridge_ops::{
     BalanceLoss, DType, Float, Ops, Param, RouterLossSpec, RouterLosses, RouterSpec, Routing, Tape,
     Var, float_from_f32, to_f32_vec, with_router_losses,
 };
+use bridge_parallel::ExpertParallel;
 
 use crate::context::ForwardContext;
 
@@ -122,6 +123,7 @@ impl<B: Ops> AuxiliaryLosses<B> {
         logits: &Var<B>,
         routing: &Routing<B>,
         ctx: &ForwardContext<'_, B>,
+        parallel: &ExpertParallel<B>,
     ) -> Var<B> {
         let tokens = logits.shape()[0];
         let share = tokens as f64 / self.tokens as f64;
@@ -133,11 +135,14 @@ impl<B: Ops> AuxiliaryLosses<B> {
                 Some(earlier) => BalanceLoss::Since(earlier),
             },
         };
+        // Ranks with the same tokens find the same gradient, and their gradients are summed.
+        let own = share / parallel.copies_of_tokens() as f64;
         let spec = RouterLossSpec {
             score: router.score,
             balance,
-            balance_weight: self.options.balance * share,
-            z_weight: self.options.router_z * share,
+            balance_weight: self.options.balance * own,
+            z_weight: self.options.router_z * own,
+            across_ranks: parallel.counts_across(),
         };
         let (weights, losses) =
             with_router_losses(tape, &routing.weights, logits, &routing.experts, &spec);

@@ -86,7 +86,7 @@ pub use linear_cross_entropy::{
     tokens_per_piece,
 };
 pub use moe::{
-    BalanceLoss, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups, RouterLossSpec,
+    BalanceLoss, CountsAcross, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups, RouterLossSpec,
     RouterLosses, RouterOutput, RouterScore, RouterSpec, Routing, SortedExperts, grouped_linear,
     permute, route, unpermute, with_router_losses,
 };

@@ -118,6 +118,7 @@ impl<B: Ops> Moe<B> {
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
         let shape = x.shape();
         let hidden = shape[2];
+        let parallel = &self.expert_parallel;
         let entered = self.region.enter(tape, x);
         let tokens = reshape(tape, &entered, &[shape[0] * shape[1], hidden]);
         // Close scores decide which weights a token meets, so they are computed in full precision.
@@ -126,9 +127,8 @@ impl<B: Ops> Moe<B> {
         let mut routing = route(tape, &logits, bias, &self.spec);
         if let Some(auxiliary) = ctx.auxiliary().filter(|_| tape.is_recording()) {
             routing.weights =
-                auxiliary.attach(tape, &self.name, &self.spec, &logits, &routing, ctx);
+                auxiliary.attach(tape, &self.name, &self.spec, &logits, &routing, ctx, parallel);
         }
-        let parallel = &self.expert_parallel;
         let experts = parallel.own_assignments(routing.experts, self.num_experts);
         let order = ExpertOrder::new(experts, self.num_experts);
         let rows = permute(tape, &tokens, &order); // [tokens * k, hidden]

@@ -21,4 +21,6 @@ mod tests;
 pub use grouped_linear::grouped_linear;
 pub use permute::{ExpertOffsets, ExpertOrder, SortedExperts, permute, unpermute};
 pub use router::{GroupScore, RouterGroups, RouterOutput, RouterScore, RouterSpec, Routing, route};
-pub use router_loss::{BalanceLoss, RouterLossSpec, RouterLosses, with_router_losses};
+pub use router_loss::{
+    BalanceLoss, CountsAcross, RouterLossSpec, RouterLosses, with_router_losses,
+};

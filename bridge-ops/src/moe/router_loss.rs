@@ -11,6 +11,9 @@
 //!
 //! The losses are no part of a segment's output, so their gradients join where the routing weights' gradients pass.
 
+use std::fmt;
+use std::sync::Arc;
+
 use burn::tensor::{IndexingUpdateOp, Int as IntKind, Tensor, activation};
 use burn_backend::DType;
 
@@ -41,6 +44,18 @@ pub struct RouterLossSpec<B: Ops> {
     pub balance_weight: f64,
     /// Factor on the gradient of the z loss; 0 for none.
     pub z_weight: f64,
+    /// Where several ranks have tokens over which experts should be equally busy: how their counts are summed.
+    pub across_ranks: Option<CountsAcross<B>>,
+}
+
+/// Sums a tensor of counts over ranks.
+#[derive(Clone)]
+pub struct CountsAcross<B: Ops>(pub Arc<dyn Fn(Float<B>) -> Float<B> + Send + Sync>);
+
+impl<B: Ops> fmt::Debug for CountsAcross<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("CountsAcross")
+    }
 }
 
 /// The losses, without their factors.
@@ -85,28 +100,32 @@ pub fn with_router_losses<B: Ops>(
     );
     let counts = assigned.clone().sum_dim(0); // [1, E]
 
+    let summed = |counts: Tensor<B, 2>| match &spec.across_ranks {
+        Some(CountsAcross(sum)) => tensor::<B, 2>(sum(float(counts))),
+        None => counts,
+    };
     // Shares for each token: those of its sequence, or the same for all.
     let shares: Tensor<B, 2> = match &spec.balance {
-        BalanceLoss::PerBatch => counts
-            .clone()
-            .div_scalar((tokens * top_k) as f64)
-            .expand([tokens, num_experts]),
+        BalanceLoss::PerBatch => {
+            let all = summed(counts.clone());
+            (all.clone() / all.sum_dim(1)).expand([tokens, num_experts])
+        }
         BalanceLoss::PerSequence(sequences) => {
             assert!(
                 *sequences > 0 && tokens.is_multiple_of(*sequences),
                 "router losses: {tokens} tokens are not {sequences} sequences"
             );
             let seq = tokens / sequences;
-            assigned
-                .reshape([*sequences, seq, num_experts])
-                .sum_dim(1)
-                .div_scalar((seq * top_k) as f64)
+            let own = assigned.reshape([*sequences, seq, num_experts]).sum_dim(1);
+            let all = summed(own.reshape([*sequences, num_experts]));
+            (all.clone() / all.sum_dim(1))
+                .reshape([*sequences, 1, num_experts])
                 .expand([*sequences, seq, num_experts])
                 .reshape([tokens, num_experts])
         }
         BalanceLoss::Since(earlier) => {
             let earlier = reshaped::<B>(to_f32::<B>(earlier.clone()), &[1, num_experts]);
-            let all = tensor::<B, 2>(earlier) + counts.clone();
+            let all = summed(tensor::<B, 2>(earlier) + counts.clone());
             (all.clone() / all.sum_dim(1)).expand([tokens, num_experts])
         }
     };

@@ -11,15 +11,17 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 use bridge_ops::{
-    DType, ExpertOffsets, ExpertOrder, Float, Int, Ops, Tape, Var, int_from_i64, permute, unpermute,
+    CountsAcross, DType, ExpertOffsets, ExpertOrder, Float, Int, Ops, Tape, Var, int_from_i64,
+    permute, unpermute,
 };
 use burn::tensor::{Int as IntKind, Tensor};
 use burn_backend::TensorMetadata;
 
 use crate::autodiff;
-use crate::comm::Group;
+use crate::comm::{Group, ReduceOp};
 use crate::context::ParallelContext;
 use crate::groups::Axis;
 use crate::tensors::{dims, narrow, zeros};
@@ -31,6 +33,8 @@ pub struct ExpertParallel<B: Ops> {
     etp: usize,
     /// How many ranks have the same tokens, and which of them this is.
     copies: (usize, usize),
+    /// The ranks with other tokens of the same micro-batch, if there are any.
+    tokens: Option<Group<B>>,
 }
 
 impl<B: Ops> ExpertParallel<B> {
@@ -40,6 +44,7 @@ impl<B: Ops> ExpertParallel<B> {
             group: None,
             etp: 1,
             copies: (1, 0),
+            tokens: None,
         }
     }
 
@@ -54,6 +59,10 @@ impl<B: Ops> ExpertParallel<B> {
                 (1, 0)
             } else {
                 (layout.tp, ctx.coords().tp)
+            },
+            tokens: {
+                let group = ctx.group(if layout.sp { Axis::TpCp } else { Axis::Cp });
+                (group.size() > 1).then(|| group.clone())
             },
         }
     }
@@ -75,6 +84,18 @@ impl<B: Ops> ExpertParallel<B> {
         experts
             .mask_fill(others, num_experts as i64)
             .into_primitive()
+    }
+
+    /// How many ranks have the same tokens.
+    pub fn copies_of_tokens(&self) -> usize {
+        self.copies.0
+    }
+
+    /// Sums counts over the ranks with other tokens of the same micro-batch, if there are any.
+    pub fn counts_across(&self) -> Option<CountsAcross<B>> {
+        let group = self.tokens.clone()?;
+        let sum = move |counts: Float<B>| group.all_reduce(counts, ReduceOp::Sum);
+        Some(CountsAcross(Arc::new(sum)))
     }
 
     /// Whether this rank adds what is added to an expert's output once, and not by each rank that has a part of it: the
@@ -308,6 +329,7 @@ impl<B: Ops> Clone for ExpertParallel<B> {
             group: self.group.clone(),
             etp: self.etp,
             copies: self.copies,
+            tokens: self.tokens.clone(),
         }
     }
 }
