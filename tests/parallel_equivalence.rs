@@ -12,7 +12,7 @@ use bridge_models::verify::{LayoutOptions, Reference, Tolerances, VerifyOptions,
 use bridge_models::weights::load_hf_parallel;
 use bridge_models::{DtypePolicy, ParallelOptions, registry};
 use bridge_parallel::{CpCommType, ParallelContext};
-use bridge_tests::fixture;
+use bridge_tests::{FAMILIES, fixture};
 use burn_flex::Flex;
 
 /// What sums in another order may change.
@@ -23,29 +23,33 @@ const TOLERANCES: Tolerances = Tolerances {
     gradient_floor: 1e-6,
 };
 
-/// Every dense family.
-const DENSE: [&str; 11] = [
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "llama2",
-    "llama3_1",
-    "llama3_2",
-    "llama_nemotron_nano",
-    "mistral",
-    "nemotron",
-    "qwen2",
-    "qwen3",
-];
-
 /// Families with experts.
-const EXPERTS: [&str; 6] = [
+const EXPERTS: [&str; 9] = [
+    "deepseek_v2",
     "deepseek_v2_lite",
     "deepseek_v3",
+    "deepseek_v3_mtp",
     "glm4_moe",
     "gpt_oss",
+    "gpt_oss_mxfp4",
     "olmoe",
     "qwen3_moe",
+];
+
+/// What is refused, by a word of the layout.
+const REFUSED: [(&str, &str); 7] = [
+    // Recurrent layers run over whole sequences.
+    ("nemotron_h", "cp="),
+    // Multi-token prediction looks at the tokens after a chunk.
+    ("deepseek_v3_mtp", "cp="),
+    // Two groups of norms.
+    ("nemotron_h", "tp=4"),
+    // Sinks are no matter of all-to-all.
+    ("gpt_oss", "a2a"),
+    ("gpt_oss_mxfp4", "a2a"),
+    // Six experts.
+    ("gpt_oss", "ep=4"),
+    ("gpt_oss_mxfp4", "ep=4"),
 ];
 
 /// What divides experts, alone and among other axes.
@@ -123,8 +127,8 @@ fn layout(text: &str) -> LayoutOptions {
     options
 }
 
-#[track_caller]
-fn agrees(family: &str, text: &str) {
+/// Compares a family at a layout with its reference; says what is wrong.
+fn compared(family: &str, text: &str) -> Result<(), String> {
     let options = VerifyOptions {
         gradients: true,
         tolerances: TOLERANCES,
@@ -138,47 +142,47 @@ fn agrees(family: &str, text: &str) {
         &layout(text),
         "cpu",
     );
-    let report = report.unwrap_or_else(|error| panic!("{family} at {text}: {error}"));
-    assert!(report.passed, "{family} at {text}: {report}");
+    let report = report.map_err(|error| error.to_string())?;
     let compared = [
         report.logits_max_abs_diff.is_some(),
         report.loss.is_some(),
         report.grad_norm_max_rel_diff.is_some(),
     ];
-    assert_eq!(
-        compared, [true; 3],
-        "{family} at {text}: something was not compared"
-    );
+    match (report.passed, compared) {
+        (true, [true, true, true]) => Ok(()),
+        (true, _) => Err("something was not compared".to_owned()),
+        (false, _) => Err(report.to_string()),
+    }
+}
+
+/// Compares families at layouts, but for those that are refused, which must be.
+#[track_caller]
+fn agree(families: &[&str], layouts: &[&str]) {
+    let mut wrong = Vec::new();
+    for family in families {
+        for text in layouts {
+            let refused = REFUSED
+                .iter()
+                .any(|(name, word)| name == family && text.contains(word));
+            match (compared(family, text), refused) {
+                (Ok(()), false) => {}
+                (Err(problem), true) if problem.starts_with("layout") => {}
+                (Ok(()), true) => wrong.push(format!("{family} at {text}: is no longer refused")),
+                (Err(problem), _) => wrong.push(format!("{family} at {text}: {problem}")),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]
-fn every_dense_family_agrees_at_every_layout() {
-    for family in DENSE {
-        for text in LAYOUTS {
-            // One key-value head is not divided among heads of several ranks by all-to-all, unless they share it.
-            agrees(family, text);
-        }
-    }
+fn every_family_agrees_at_every_layout() {
+    agree(FAMILIES, &LAYOUTS);
 }
 
 #[test]
 fn families_with_experts_agree() {
-    for family in EXPERTS {
-        for text in EXPERT_LAYOUTS {
-            // This one has six experts.
-            if family == "gpt_oss" && text.contains("ep=4") {
-                continue;
-            }
-            agrees(family, text);
-        }
-    }
-}
-
-#[test]
-fn recurrent_layers_agree() {
-    for text in ["tp=2", "tp=2 sp", "pp=2", "dp=2", "tp=2 pp=2 dp=2 sp"] {
-        agrees("nemotron_h", text);
-    }
+    agree(&EXPERTS, &EXPERT_LAYOUTS);
 }
 
 /// Heads divided among ranks, each with a cache of its own.
@@ -225,20 +229,19 @@ fn greedy_texts_are_those_of_one_rank() {
     }
 }
 
+/// These have at least four layers.
 #[test]
 fn virtual_stages_agree() {
-    // These have four layers.
-    for family in ["gemma2", "gemma3_text"] {
-        for text in ["pp=2 vpp=2", "pp=2 vpp=2 dp=2", "tp=2 pp=2 vpp=2 cp=2 sp"] {
-            agrees(family, text);
-        }
-    }
+    agree(
+        &["gemma2", "gemma3_text", "gpt_oss"],
+        &["pp=2 vpp=2", "pp=2 vpp=2 dp=2", "tp=2 pp=2 vpp=2 cp=2 sp"],
+    );
 }
 
 /// 64 ranks of a model with 3 layers and 8 heads.
 #[test]
 fn sixty_four_ranks_agree() {
-    agrees("llama3_1", "tp=8 pp=2 cp=2 dp=2 sp");
+    agree(&["llama3_1"], &["tp=8 pp=2 cp=2 dp=2 sp"]);
 }
 
 #[test]

@@ -80,7 +80,7 @@ impl SequenceShard {
     /// The positions in the padded sequence that this rank has, in order.
     pub fn ranges(&self) -> Vec<Range<usize>> {
         if self.ranks == 1 {
-            return vec![0..self.padded];
+            return std::iter::once(0..self.padded).collect();
         }
         let chunk = self.padded / (2 * self.ranks);
         [self.rank, 2 * self.ranks - 1 - self.rank]
