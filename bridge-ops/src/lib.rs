@@ -86,9 +86,9 @@ pub use linear_cross_entropy::{
     tokens_per_piece,
 };
 pub use moe::{
-    BalanceLoss, CountsAcross, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups, RouterLossSpec,
-    RouterLosses, RouterOutput, RouterScore, RouterSpec, Routing, SortedExperts, grouped_linear,
-    permute, route, unpermute, with_router_losses,
+    BalanceLoss, CountsAcross, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups,
+    RouterLossSpec, RouterLosses, RouterOutput, RouterScore, RouterSpec, Routing, SortedExperts,
+    grouped_linear, permute, route, unpermute, with_router_losses,
 };
 pub use ops::Ops;
 pub use param::{GradReduction, Param, ParamShard};

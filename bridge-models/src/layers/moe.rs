@@ -126,8 +126,9 @@ impl<B: Ops> Moe<B> {
         let bias = self.correction_bias.as_ref().map(Param::value);
         let mut routing = route(tape, &logits, bias, &self.spec);
         if let Some(auxiliary) = ctx.auxiliary().filter(|_| tape.is_recording()) {
-            routing.weights =
-                auxiliary.attach(tape, &self.name, &self.spec, &logits, &routing, ctx, parallel);
+            routing.weights = auxiliary.attach(
+                tape, &self.name, &self.spec, &logits, &routing, ctx, parallel,
+            );
         }
         let experts = parallel.own_assignments(routing.experts, self.num_experts);
         let order = ExpertOrder::new(experts, self.num_experts);

@@ -40,7 +40,9 @@ pub(super) fn compare(
             tolerances,
         );
         // NaN counts as worst.
-        if worst.is_none_or(|(known, _)| !(difference <= known) && !known.is_nan()) {
+        if worst
+            .is_none_or(|(known, _)| !known.is_nan() && (difference.is_nan() || difference > known))
+        {
             worst = Some((difference, name));
         }
     }
