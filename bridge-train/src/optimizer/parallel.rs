@@ -440,7 +440,7 @@ impl<B: Ops> Optimizer<B> {
                         for (kind, part) in
                             ["master", "exp_avg", "exp_avg_sq"].iter().zip(&mut parts)
                         {
-                            let values = read(*kind, &self.params[s.param], s.start..s.end)?;
+                            let values = read(kind, &self.params[s.param], s.start..s.end)?;
                             part[s.at..s.at + values.len()].copy_from_slice(&values);
                         }
                     }
