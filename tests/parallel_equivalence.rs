@@ -24,7 +24,7 @@ const TOLERANCES: Tolerances = Tolerances {
 };
 
 /// Families with experts.
-const EXPERTS: [&str; 9] = [
+const EXPERTS: [&str; 11] = [
     "deepseek_v2",
     "deepseek_v2_lite",
     "deepseek_v3",
@@ -32,18 +32,23 @@ const EXPERTS: [&str; 9] = [
     "glm4_moe",
     "gpt_oss",
     "gpt_oss_mxfp4",
+    "nemotron_h_moe",
     "olmoe",
     "qwen3_moe",
+    "qwen3_next",
 ];
 
 /// What is refused, by a word of the layout.
-const REFUSED: [(&str, &str); 7] = [
+const REFUSED: [(&str, &str); 10] = [
     // Recurrent layers run over whole sequences.
     ("nemotron_h", "cp="),
+    ("nemotron_h_moe", "cp="),
+    ("qwen3_next", "cp="),
     // Multi-token prediction looks at the tokens after a chunk.
     ("deepseek_v3_mtp", "cp="),
     // Two groups of norms.
     ("nemotron_h", "tp=4"),
+    ("nemotron_h_moe", "tp=4"),
     // Sinks are no matter of all-to-all.
     ("gpt_oss", "a2a"),
     ("gpt_oss_mxfp4", "a2a"),

@@ -47,13 +47,13 @@ pub fn check_layout(
             "multi-token prediction needs the tokens after each chunk, which other ranks have; use cp=1".to_owned(),
         );
     }
-    if let Some(mamba2) = &config.mamba2 {
-        if layout.tp > mamba2.num_groups {
-            return refused(format!(
-                "tp={} would cut through the {} groups of Mamba-2's norms; the most is tp={}",
-                layout.tp, mamba2.num_groups, mamba2.num_groups
-            ));
-        }
+    if let Some(mamba2) = &config.mamba2
+        && layout.tp > mamba2.num_groups
+    {
+        return refused(format!(
+            "tp={} would cut through the {} groups of Mamba-2's norms; the most is tp={}",
+            layout.tp, mamba2.num_groups, mamba2.num_groups
+        ));
     }
     if layout.cp > 1 && options.cp_comm_type == CpCommType::A2a {
         if config.attention_sinks {

@@ -39,7 +39,7 @@ enum TokenMixer<B: Ops> {
 #[derive(Debug, Clone)]
 enum FeedForward<B: Ops> {
     Mlp(Mlp<B>),
-    Moe(Moe<B>),
+    Moe(Box<Moe<B>>),
     Linear(Linear<B>),
 }
 
@@ -239,7 +239,10 @@ impl<B: Ops> FeedForward<B> {
                 let inner = own.intermediate_size.unwrap_or(config.intermediate_size);
                 Mlp::build(params, &name("mlp"), config, inner).map(Self::Mlp)
             }
-            (Ffn::Moe, Some(moe)) => Moe::build(params, &name("mlp"), config, moe).map(Self::Moe),
+            (Ffn::Moe, Some(moe)) => {
+                let moe = Moe::build(params, &name("mlp"), config, moe)?;
+                Ok(Self::Moe(Box::new(moe)))
+            }
             (Ffn::Linear, _) => square(params, &name("mlp_linear"), config).map(Self::Linear),
             (other, _) => Err(Error::UnsupportedLayer {
                 layer: site.layer,
