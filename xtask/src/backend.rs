@@ -10,6 +10,7 @@ use burn_flex::{Flex, FlexDevice};
 use crate::bench::memory;
 use crate::failure::{Failure, Result};
 use crate::flags::{BackendFlags, BackendName};
+use crate::job;
 use crate::transport::ProcessBackend;
 
 /// What a backend tells of itself beside its operations.
@@ -85,6 +86,11 @@ pub(crate) fn dispatch<W: OnBackend>(flags: BackendFlags, work: W) -> Result<W::
             "--device {n}: the cpu backend has only device 0"
         ))),
         (BackendName::Cuda, ordinal) => {
+            // A rank of a job opens no other GPU than its own: a context alone takes hundreds of MB.
+            let ordinal = match job::from_environment()? {
+                Some(job) => job.local_rank % CudaDevice::count().max(1),
+                None => ordinal,
+            };
             let device = CudaDevice::open(ordinal).map_err(|error| {
                 Failure::input(format!(
                     "--backend cuda: {error}; `cargo xtask doctor` lists what this machine has"

@@ -18,6 +18,7 @@ use serde_json::json;
 use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
 use crate::flags::{BackendFlags, BackendName, LayoutFlags, hugging_face_folder};
+use crate::job::{self, Job};
 use crate::report::Report;
 
 /// What a freshly trained model is asked to continue.
@@ -103,7 +104,9 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         name: &name,
     };
     let trained = dispatch(args.backend, work)?;
-    tell(&config, &trained, report)?;
+    if trained.rank == 0 {
+        tell(&config, &trained, report)?;
+    }
     match trained.summary.reason {
         StopReason::Interrupted => Err(Failure::interrupted(
             "stopped on request; the same command continues",
@@ -114,6 +117,8 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
 
 /// What is told of a run once it is over.
 struct Trained {
+    /// The rank that tells it; the first one speaks for all.
+    rank: usize,
     summary: Summary,
     /// Prompt and continuation by the trained model, where it has text.
     sample: Option<(String, String)>,
@@ -129,11 +134,15 @@ impl OnBackend for Pretrain<'_> {
     type Output = Trained;
 
     fn run<B: Machine>(self, device: B::Device) -> Result<Trained> {
+        let job = job::from_environment()?;
         let platform = Platform {
             world_size: self.config.parallel.layout().world_size(),
             ..B::platform()
         };
         let stop = StopFlag::on_signals().running("cannot listen for signals")?;
+        if let Some(job) = job {
+            return self.run_process::<B>(&job, platform, stop);
+        }
         if platform.world_size > 1 {
             return self.run_ranks::<B>(platform, stop);
         }
@@ -179,7 +188,11 @@ impl OnBackend for Pretrain<'_> {
         } else {
             None
         };
-        Ok(Trained { summary, sample })
+        Ok(Trained {
+            rank: 0,
+            summary,
+            sample,
+        })
     }
 }
 
@@ -197,25 +210,7 @@ impl Pretrain<'_> {
         let layout = self.config.parallel.layout();
         let (config, name) = (self.config.clone(), self.name.to_owned());
         let summaries = run_threads::<B, _, _>(layout, RANK_TIMEOUT, move |parallel| {
-            let hf_folder =
-                |source: &str| hugging_face_folder(source).map_err(|failure| failure.text());
-            let mut console = Console::new(config.logging.log_interval);
-            let mut silent = Callbacks::new();
-            let callback: &mut dyn Callback = if parallel.rank() == 0 {
-                &mut console
-            } else {
-                &mut silent
-            };
-            let context = PretrainContext::<B> {
-                parallel,
-                platform: platform.clone(),
-                registry: &bridge_models::registry(),
-                hf_folder: &hf_folder,
-                name: &name,
-                callback,
-                stop: stop.clone(),
-            };
-            pretrain(&config, context).map(|outcome| outcome.summary)
+            run_rank(&config, &name, platform.clone(), parallel, stop.clone())
         });
         let summary = summaries
             .running("the run failed")?
@@ -223,15 +218,73 @@ impl Pretrain<'_> {
             .next()
             .ok_or_else(|| Failure::running("no rank has run".to_owned()))?;
         Ok(Trained {
+            rank: 0,
             summary,
+            sample: None,
+        })
+    }
+
+    /// Runs this process's rank of a job that a launcher has started. Every rank reads the configuration; what it does not
+    /// know of the others goes over the transport.
+    fn run_process<B: Machine>(
+        self,
+        job: &Job,
+        mut platform: Platform,
+        stop: StopFlag,
+    ) -> Result<Trained> {
+        platform.world_size = job.options.world_size;
+        // Before the ranks meet, so that a mistake that all of them make is not a wait for each other.
+        platform.check(self.config)?;
+        let device = B::device(job)?;
+        let transport = B::connect(job, &device)?;
+        let layout = self.config.parallel.layout();
+        let parallel = ParallelContext::<B>::new(layout, device, Arc::clone(&transport))?;
+        let summary = run_rank(self.config, self.name, platform, Arc::new(parallel), stop);
+        if let Err(error) = &summary {
+            // The others learn why, where this rank is the cause.
+            transport.abort(&error.to_string());
+        }
+        Ok(Trained {
+            rank: job.options.rank,
+            summary: summary?,
             sample: None,
         })
     }
 }
 
+/// One rank's part of a run. Rank 0 speaks for all.
+fn run_rank<B: Machine>(
+    config: &ResolvedConfig,
+    name: &str,
+    platform: Platform,
+    parallel: Arc<ParallelContext<B>>,
+    stop: StopFlag,
+) -> Result<Summary, bridge_train::Error> {
+    let hf_folder = |source: &str| hugging_face_folder(source).map_err(|failure| failure.text());
+    let mut console = Console::new(config.logging.log_interval);
+    let mut silent = Callbacks::new();
+    let callback: &mut dyn Callback = if parallel.rank() == 0 {
+        &mut console
+    } else {
+        &mut silent
+    };
+    let context = PretrainContext::<B> {
+        parallel,
+        platform,
+        registry: &bridge_models::registry(),
+        hf_folder: &hf_folder,
+        name,
+        callback,
+        stop,
+    };
+    pretrain(config, context).map(|outcome| outcome.summary)
+}
+
 /// Final losses, where everything is, a sample, and what to try next.
 fn tell(config: &ResolvedConfig, trained: &Trained, report: Report) -> Result {
-    let Trained { summary, sample } = trained;
+    let Trained {
+        summary, sample, ..
+    } = trained;
     let dir = PathBuf::from(&config.checkpoint.dir);
     let reports = config
         .logging

@@ -97,7 +97,7 @@ pub(super) fn export_opened(
             "an export is either quantized or of another dtype, not both".to_owned(),
         ));
     }
-    let from_source = quantized_source(&config, source_headers.as_deref())?;
+    let (source_headers, from_source) = quantized_source(&config, source_headers)?;
     let quantized = match options.quantize {
         None => from_source.clone(),
         Some(scheme) => {
@@ -203,23 +203,27 @@ impl Sink for ShardedWriter {
     }
 }
 
-/// The tensors of the source that were quantized, by the name that the model knows them by.
+/// The tensors of the source as the model knows them, and those that were quantized by their names.
 fn quantized_source(
     config: &HfConfig,
-    source: Option<&[TensorHeader]>,
-) -> Result<HashMap<String, Quantized>> {
+    source: Option<Vec<TensorHeader>>,
+) -> Result<(Option<Vec<TensorHeader>>, HashMap<String, Quantized>)> {
+    let Some(source) = source else {
+        return Ok((None, HashMap::new()));
+    };
     let mut problems = Problems::new();
-    let folded = fold(config, source.unwrap_or_default(), &mut problems);
+    let folded = fold(config, &source, &mut problems);
     if !problems.is_empty() {
         return Err(Error::Config {
             file: config.origin().to_owned(),
             problems,
         });
     }
+    let headers = folded.iter().map(|tensor| tensor.header.clone()).collect();
     let quantized = folded
         .into_iter()
         .filter_map(|tensor| Some((tensor.header.name, tensor.quantized?)));
-    Ok(quantized.collect())
+    Ok((Some(headers), quantized.collect()))
 }
 
 /// What makes each foreign tensor of the plan: those that are written as they are, and those that are quantized. Targets

@@ -79,7 +79,8 @@ pub fn plan_export(
         .map(|header| header.name.as_str())
         .collect();
     // The form is that of what is written, whatever the source's was.
-    let stored_as = quantized.values().map(|stored| stored.values.name.as_str());
+    let again = quantized.values().filter(|_| dtype.is_none());
+    let stored_as = again.map(|stored| stored.values.name.as_str());
     let form = stored_as.chain(names.iter().copied());
     let (canonical, mapping) = resolve(bridge, config, "the model's config", form)?;
     let had = |name: &str| names.contains(name) || quantized.contains_key(name);
