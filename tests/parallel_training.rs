@@ -270,10 +270,9 @@ const LAYOUTS: [&str; 8] = [
 fn twenty_steps_are_those_of_one_rank_at_eight_layouts() {
     for tied in [false, true] {
         let expected = Run::new(tied, "").trace();
-        assert!(
-            expected[19].1 < expected[0].1 - 0.1,
-            "it learns: {expected:?}"
-        );
+        // The steps move the weights, far beyond what layouts may differ by.
+        let moved = (expected[0].2 - expected[19].2).abs();
+        assert!(moved > 100.0 * TRACE, "{expected:?}");
         for at in LAYOUTS {
             for distributed in [false, true] {
                 // Half of the combinations of each kind keep the time short.
