@@ -172,9 +172,11 @@ fn start(args: &Args) -> Result<Vec<Rank>> {
         }
         let rank = ranks.last_mut().expect("just pushed");
         eprintln!("[launch] rank {} is process {}", rank.rank, rank.child.id());
-        let prefix = (nproc * nnodes > 1)
-            .then(|| format!("[rank {}] ", rank.rank))
-            .unwrap_or_default();
+        let prefix = if nproc * nnodes > 1 {
+            format!("[rank {}] ", rank.rank)
+        } else {
+            String::new()
+        };
         if let Some(stdout) = rank.child.stdout.take() {
             let plain = rank.rank == 0;
             rank.output.push(pass_on(
