@@ -214,8 +214,9 @@ fn a_plain_model_may_be_written_in_fp8_and_comes_back_close() {
         let (old, new) = (values(&before, name), values(&after, name));
         let largest = old.iter().fold(0f32, |a, x| a.max(x.abs()));
         for (old, new) in old.iter().zip(&new) {
-            // Half a step of a 3-bit mantissa, or of the smallest codes.
-            let limit = (old.abs() / 16.0).max(largest / 448.0 / 1024.0) * 1.01;
+            // Half a step of a 3-bit mantissa, or of the smallest codes; then the result is rounded to bf16.
+            let half_a_step = (old.abs() / 16.0).max(largest / 448.0 / 1024.0);
+            let limit = half_a_step * 1.01 + new.abs() / 256.0;
             let limit = if name.contains("_proj") { limit } else { 0.0 };
             assert!((old - new).abs() <= limit, "{name}: {old} became {new}");
         }

@@ -275,6 +275,15 @@ impl Sections {
 
     fn check_layout(&self, model: Option<&ModelConfig>, problems: &mut Problems) {
         let Some(model) = model else { return };
+        // Each degree of 0 has been reported by its key.
+        if self
+            .parallel
+            .degrees()
+            .iter()
+            .any(|(_, degree)| *degree == 0)
+        {
+            return;
+        }
         let (layout, decoder) = (self.parallel.layout(), &model.decoder);
         let tensors = model.bridge.tensors(decoder);
         if let Err(error) = layout.validate(&tensors, decoder.num_hidden_layers) {

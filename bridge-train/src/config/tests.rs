@@ -183,14 +183,14 @@ fn contradictions_are_found() {
     );
     fails(
         &["parallel.pipeline_model_parallel_size=4"],
-        &["pp=4", "the most is pp=3"],
+        &["the most is pp=3"],
     );
     fails(
         &[
             "parallel.pipeline_model_parallel_size=2",
             "parallel.pipeline_model_parallel_layout=2,2",
         ],
-        &["[2, 2]", "of 3"],
+        &["[2, 2]"],
     );
     fails(
         &[
