@@ -255,13 +255,17 @@ impl Sections {
             );
         }
         if micro > 0 && step > 0 && global > 0 && global % step != 0 {
+            let (below, above) = (global / step * step, (global / step + 1) * step);
+            let nearest = match below {
+                0 => format!("{above}, or take a smaller micro-batch"),
+                below => format!("{below} or {above}"),
+            };
             problems.add(
                 "train.global_batch_size",
                 format!(
-                    "is {global}, which is not a multiple of micro_batch_size={micro} times data_parallel_size={}; the nearest that fit are {} and {}",
-                    self.parallel.data_parallel_size,
-                    (global / step).max(1) * step,
-                    (global / step + 1) * step
+                    "is {global}, which is not a multiple of micro_batch_size={micro} times data_parallel_size={}; make it \
+                     {nearest}",
+                    self.parallel.data_parallel_size
                 ),
             );
         }
