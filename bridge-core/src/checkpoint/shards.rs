@@ -241,6 +241,19 @@ fn index_json(tensors: &[TensorSpec], lens: &[u64], shards: &[Shard]) -> Vec<u8>
 ///
 /// Only plain names pass: an index comes from a stranger and must not lead out of the folder.
 pub fn file_name_problem(name: &str) -> Option<&'static str> {
+    plain_name_problem(name).or({
+        if !name.ends_with(".safetensors") {
+            Some("the name does not end in .safetensors; other formats are not read")
+        } else if name == INDEX_FILE {
+            Some("that is the name of the index")
+        } else {
+            None
+        }
+    })
+}
+
+/// Why `name` cannot be the plain name of a file of any kind inside a folder; `None` when it can.
+pub(super) fn plain_name_problem(name: &str) -> Option<&'static str> {
     /// Longest name that the usual file systems take, in bytes.
     const MAX_FILE_NAME_BYTES: usize = 255;
     if name.is_empty() {
@@ -255,10 +268,6 @@ pub fn file_name_problem(name: &str) -> Option<&'static str> {
         Some("the name holds control characters")
     } else if name.starts_with('.') {
         Some("the name starts with a dot")
-    } else if !name.ends_with(".safetensors") {
-        Some("the name does not end in .safetensors; other formats are not read")
-    } else if name == INDEX_FILE {
-        Some("that is the name of the index")
     } else {
         None
     }

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use super::companions::SkippedFile;
-use super::export::{ExportOptions, export_opened};
+use super::export::{ExportOptions, ExportReport, export_opened};
 use super::import::import_opened;
 use super::load::HfModel;
 use super::megatron::write_megatron;
 use super::{HF_DIR, Progress};
-use crate::checkpoint::megatron::MegatronCheckpoint;
+use crate::checkpoint::megatron::iteration_dir;
 use crate::checkpoint::native::NativeCheckpoint;
 use crate::config::HfConfig;
 use crate::error::{Error, Result};
@@ -45,6 +45,17 @@ pub struct ConvertReport {
     pub skipped_files: Vec<SkippedFile>,
 }
 
+impl From<ExportReport> for ConvertReport {
+    fn from(done: ExportReport) -> Self {
+        Self {
+            dir: done.dir,
+            tensors: done.tensors,
+            bytes: done.bytes,
+            skipped_files: done.skipped_files,
+        }
+    }
+}
+
 /// Converts the model at `from` to a new folder `to`.
 ///
 /// # Errors
@@ -62,16 +73,10 @@ pub fn convert(
         let hf = weights.dir().join(HF_DIR);
         return match to {
             ModelPlace::Hf(out) => {
-                let done = export_opened(&weights, &hf, out, registry, options, progress)?;
-                Ok(ConvertReport {
-                    dir: done.dir,
-                    tensors: done.tensors,
-                    bytes: done.bytes,
-                    skipped_files: done.skipped_files,
-                })
+                Ok(export_opened(&weights, &hf, out, registry, options, progress)?.into())
             }
             ModelPlace::Megatron { dir: out, .. } => {
-                megatron(&weights, &hf, out, registry, options, progress)
+                write_megatron(&weights, &hf, out, registry, options, progress)
             }
             ModelPlace::Native(_) => Err(Error::InvalidArgument(
                 "a native checkpoint loads at any layout as it is; there is nothing to convert"
@@ -97,16 +102,10 @@ pub fn convert(
             })
         }
         ModelPlace::Hf(out) => {
-            let done = export_opened(&model, &hf, out, registry, options, progress)?;
-            Ok(ConvertReport {
-                dir: done.dir,
-                tensors: done.tensors,
-                bytes: done.bytes,
-                skipped_files: done.skipped_files,
-            })
+            Ok(export_opened(&model, &hf, out, registry, options, progress)?.into())
         }
         ModelPlace::Megatron { dir: out, .. } => {
-            megatron(&model, &hf, out, registry, options, progress)
+            write_megatron(&model, &hf, out, registry, options, progress)
         }
     }
 }
@@ -146,31 +145,14 @@ pub fn open(
 
 /// The folder of the config in a Megatron-Core checkpoint that was written here.
 fn own_config(dir: &Path) -> Result<PathBuf> {
-    let checkpoint = MegatronCheckpoint::open(dir)?;
-    let own = checkpoint.dir().join(HF_DIR);
+    let iteration = iteration_dir(dir)?;
+    let own = iteration.join(HF_DIR);
     if own.join("config.json").is_file() {
         return Ok(own);
     }
     Err(Error::InvalidArgument(format!(
         "{} does not say which model it holds: give the folder of its Hugging Face config.json (and tokenizer) with \
          --hf-config",
-        checkpoint.dir().display()
+        iteration.display()
     )))
-}
-
-fn megatron(
-    weights: &dyn super::canonical::CanonicalSource,
-    hf: &Path,
-    out: &Path,
-    registry: &Registry,
-    options: &ExportOptions,
-    progress: &dyn Progress,
-) -> Result<ConvertReport> {
-    let done = write_megatron(weights, hf, out, registry, options, progress)?;
-    Ok(ConvertReport {
-        dir: done.dir,
-        tensors: done.tensors,
-        bytes: done.bytes,
-        skipped_files: done.skipped_files,
-    })
 }

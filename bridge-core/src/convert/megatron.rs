@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::canonical::CanonicalSource;
-use super::companions::{Companions, SkippedFile, write_new};
+use super::companions::{Companions, write_new};
+use super::endpoints::ConvertReport;
 use super::export::{ExportOptions, transfers};
 use super::transfer::{self, Sink, Transfer};
 use super::{HF_DIR, Progress};
@@ -19,14 +20,6 @@ use crate::error::{Error, Result};
 use crate::plan::plan_export;
 use crate::registry::Registry;
 
-/// What was written.
-pub(super) struct Written {
-    pub(super) dir: PathBuf,
-    pub(super) tensors: usize,
-    pub(super) bytes: u64,
-    pub(super) skipped_files: Vec<SkippedFile>,
-}
-
 /// Writes a Megatron-Core checkpoint, iteration 0. `hf` is the folder of the config and of the files beside the weights,
 /// which go along into a folder of that name in the iteration's, so that the way back needs nothing else.
 pub(super) fn write_megatron(
@@ -36,7 +29,7 @@ pub(super) fn write_megatron(
     registry: &Registry,
     options: &ExportOptions,
     progress: &dyn Progress,
-) -> Result<Written> {
+) -> Result<ConvertReport> {
     let config = HfConfig::load(hf)?;
     let family = registry.detect(&config)?;
     let typed = family.config(&config)?;
@@ -88,7 +81,7 @@ pub(super) fn write_megatron(
     transfer::run(&transfers, &writer, options.convert.resources(), progress)?;
     let count = transfers.len();
     drop(transfers);
-    Ok(Written {
+    Ok(ConvertReport {
         dir: writer.finish()?,
         tensors: count,
         bytes,

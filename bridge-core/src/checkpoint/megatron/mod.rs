@@ -17,6 +17,7 @@ mod reader;
 mod weights;
 mod writer;
 
+pub(crate) use reader::iteration_dir;
 pub use reader::{MegatronCheckpoint, TRACKER_FILE};
 pub use weights::{MegatronBridge, MegatronForm, layers_are_alike, megatron_weights};
 pub(crate) use weights::{extra_states, stacked_dims};

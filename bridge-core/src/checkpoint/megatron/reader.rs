@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::metadata::{self, Blob, Metadata};
 use crate::checkpoint::error::{CheckpointError, IoContext, Result, quote};
+use crate::checkpoint::shards::plain_name_problem;
 use crate::checkpoint::source::{FileReader, RangeReader};
 use crate::checkpoint::store::{BlockStore, StoredBlock, StoredTensor, open_files};
 use crate::checkpoint::tiling;
@@ -211,7 +212,7 @@ impl MegatronCheckpoint {
 }
 
 /// The folder of the iteration to open.
-fn iteration_dir(dir: &Path) -> Result<PathBuf> {
+pub(crate) fn iteration_dir(dir: &Path) -> Result<PathBuf> {
     const MAX_TRACKER_BYTES: u64 = 64;
     if dir.join(METADATA_FILE).is_file() {
         return Ok(dir.to_path_buf());
@@ -310,9 +311,5 @@ fn open_box(
 
 /// A file name within the folder.
 fn plain(name: &str) -> bool {
-    name.ends_with(".distcp")
-        && name.len() <= 255
-        && !name.starts_with('.')
-        && !name.contains(['/', '\\', ':'])
-        && !name.chars().any(char::is_control)
+    name.ends_with(".distcp") && plain_name_problem(name).is_none()
 }

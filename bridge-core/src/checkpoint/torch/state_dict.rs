@@ -7,6 +7,7 @@ use super::archive::TorchArchive;
 use super::pickle::{Limits, NodeId};
 use crate::checkpoint::error::{CheckpointError, Result, quote};
 use crate::checkpoint::region::Region;
+use crate::checkpoint::shards::plain_name_problem;
 use crate::checkpoint::source::{FileReader, RangeReader};
 use crate::checkpoint::store::{BlockStore, StoredBlock, StoredTensor, open_files};
 use crate::error::Problems;
@@ -179,9 +180,5 @@ fn indexed(path: &Path) -> Result<BTreeSet<String>> {
 
 /// A name within the folder.
 fn plain(name: &str) -> bool {
-    name.ends_with(".bin")
-        && name.len() <= 255
-        && !name.starts_with('.')
-        && !name.contains(['/', '\\', ':'])
-        && !name.chars().any(char::is_control)
+    name.ends_with(".bin") && plain_name_problem(name).is_none()
 }
