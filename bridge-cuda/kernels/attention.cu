@@ -15,7 +15,7 @@
 // `backward_kv`: a block owns KEYS keys of one key head and walks the queries of all heads that share it. Both passes
 // recompute the scores; in exchange no sum needs atomics and results repeat exactly.
 // Source: Dao 2023, "FlashAttention-2". Launcher: src/ops/attention.rs.
-#include "common.cuh"
+#include "tensor_core.cuh"
 
 typedef TYPE T;
 
@@ -56,33 +56,10 @@ __device__ __forceinline__ Range visible(const Problem& p, const i32* documents,
     return {(i32)begin, (i32)max(begin, end)};
 }
 
-// ---- Tensor cores and shared memory. ----
-
-template <typename X> struct Mma;
-template <> struct Mma<bf16> {
-    static __device__ __forceinline__ void run(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-};
-template <> struct Mma<f16> {
-    static __device__ __forceinline__ void run(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-};
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// ---- Tiles in shared memory. ----
 
 // Element offset of a 16-byte piece in a swizzled tile.
 __device__ __forceinline__ int place(int row, int chunk) { return row * D + ((chunk ^ (row & 7)) * 8); }
-
-__device__ __forceinline__ void ldmatrix(u32 (&r)[4], const T* at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(at)));
-}
-__device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], const T* at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(at)));
-}
 
 // Starts copying rows [first, first + N) of a matrix to a tile; rows from `limit` on become zero.
 template <int N> __device__ __forceinline__ void fetch(T* tile, const T* matrix, i64 stride, i64 first, i64 limit) {
@@ -91,12 +68,9 @@ template <int N> __device__ __forceinline__ void fetch(T* tile, const T* matrix,
         int piece = i * THREADS + threadIdx.x, row = piece / CHUNKS, chunk = piece % CHUNKS;
         bool inside = first + row < limit;
         const T* from = matrix + (inside ? (first + row) * stride : 0) + chunk * 8;
-        int bytes = inside ? 16 : 0;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(tile + place(row, chunk))), "l"(from), "r"(bytes));
+        copy_async(tile + place(row, chunk), from, inside);
     }
 }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
-template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N)); }
 
 // Left operand: rows [row, row + 16) of a tile, channels [16 step, 16 step + 16).
 __device__ __forceinline__ void load_left(u32 (&a)[4], const T* tile, int row, int step) {

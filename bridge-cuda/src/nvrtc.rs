@@ -52,7 +52,11 @@ pub const SOURCES: &[(&str, &str)] = &[
     ("sort", include_str!("../kernels/sort.cu")),
 ];
 
-const COMMON: &str = include_str!("../kernels/common.cuh");
+/// What the kernel files include, by name.
+const HEADERS: [(&CStr, &str); 2] = [
+    (c"common.cuh", include_str!("../kernels/common.cuh")),
+    (c"tensor_core.cuh", include_str!("../kernels/tensor_core.cuh")),
+];
 
 /// Kernels of one device, by file, definitions and entry.
 pub(crate) struct Kernels {
@@ -75,7 +79,11 @@ unsafe impl Send for Kernel {}
 impl Kernels {
     pub(crate) fn new(capability: (i32, i32)) -> Self {
         Self {
-            arch: format!("sm_{}{}", capability.0, capability.1),
+            // The matrix instructions of a warp group exist only in the chip's own instruction set.
+            arch: match capability {
+                (9, 0) => "sm_90a".into(),
+                (major, minor) => format!("sm_{major}{minor}"),
+            },
             modules: Mutex::default(),
         }
     }
@@ -153,8 +161,9 @@ fn cubin(file: &'static str, defines: &[Define], arch: &str) -> Result<Vec<u8>> 
     let options = options(defines, arch);
     let path = version().ok().zip(cache_folder()).map(|(version, folder)| {
         let mut hash = Sha256::new();
-        for part in [COMMON, source, arch, &format!("{version:?}")]
+        for part in [source, arch, &format!("{version:?}")]
             .into_iter()
+            .chain(HEADERS.iter().map(|(_, text)| *text))
             .chain(options.iter().map(String::as_str))
         {
             hash.update((part.len() as u64).to_le_bytes());
@@ -239,7 +248,9 @@ pub fn compile(file: &'static str, defines: &[(&str, &str)], arch: &str) -> Resu
     let fail = |code| failure(file, arch, code);
     let text = |text: &str| CString::new(text).expect("kernel sources hold no zero byte");
     let (program_text, name) = (text(source(file)), text(&format!("{file}.cu")));
-    let (header, header_name) = (text(COMMON), c"common.cuh");
+    let headers = HEADERS.map(|(_, header)| text(header));
+    let header_pointers = headers.each_ref().map(|header| header.as_ptr());
+    let header_names = HEADERS.map(|(name, _)| name.as_ptr());
     let options: Vec<CString> = options(defines, arch)
         .iter()
         .map(|option| text(option))
@@ -254,9 +265,9 @@ pub fn compile(file: &'static str, defines: &[(&str, &str)], arch: &str) -> Resu
             &mut program,
             program_text.as_ptr(),
             name.as_ptr(),
-            1,
-            &header.as_ptr(),
-            &CStr::as_ptr(header_name),
+            HEADERS.len() as i32,
+            header_pointers.as_ptr(),
+            header_names.as_ptr(),
         );
         if code != ok {
             return Err(fail(code));
