@@ -55,7 +55,10 @@ pub const SOURCES: &[(&str, &str)] = &[
 /// What the kernel files include, by name.
 const HEADERS: [(&CStr, &str); 2] = [
     (c"common.cuh", include_str!("../kernels/common.cuh")),
-    (c"tensor_core.cuh", include_str!("../kernels/tensor_core.cuh")),
+    (
+        c"tensor_core.cuh",
+        include_str!("../kernels/tensor_core.cuh"),
+    ),
 ];
 
 /// Kernels of one device, by file, definitions and entry.
