@@ -3,7 +3,7 @@
 //   g = grad_scale grad;  p = p (1 - lr wd);  m += (1 - beta1)(g - m);  v = beta2 v + (1 - beta2) g^2
 //   p -= lr / bc1 * m / (sqrt(v) / sqrt(bc2) + eps)
 //
-// Definitions: PARAM (element of p), GRAD (element of grad). m, v float. `step` updates one tensor in place. `step_many`
+// Definitions: PARAM (element of p), GRAD (element of grad), MEAN (element of m); v float. `step` updates one tensor in place. `step_many`
 // updates a list of tensors in one launch: tensors: [count] of the structure below, chunks: [blocks] of (tensor, chunk
 // number), CHUNK elements a block; where `copy` is set, the new value is also written there in bf16; where `lower` is set,
 // the weight is not at p but in two halves, `copy` and `lower`. Elements are touched once: 16-byte accesses, bound by memory. Source: Loshchilov and Hutter 2019. Launcher: src/ops/adamw.rs.
@@ -11,6 +11,7 @@
 
 typedef PARAM P;
 typedef GRAD G;
+typedef MEAN M;
 
 // Mirrors `Numbers` in src/ops/adamw.rs.
 struct Numbers { float decay, beta1_rest, beta2, beta2_rest, step_size, root_bc2, eps, grad_scale; };
@@ -35,7 +36,7 @@ __device__ __forceinline__ void split(float x, bf16& upper, u16& lower) {
     lower = (u16)(bits - ((u32)upper.bits << 16));
 }
 
-__device__ __forceinline__ void range(P* p, const G* g, float* m, float* v, bf16* copy, u16* lower, const Numbers& n, i64 begin, i64 end, i64 thread, i64 step) {
+__device__ __forceinline__ void range(P* p, const G* g, M* m, float* v, bf16* copy, u16* lower, const Numbers& n, i64 begin, i64 end, i64 thread, i64 step) {
     i64 packed_end = begin + (end - begin) / VECTOR * VECTOR;
     for (i64 i = begin + thread * VECTOR; i < packed_end; i += step * VECTOR) {
         Pack<P, VECTOR> pp;
@@ -48,11 +49,14 @@ __device__ __forceinline__ void range(P* p, const G* g, float* m, float* v, bf16
             pp = load_pack<P, VECTOR>(p + i);
         }
         Pack<G, VECTOR> pg = load_pack<G, VECTOR>(g + i);
-        Pack<float, VECTOR> pm = load_pack<float, VECTOR>(m + i), pv = load_pack<float, VECTOR>(v + i);
+        Pack<M, VECTOR> pm = load_pack<M, VECTOR>(m + i);
+        Pack<float, VECTOR> pv = load_pack<float, VECTOR>(v + i);
         #pragma unroll
         for (int k = 0; k < VECTOR; k++) {
             float old = lower ? join(pc.at[k], pl.at[k]) : (float)load(pp.at[k]);
-            float x = update(old, load(pg.at[k]), pm.at[k], pv.at[k], n);
+            float mean = load(pm.at[k]);
+            float x = update(old, load(pg.at[k]), mean, pv.at[k], n);
+            pm.at[k] = store<M>(mean);
             if (lower) {
                 split(x, pc.at[k], pl.at[k]);
             } else {
@@ -67,7 +71,9 @@ __device__ __forceinline__ void range(P* p, const G* g, float* m, float* v, bf16
     }
     for (i64 i = packed_end + thread; i < end; i += step) {
         float old = lower ? join(copy[i], lower[i]) : (float)load(p[i]);
-        float x = update(old, load(g[i]), m[i], v[i], n);
+        float mean = load(m[i]);
+        float x = update(old, load(g[i]), mean, v[i], n);
+        m[i] = store<M>(mean);
         if (lower) {
             split(x, copy[i], lower[i]);
         } else {
@@ -77,11 +83,11 @@ __device__ __forceinline__ void range(P* p, const G* g, float* m, float* v, bf16
     }
 }
 
-extern "C" __global__ void step(P* p, const G* g, float* m, float* v, Numbers n, i64 count) {
+extern "C" __global__ void step(P* p, const G* g, M* m, float* v, Numbers n, i64 count) {
     range(p, g, m, v, nullptr, nullptr, n, 0, count, (i64)blockIdx.x * blockDim.x + threadIdx.x, (i64)gridDim.x * blockDim.x);
 }
 
-struct Tensor { P* p; const G* g; float* m; float* v; bf16* copy; u16* lower; i64 count; };
+struct Tensor { P* p; const G* g; M* m; float* v; bf16* copy; u16* lower; i64 count; };
 constexpr i64 CHUNK = 1 << 16;
 
 extern "C" __global__ void step_many(const Tensor* tensors, const i32* chunks, Numbers n) {

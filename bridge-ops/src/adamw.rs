@@ -59,9 +59,9 @@ pub struct AdamWTensors<B: Ops> {
     /// The fp32 weight. On a backend that splits it ([`Ops::SPLITS_MASTER_WEIGHTS`]) and for a bf16 `copy`, its lower
     /// half (see [`Ops::split_halves`]); the copy is then the upper one.
     pub master: Float<B>,
-    /// Its gradient, fp32. Dropped by the update.
+    /// Its gradient, fp32 or narrower. Dropped by the update.
     pub grad: Option<Float<B>>,
-    /// Mean of gradients, fp32.
+    /// Mean of gradients, fp32 or narrower.
     pub m: Float<B>,
     /// Mean of squared gradients, fp32.
     pub v: Float<B>,
@@ -148,7 +148,7 @@ pub(crate) fn portable<B: Ops>(
     v: Float<B>,
     step: &AdamWStep,
 ) -> (Float<B>, Float<B>, Float<B>) {
-    let (shape, dtype) = (dims(&param), param.dtype());
+    let (shape, dtype, m_dtype) = (dims(&param), param.dtype(), m.dtype());
     let count = shape.iter().product();
     let flat = |x: Float<B>| tensor::<B, 1>(reshaped::<B>(to_f32::<B>(x), &[count]));
     let (param, grad, m, v) = (flat(param), flat(grad), flat(m), flat(v));
@@ -165,7 +165,11 @@ pub(crate) fn portable<B: Ops>(
         - (m.clone() / denominator).mul_scalar(step.lr / step.bias_correction1);
 
     let unflat = |x| reshaped::<B>(float(x), &shape);
-    (to_dtype::<B>(unflat(param), dtype), unflat(m), unflat(v))
+    (
+        to_dtype::<B>(unflat(param), dtype),
+        to_dtype::<B>(unflat(m), m_dtype),
+        unflat(v),
+    )
 }
 
 #[cfg(test)]
@@ -295,14 +299,27 @@ mod tests {
 
     #[test]
     fn other_dtypes_take_the_portable_body() {
-        let zeros = || crate::float_zeros::<Flex>(&[5], DType::F32, &Default::default());
+        let zeros = |dtype| crate::float_zeros::<Flex>(&[5], dtype, &Default::default());
         let (p, m, _) = Flex::adamw_step(
             random_bf16(&[5], 1),
             random(&[5], 2),
-            zeros(),
-            zeros(),
+            zeros(DType::F32),
+            zeros(DType::F32),
             &step(1),
         );
         assert_eq!((p.dtype(), m.dtype()), (DType::BF16, DType::F32));
+        // The new mean is rounded after the weight has been updated from it.
+        let update = |grad, m| {
+            let (p, m, _) = Flex::adamw_step(random(&[5], 1), grad, m, zeros(DType::F32), &step(1));
+            (to_f32_vec::<Flex>(p), m)
+        };
+        let grad = random_bf16(&[5], 2);
+        let (wide, m) = update(Flex::cast(grad.clone(), DType::F32), zeros(DType::F32));
+        let (narrow, narrow_m) = update(grad, zeros(DType::BF16));
+        assert_eq!((narrow, narrow_m.dtype()), (wide, DType::BF16));
+        assert_eq!(
+            to_f32_vec::<Flex>(narrow_m),
+            to_f32_vec::<Flex>(Flex::cast(m, DType::BF16))
+        );
     }
 }

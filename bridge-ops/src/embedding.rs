@@ -52,7 +52,8 @@ pub fn embedding_as<B: Ops>(
     let ids = ids.clone();
     let param = weight.clone();
     tape.record_with_params(output, &[], &[weight], move |dy| {
-        param.accumulate_with(|slot| B::embedding_accumulate_grad(ids, dy, shape[0], slot));
+        param
+            .accumulate_in_dtype_with(|slot| B::embedding_accumulate_grad(ids, dy, shape[0], slot));
         Vec::new()
     })
 }
@@ -73,19 +74,21 @@ pub(crate) fn portable_accumulate_grad<B: Ops>(
 ) -> Float<B> {
     let (_, hidden) = rows_and_last(&dims(&dy));
     let device = B::float_device(&dy);
-    let sum = match slot {
-        GradSlot::Sum(sum) => tensor(sum),
-        GradSlot::Empty | GradSlot::Stale(_) => {
-            Tensor::<B, 2>::zeros([vocab_size, hidden], (&device, DType::F32))
-        }
-    };
-    let dy = matrix::<B>(to_f32::<B>(dy));
-    float(sum.select_assign(
-        0,
-        flat_ids::<B>(ids),
-        dy,
-        burn::tensor::IndexingUpdateOp::Add,
-    ))
+    slot.rounded_once(|slot| {
+        let sum = match slot {
+            GradSlot::Sum(sum) => tensor(sum),
+            GradSlot::Empty | GradSlot::Stale(_) => {
+                Tensor::<B, 2>::zeros([vocab_size, hidden], (&device, DType::F32))
+            }
+        };
+        let dy = matrix::<B>(to_f32::<B>(dy));
+        float(sum.select_assign(
+            0,
+            flat_ids::<B>(ids),
+            dy,
+            burn::tensor::IndexingUpdateOp::Add,
+        ))
+    })
 }
 
 fn flat_ids<B: Ops>(ids: Int<B>) -> Tensor<B, 1, IntKind> {

@@ -45,7 +45,9 @@ pub fn linear<B: Ops>(
             input_tracked.then(|| B::linear_backward_input_add(dy.clone(), weight.value(), so_far));
         if let Some(input) = input {
             input.use_when_made(move |input| {
-                weight.accumulate_with(|slot| B::linear_accumulate_weight_grad(input, dy, slot));
+                weight.accumulate_in_dtype_with(|slot| {
+                    B::linear_accumulate_weight_grad(input, dy, slot)
+                });
             });
         }
         dx

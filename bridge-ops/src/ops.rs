@@ -74,7 +74,7 @@ pub trait Ops: Backend {
         linear::portable_backward_input_add::<Self>(dy, weight, so_far)
     }
 
-    /// `dW += dy^T x` in fp32. x: [.., in], dy: [.., out] -> [out, in].
+    /// `dW += dy^T x`, summed in fp32. x: [.., in], dy: [.., out] -> [out, in] in the slot's dtype.
     fn linear_accumulate_weight_grad(
         x: Float<Self>,
         dy: Float<Self>,
@@ -93,8 +93,8 @@ pub trait Ops: Backend {
         embedding::portable::<Self>(ids, weight, dtype)
     }
 
-    /// Adds each row of `dy` to the row of the gradient that its id names, in fp32. ids: [..], dy: [.., h]
-    /// -> [vocab, h].
+    /// Adds each row of `dy` to the row of the gradient that its id names, summed in fp32. ids: [..], dy: [.., h]
+    /// -> [vocab, h] in the slot's dtype.
     fn embedding_accumulate_grad(
         ids: Int<Self>,
         dy: Float<Self>,
@@ -444,8 +444,8 @@ pub trait Ops: Backend {
         reduce::portable_sum_squares::<Self>(x)
     }
 
-    /// One AdamW update; returns (param, m, v). grad, m, v: like param, m and v fp32. In place where a buffer is not
-    /// shared.
+    /// One AdamW update; returns (param, m, v), each in its dtype. grad, m, v: like param; m may be narrower than fp32.
+    /// In place where a buffer is not shared.
     fn adamw_step(
         param: Float<Self>,
         grad: Float<Self>,

@@ -9,12 +9,12 @@ use burn_backend::{DType, TensorMetadata};
 
 use crate::grad_slot::GradSlot;
 use crate::ops::Ops;
-use crate::primitive::{Float, dims};
+use crate::primitive::{Float, dims, to_dtype};
 
 /// A named weight with its gradient slot. Cloning gives another handle to the same weight.
 ///
-/// Gradients are fp32 whatever the dtype of the value, and are added up over micro-batches until
-/// [`clear_grad`](Self::clear_grad) or [`take_grad`](Self::take_grad). A frozen weight
+/// Gradients are fp32 whatever the dtype of the value (unless [`set_grad_dtype`](Self::set_grad_dtype) says otherwise), and
+/// are added up over micro-batches until [`clear_grad`](Self::clear_grad) or [`take_grad`](Self::take_grad). A frozen weight
 /// (`requires_grad() == false`) gets none, and the products that would compute it are skipped.
 pub struct Param<B: Ops> {
     inner: Arc<Inner<B>>,
@@ -71,6 +71,7 @@ struct State<B: Ops> {
     /// `None` only while `update` runs, or between `take_value` and `put_value`.
     value: Option<Float<B>>,
     grad: GradSlot<B>,
+    grad_dtype: DType,
 }
 
 impl<B: Ops> Param<B> {
@@ -108,6 +109,7 @@ impl<B: Ops> Param<B> {
                 state: Mutex::new(State {
                     value: Some(value),
                     grad: GradSlot::Empty,
+                    grad_dtype: DType::F32,
                 }),
             }),
         }
@@ -133,7 +135,7 @@ impl<B: Ops> Param<B> {
         self.shape().iter().product()
     }
 
-    /// The dtype of the value. Gradients are always fp32.
+    /// The dtype of the value.
     pub fn dtype(&self) -> DType {
         self.with_value(TensorMetadata::dtype)
     }
@@ -217,7 +219,25 @@ impl<B: Ops> Param<B> {
             .store(requires_grad, Ordering::Relaxed);
     }
 
-    /// The gradient accumulated so far, fp32; shares the buffer.
+    /// The dtype that the gradient is kept in between micro-batches: fp32 unless set otherwise.
+    pub fn grad_dtype(&self) -> DType {
+        self.state().grad_dtype
+    }
+
+    /// Keeps the gradient in `dtype` from now on, fp32 or narrower. Each micro-batch's part is summed in fp32 and the new
+    /// sum rounded once, so that a step of one micro-batch rounds once in all. A gradient already in the slot is
+    /// converted.
+    pub fn set_grad_dtype(&self, dtype: DType) {
+        let mut state = self.state();
+        state.grad_dtype = dtype;
+        state.grad = match std::mem::replace(&mut state.grad, GradSlot::Empty) {
+            GradSlot::Sum(grad) => GradSlot::Sum(to_dtype::<B>(grad, dtype)),
+            GradSlot::Empty | GradSlot::Stale(_) => GradSlot::Empty,
+        };
+    }
+
+    /// The gradient accumulated so far, of dtype [`grad_dtype`](Self::grad_dtype) or as it was [set](Self::set_grad);
+    /// shares the buffer.
     pub fn grad(&self) -> Option<Float<B>> {
         match &self.state().grad {
             GradSlot::Sum(grad) => Some(grad.clone()),
@@ -236,7 +256,7 @@ impl<B: Ops> Param<B> {
     /// Replaces the gradient, for example by its all-reduced sum.
     ///
     /// # Panics
-    /// When the gradient is not fp32 or has another shape than the value.
+    /// When the gradient is neither fp32 nor of the dtype it is kept in, or has another shape than the value.
     #[track_caller]
     pub fn set_grad(&self, grad: Option<Float<B>>) {
         if let Some(grad) = &grad {
@@ -257,21 +277,43 @@ impl<B: Ops> Param<B> {
         };
     }
 
-    /// Adds a gradient to the slot, in fp32.
+    /// Adds a gradient to the slot; the sum is made in fp32.
     #[track_caller]
     pub fn accumulate_grad(&self, grad: Float<B>) {
         self.accumulate_with(|slot| slot.accumulate(grad));
     }
 
-    /// Lets a kernel add to the slot directly; it returns the sum. Must not touch this parameter.
+    /// Lets a kernel that knows fp32 gradients only add to the slot directly; it returns the sum. Must not touch this
+    /// parameter.
     ///
     /// # Panics
     /// When the result is not fp32 or has another shape than the value.
     #[track_caller]
     pub fn accumulate_with(&self, kernel: impl FnOnce(GradSlot<B>) -> Float<B>) {
+        self.accumulate_in_dtype_with(|slot| slot.rounded_once(kernel));
+    }
+
+    /// The same for a kernel that takes a slot of any dtype and returns a gradient of that dtype.
+    ///
+    /// # Panics
+    /// When the result has another dtype or shape.
+    #[track_caller]
+    pub fn accumulate_in_dtype_with(&self, kernel: impl FnOnce(GradSlot<B>) -> Float<B>) {
         // The lock is not held while the kernel runs, so that a panic in it can't poison other users' view; the slot
         // is simply empty meanwhile. Two threads never run the backward pass of one parameter at once.
-        let slot = std::mem::replace(&mut self.state().grad, GradSlot::Empty);
+        let (slot, dtype) = {
+            let mut state = self.state();
+            let slot = std::mem::replace(&mut state.grad, GradSlot::Empty);
+            (slot, state.grad_dtype)
+        };
+        let slot = match slot {
+            // The dtype of a buffer without content says which gradient is wanted.
+            GradSlot::Empty if dtype != DType::F32 => {
+                let device = self.device();
+                GradSlot::Stale(B::float_empty(self.shape().into(), &device, dtype.into()))
+            }
+            slot => slot,
+        };
         let grad = kernel(slot);
         self.check_grad(&grad);
         self.state().grad = GradSlot::Sum(grad);
@@ -286,11 +328,12 @@ impl<B: Ops> Param<B> {
             "parameter `{}` has shape {expected:?}, its gradient {found:?}",
             self.name()
         );
-        assert_eq!(
-            grad.dtype(),
-            DType::F32,
-            "the gradient of parameter `{}` must be fp32",
-            self.name()
+        let kept = self.grad_dtype();
+        assert!(
+            grad.dtype() == DType::F32 || grad.dtype() == kept,
+            "the gradient of parameter `{}` must be fp32 or {kept:?}, not {:?}",
+            self.name(),
+            grad.dtype()
         );
     }
 
@@ -364,6 +407,31 @@ mod tests {
         param.accumulate_grad(random_bf16(&[4], 2));
         assert_eq!(param.grad().unwrap().dtype(), DType::F32);
         assert_eq!(param.dtype(), DType::BF16);
+    }
+
+    #[test]
+    fn narrow_gradients_are_summed_in_fp32_and_rounded_once() {
+        let param = Param::<Flex>::new("w", random(&[40], 1));
+        param.set_grad_dtype(DType::BF16);
+        let parts = [random(&[40], 2), random(&[40], 3)];
+        let mut expected = vec![0.0; 40];
+        for part in &parts {
+            param.accumulate_grad(part.clone());
+            let sum = (expected.iter().zip(to_f32_vec::<Flex>(part.clone()))).map(|(a, b)| a + b);
+            let sum = crate::float_from_f32::<Flex>(
+                &sum.collect::<Vec<f32>>(),
+                &[40],
+                &Default::default(),
+            );
+            expected = to_f32_vec::<Flex>(to_dtype::<Flex>(sum, DType::BF16));
+            let grad = param.grad().unwrap();
+            assert_eq!(grad.dtype(), DType::BF16);
+            assert_eq!(to_f32_vec::<Flex>(grad), expected);
+        }
+        // A reduced sum may come back in fp32.
+        param.set_grad(Some(random(&[40], 4)));
+        param.set_grad_dtype(DType::F32);
+        assert_eq!(param.grad().unwrap().dtype(), DType::F32);
     }
 
     #[test]

@@ -100,6 +100,8 @@ impl From<&ResolvedConfig> for TrainerOptions {
                 beta2: config.optimizer.adam_beta2,
                 eps: config.optimizer.adam_eps,
                 no_weight_decay: config.optimizer.no_weight_decay.clone(),
+                main_grads_dtype: config.optimizer.main_grads_dtype.dtype(),
+                exp_avg_dtype: config.optimizer.exp_avg_dtype.dtype(),
             },
             clip_grad: config.optimizer.clip_grad,
             recompute: config.train.recompute_granularity,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bridge_core::checkpoint::native::list_iterations;
+use bridge_ops::DType;
 use bridge_train::callback::{Callback, StepReport, StopReason, Summary};
 use bridge_train::checkpoint::CheckpointStore;
 use bridge_train::signals::StopFlag;
@@ -70,6 +71,20 @@ fn losses(steps: &[StepReport]) -> Vec<(u64, u64, u64, u64)> {
 
 #[test]
 fn ten_steps_and_ten_more_are_twenty_bit_for_bit() {
+    ten_and_ten_are_twenty(&options());
+}
+
+#[test]
+fn so_they_are_with_narrow_gradients_and_means() {
+    let mut options = options();
+    options.adamw.main_grads_dtype = DType::BF16;
+    options.adamw.exp_avg_dtype = DType::BF16;
+    ten_and_ten_are_twenty(&options);
+}
+
+#[track_caller]
+fn ten_and_ten_are_twenty(options: &TrainerOptions) {
+    let options = || options.clone();
     let (whole_dir, cut_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let whole = fresh_model(&tiny(), 1);
     let (summary, expected) = run(&whole, whole_dir.path(), options(), u64::MAX);

@@ -54,7 +54,7 @@ pub(super) fn step(
 ) -> (CudaTensor, CudaTensor, CudaTensor) {
     let (param, m, v) = (
         param.into_writable(),
-        cast(m, DType::F32).into_writable(),
+        m.into_writable(),
         cast(v, DType::F32).into_writable(),
     );
     let grad = grad.packed();
@@ -70,10 +70,7 @@ pub(super) fn step(
     );
     if count > 0 {
         let gpu = param.gpu();
-        let defines = [
-            ("PARAM", type_name(param.dtype())),
-            ("GRAD", type_name(grad.dtype())),
-        ];
+        let defines = defines(param.dtype(), grad.dtype(), m.dtype());
         let kernel = gpu.kernel("adamw", &defines, "step").or_panic();
         let shape = Launch::linear(blocks(gpu, count, 4), 256);
         // SAFETY: packed operands of `count` elements; those written are owned by nobody else.
@@ -84,6 +81,14 @@ pub(super) fn step(
         }
     }
     (param, m, v)
+}
+
+fn defines(param: DType, grad: DType, mean: DType) -> [(&'static str, &'static str); 3] {
+    [
+        ("PARAM", type_name(param)),
+        ("GRAD", type_name(grad)),
+        ("MEAN", type_name(mean)),
+    ]
 }
 
 /// Where the parts of a weight lie, as the kernels take it. Mirrors `Tensor` in `kernels/adamw.cu`.
@@ -153,18 +158,23 @@ impl Chunks {
     }
 }
 
+/// The dtypes of gradients and their means that the list kernels take.
+const LISTED: [DType; 2] = [DType::F32, DType::BF16];
+
 /// Whether the list kernels can work on a tensor where it lies.
 fn fits(x: &CudaTensor, dtype: DType, count: usize) -> bool {
     x.dtype() == dtype && x.count() == count && x.is_packed() && x.address().is_multiple_of(16)
 }
 
-/// One update of all tensors in one launch. Tensors whose layout the list kernel does not take go one by one.
+/// One update of all tensors, in one launch for all those of like dtypes. Tensors whose layout the list kernel does not
+/// take go one by one.
 pub(super) fn step_many(
     tensors: Vec<AdamWTensors<Cuda>>,
     step: &AdamWStep,
 ) -> Vec<AdamWTensors<Cuda>> {
-    let mut entries = Vec::new();
     let mut grads = Vec::new();
+    // By dtype of gradient and mean.
+    let mut lists: Vec<((DType, DType), Vec<Entry>)> = Vec::new();
     let tensors: Vec<AdamWTensors<Cuda>> = tensors
         .into_iter()
         .map(|mut t| {
@@ -180,17 +190,21 @@ pub(super) fn step_many(
                 .copy
                 .as_ref()
                 .is_none_or(|copy| fits(copy, DType::BF16, count) && copy.is_unique());
-            let floats = [&t.m, &t.v, &grad];
+            let dtypes = (grad.dtype(), t.m.dtype());
             let listed = master_fits
                 && copy_fits
-                && floats.iter().all(|x| fits(x, DType::F32, count))
+                && LISTED.contains(&dtypes.0)
+                && LISTED.contains(&dtypes.1)
+                && fits(&grad, dtypes.0, count)
+                && fits(&t.m, dtypes.1, count)
+                && fits(&t.v, DType::F32, count)
                 && [&t.master, &t.m, &t.v].iter().all(|x| x.is_unique());
             if !listed {
                 t.grad = Some(grad);
                 return AdamWTensors::step_by_parts(t, step);
             }
             let master = t.master.address();
-            entries.push(Entry {
+            let entry = Entry {
                 param: if is_lower { 0 } else { master },
                 lower: if is_lower { master } else { 0 },
                 grad: grad.address(),
@@ -198,7 +212,11 @@ pub(super) fn step_many(
                 v: t.v.address(),
                 copy: t.copy.as_ref().map_or(0, CudaTensor::address),
                 count: count as u64,
-            });
+            };
+            match lists.iter_mut().find(|(of, _)| *of == dtypes) {
+                Some((_, list)) => list.push(entry),
+                None => lists.push((dtypes, vec![entry])),
+            }
             grads.push(grad);
             t
         })
@@ -206,8 +224,11 @@ pub(super) fn step_many(
     let Some(gpu) = grads.first().map(CudaTensor::gpu) else {
         return tensors;
     };
-    if let Some(list) = Chunks::new(gpu, &entries) {
-        let defines = [("PARAM", "float"), ("GRAD", "float")];
+    for ((grad, mean), entries) in &lists {
+        let Some(list) = Chunks::new(gpu, entries) else {
+            continue;
+        };
+        let defines = defines(DType::F32, *grad, *mean);
         let kernel = gpu.kernel("adamw", &defines, "step_many").or_panic();
         let shape = Launch::linear(list.blocks, 256);
         // SAFETY: the table describes packed tensors of the sizes checked above, of which those that are written are
@@ -248,7 +269,7 @@ fn queue_halves(entry: &'static str, weight: &CudaTensor, upper: &CudaTensor, lo
     if count == 0 {
         return;
     }
-    let defines = [("PARAM", "float"), ("GRAD", "float")];
+    let defines = defines(DType::F32, DType::F32, DType::F32);
     let kernel = gpu.kernel("adamw", &defines, entry).or_panic();
     let shape = Launch::linear(blocks(gpu, count, 1), 256);
     // SAFETY: packed operands of `count` elements; what is written was just allocated.
@@ -260,7 +281,7 @@ fn queue_halves(entry: &'static str, weight: &CudaTensor, upper: &CudaTensor, lo
 /// Writes partial sums of squares (`square`) or sums of `x` to `partial`, one per block.
 fn queue_sum(x: &CudaTensor, partial: &CudaTensor, blocks: usize, square: bool) {
     let gpu = x.gpu();
-    let defines = [("PARAM", "float"), ("GRAD", type_name(x.dtype()))];
+    let defines = defines(DType::F32, x.dtype(), DType::F32);
     let kernel = gpu.kernel("adamw", &defines, "sum_squares").or_panic();
     // SAFETY: x is packed; `partial` holds one element per block.
     unsafe {
@@ -287,8 +308,9 @@ pub(super) fn sum_squares(x: CudaTensor) -> CudaTensor {
 pub(super) fn sum_squares_many(tensors: &[CudaTensor]) -> CudaTensor {
     let first = tensors.first().expect("a sum over at least one tensor");
     let gpu = first.gpu();
-    let listed = |x: &CudaTensor| fits(x, DType::F32, x.count());
-    if !tensors.iter().all(listed) {
+    let dtype = first.dtype();
+    let listed = |x: &CudaTensor| fits(x, dtype, x.count());
+    if !LISTED.contains(&dtype) || !tensors.iter().all(listed) {
         let sums: Vec<CudaTensor> = tensors.iter().cloned().map(sum_squares).collect();
         return reduce_all(Reduction::Sum, concatenate(&sums, 0), DType::F32);
     }
@@ -304,7 +326,7 @@ pub(super) fn sum_squares_many(tensors: &[CudaTensor]) -> CudaTensor {
         return CudaTensor::zeros(gpu, &[1], DType::F32);
     };
     let partial = CudaTensor::empty(gpu, &[list.blocks], DType::F32);
-    let defines = [("PARAM", "float"), ("GRAD", "float")];
+    let defines = defines(DType::F32, dtype, DType::F32);
     let kernel = gpu.kernel("adamw", &defines, "sum_squares_many").or_panic();
     // SAFETY: the table describes packed tensors, the chunks cover each exactly once, `partial` has one element a block.
     unsafe {

@@ -49,7 +49,7 @@ pub(super) fn accumulate_grad(
     if !accumulate && sum.count() > 0 {
         // SAFETY: the whole of a packed tensor that nobody else sees.
         unsafe {
-            gpu.zero(sum.address(), sum.count() * size_of::<f32>())
+            gpu.zero(sum.address(), sum.count() * sum.dtype().size())
                 .or_panic()
         };
     }
@@ -59,7 +59,7 @@ pub(super) fn accumulate_grad(
     let vector = vector(n, &[&dy]).min(4).to_string();
     let defines = [
         ("TYPE", type_name(dy.dtype())),
-        ("WEIGHT", "float"),
+        ("WEIGHT", type_name(sum.dtype())),
         ("INDEX", type_name(ids.dtype())),
         ("VECTOR", vector.as_str()),
     ];

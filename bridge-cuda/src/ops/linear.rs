@@ -66,11 +66,15 @@ pub(super) fn accumulate_weight_grad(
 ) -> CudaTensor {
     let (x, dy) = (rows(x), rows(dy));
     let shape = [dy.dims()[1], x.dims()[1]];
-    // Half-precision factors of one type with an fp32 sum are what cuBLASLt offers; anything else meets in fp32.
+    // Half-precision factors of one type, with a sum of that type or in fp32, are what cuBLASLt offers; anything else
+    // meets in fp32.
     let (x, dy) = match (x.dtype(), dy.dtype()) {
         (DType::BF16, DType::BF16) | (DType::F16, DType::F16) => (x, dy),
         _ => (cast(x, DType::F32), cast(dy, DType::F32)),
     };
+    if slot.dtype() != DType::F32 && slot.dtype() != x.dtype() {
+        return slot.rounded_once(|slot| accumulate_weight_grad(x, dy, slot));
+    }
     let (sum, accumulate) = open_slot(slot, &x, &shape);
     matmul_into(
         &sum,

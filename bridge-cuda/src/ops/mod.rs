@@ -300,21 +300,18 @@ fn vector(n: usize, operands: &[&CudaTensor]) -> usize {
     }
 }
 
-/// The fp32 buffer of a gradient slot as something that may be written, and whether it holds a sum already.
+/// The buffer of a gradient slot as something that may be written, and whether it holds a sum already.
 fn open_slot(slot: GradSlot<Cuda>, like: &CudaTensor, shape: &[usize]) -> (CudaTensor, bool) {
     let usable = |x: &CudaTensor| x.is_packed() && x.is_unique() && x.dims() == shape;
+    let dtype = slot.dtype();
     match slot {
         GradSlot::Sum(sum) => {
-            let sum = if usable(&sum) {
-                sum
-            } else {
-                cast(sum, DType::F32).copied()
-            };
+            let sum = if usable(&sum) { sum } else { sum.copied() };
             (sum, true)
         }
         GradSlot::Stale(buffer) if usable(&buffer) => (buffer, false),
         GradSlot::Stale(_) | GradSlot::Empty => {
-            (CudaTensor::empty(like.gpu(), shape, DType::F32), false)
+            (CudaTensor::empty(like.gpu(), shape, dtype), false)
         }
     }
 }

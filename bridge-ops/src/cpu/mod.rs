@@ -65,8 +65,10 @@ impl Ops for Flex {
         dy: FlexTensor,
         slot: GradSlot<Self>,
     ) -> FlexTensor {
-        linear::accumulate_weight_grad(&x, &dy, slot).unwrap_or_else(|slot| {
-            crate::linear::portable_accumulate_weight_grad::<Self>(x, dy, slot)
+        slot.rounded_once(|slot| {
+            linear::accumulate_weight_grad(&x, &dy, slot).unwrap_or_else(|slot| {
+                crate::linear::portable_accumulate_weight_grad::<Self>(x, dy, slot)
+            })
         })
     }
 
@@ -86,8 +88,10 @@ impl Ops for Flex {
         vocab_size: usize,
         slot: GradSlot<Self>,
     ) -> FlexTensor {
-        embedding::accumulate_grad(&ids, &dy, vocab_size, slot).unwrap_or_else(|slot| {
-            crate::embedding::portable_accumulate_grad::<Self>(ids, dy, vocab_size, slot)
+        slot.rounded_once(|slot| {
+            embedding::accumulate_grad(&ids, &dy, vocab_size, slot).unwrap_or_else(|slot| {
+                crate::embedding::portable_accumulate_grad::<Self>(ids, dy, vocab_size, slot)
+            })
         })
     }
 

@@ -61,6 +61,26 @@ choice! {
     }
 }
 
+choice! {
+    /// Number format of what the optimizer keeps.
+    pub enum StateDType {
+        /// 32 bits.
+        Fp32 = "fp32",
+        /// 16 bits with the range of fp32.
+        Bf16 = "bf16",
+    }
+}
+
+impl StateDType {
+    /// The dtype of tensors in this format.
+    pub fn dtype(self) -> bridge_ops::DType {
+        match self {
+            Self::Fp32 => bridge_ops::DType::F32,
+            Self::Bf16 => bridge_ops::DType::BF16,
+        }
+    }
+}
+
 section! {
     /// The optimizer.
     pub struct OptimizerConfig("optimizer") {
@@ -82,6 +102,11 @@ section! {
         no_weight_decay: Vec<String> = vec!["*norm.weight".into(), "*.bias".into()],
         /// Largest global norm of the gradient; larger gradients are scaled down. 0 disables.
         clip_grad: f64 = 1.0,
+        /// What gradients are kept in between the backward pass and the update. bf16 saves 2 bytes a weight and rounds
+        /// the sum once per micro-batch; sums over ranks are fp32 all the same.
+        main_grads_dtype: StateDType = StateDType::Fp32,
+        /// What the running mean of the gradient is kept in. bf16 saves 2 bytes a weight.
+        exp_avg_dtype: StateDType = StateDType::Fp32,
     }
 }
 
@@ -154,7 +179,8 @@ choice! {
         Auto = "auto",
         /// Everything in 32 bits.
         Fp32 = "fp32",
-        /// bf16 weights and activations; gradients, master weights and optimizer state in fp32.
+        /// bf16 weights and activations; master weights in fp32, and so gradients and optimizer state unless
+        /// optimizer.main_grads_dtype or exp_avg_dtype say otherwise.
         Bf16Mixed = "bf16_mixed",
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use bridge_ops::{AdamWStep, AdamWTensors, DType, Float, Ops, Param, float_zeros};
+use burn::tensor::TensorMetadata;
 
 use super::pattern::name_matches;
 use crate::error::{Error, Result};
@@ -18,6 +19,11 @@ pub struct AdamWOptions {
     pub eps: f64,
     /// Patterns of the weights that are not decayed (see [`super::name_matches`]).
     pub no_weight_decay: Vec<String>,
+    /// What gradients are kept in from the backward pass to the update, where one rank sums them alone.
+    pub main_grads_dtype: DType,
+    /// What the running mean of the gradient is kept in. (The mean of its square is always fp32: what a step changes in it
+    /// may be less than a narrower number's last bit.)
+    pub exp_avg_dtype: DType,
 }
 
 impl Default for AdamWOptions {
@@ -28,6 +34,8 @@ impl Default for AdamWOptions {
             beta2: 0.95,
             eps: 1e-8,
             no_weight_decay: vec!["*norm.weight".into(), "*.bias".into()],
+            main_grads_dtype: DType::F32,
+            exp_avg_dtype: DType::F32,
         }
     }
 }
@@ -42,7 +50,7 @@ impl AdamWOptions {
     }
 }
 
-/// A parameter with its optimizer state. All state is fp32.
+/// A parameter with its optimizer state, which is fp32 unless [`AdamWOptions`] says otherwise.
 pub struct ParamState<B: Ops> {
     /// The parameter, as the model uses it.
     pub param: Param<B>,
@@ -125,14 +133,15 @@ impl<B: Ops> AdamW<B> {
             .into_iter()
             .filter(Param::requires_grad)
             .map(|param| {
-                let zeros = || float_zeros::<B>(&param.shape(), DType::F32, &param.device());
+                let zeros = |dtype| float_zeros::<B>(&param.shape(), dtype, &param.device());
+                param.set_grad_dtype(options.main_grads_dtype);
                 ParamState {
                     decayed: options.decays(param.name()),
                     master: (param.dtype() != DType::F32).then(|| {
                         // Exact both ways, so the model's own value stays.
                         Master::new(B::cast(param.value(), DType::F32), param.dtype()).0
                     }),
-                    moments: Some((zeros(), zeros())),
+                    moments: Some((zeros(options.exp_avg_dtype), zeros(DType::F32))),
                     param,
                 }
             })
@@ -228,9 +237,11 @@ impl<B: Ops> ParamState<B> {
         })
     }
 
-    /// Restores the running means, fp32 and shaped like the parameter.
+    /// Restores the running means, shaped like the parameter, in the dtypes they are kept in.
     pub fn set_moments(&mut self, exp_avg: Float<B>, exp_avg_sq: Float<B>) {
-        self.moments = Some((exp_avg, exp_avg_sq));
+        let (m, v) = self.moments();
+        let (m, v) = (m.dtype(), v.dtype());
+        self.moments = Some((B::cast(exp_avg, m), B::cast(exp_avg_sq, v)));
     }
 
     /// Sets the weight from fp32, in the model's precision as well.

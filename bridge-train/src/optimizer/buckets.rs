@@ -212,7 +212,9 @@ impl<B: Ops> Reduction<'_, B> {
     fn start(&mut self, index: usize) {
         let bucket = &self.buckets[index];
         let joined = bucket.join::<B>(self.parallel.device(), DType::F32, |param| {
-            self.params[param].take_grad()
+            self.params[param]
+                .take_grad()
+                .map(|grad| to_dtype::<B>(grad, DType::F32))
         });
         let group = self.parallel.group(bucket.kind.replicas);
         self.started[index] = Some(match self.share {

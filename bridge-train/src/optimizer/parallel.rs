@@ -119,6 +119,9 @@ impl<B: Ops> Optimizer<B> {
             }
         }
         order.reverse();
+        for param in &params {
+            param.set_grad_dtype(adamw.main_grads_dtype);
+        }
         let divided = options.distributed_optimizer && parallel.world_size() > 1;
         if !divided {
             order.retain(|param| parallel.group(placements[*param].replicas).size() > 1);
@@ -136,7 +139,7 @@ impl<B: Ops> Optimizer<B> {
             State::Divided {
                 buckets: buckets
                     .iter()
-                    .map(|bucket| BucketState::new(bucket, &params, parallel))
+                    .map(|bucket| BucketState::new(bucket, &params, parallel, adamw.exp_avg_dtype))
                     .collect(),
                 options: adamw.clone(),
                 steps: 0,
@@ -227,7 +230,8 @@ impl<B: Ops> Optimizer<B> {
                 }
                 // A weight that met no token takes a step like any other, so that no layout differs from another.
                 for param in self.params.iter().filter(|param| param.grad().is_none()) {
-                    let zeros = float_zeros::<B>(&param.shape(), DType::F32, &param.device());
+                    let dtype = param.grad_dtype();
+                    let zeros = float_zeros::<B>(&param.shape(), dtype, &param.device());
                     param.set_grad(Some(zeros));
                 }
                 Vec::new()
@@ -243,7 +247,7 @@ impl<B: Ops> Optimizer<B> {
         for (param, placement) in self.params.iter().zip(&self.placements) {
             if placement.tied_across_stages {
                 let own = param.take_grad().unwrap_or_else(|| {
-                    float_zeros::<B>(&param.shape(), DType::F32, &param.device())
+                    float_zeros::<B>(&param.shape(), param.grad_dtype(), &param.device())
                 });
                 param.set_grad(Some(group.all_reduce(own, ReduceOp::Sum)));
             }

@@ -4,10 +4,11 @@
 
 use bridge_ops::{AdamWStep, DType, Float, Ops, Param, float_zeros, to_f32_vec};
 use bridge_parallel::ParallelContext;
+use burn::tensor::TensorMetadata;
 
 use super::buckets::{Bucket, narrow, to_dtype};
 
-/// This rank's part of a bucket, with its state; all fp32 `[len / replicas]`.
+/// This rank's part of a bucket, with its state; all `[len / replicas]` and fp32, except for the mean of gradients.
 pub(super) struct BucketState<B: Ops> {
     weight: Option<Float<B>>,
     moments: Option<(Float<B>, Float<B>)>,
@@ -45,16 +46,21 @@ pub(super) fn stretches(bucket: &Bucket, replicas: usize, rank: usize) -> Vec<St
 
 impl<B: Ops> BucketState<B> {
     /// The state of fresh weights.
-    pub(super) fn new(bucket: &Bucket, params: &[Param<B>], parallel: &ParallelContext<B>) -> Self {
+    pub(super) fn new(
+        bucket: &Bucket,
+        params: &[Param<B>],
+        parallel: &ParallelContext<B>,
+        exp_avg_dtype: DType,
+    ) -> Self {
         let group = parallel.group(bucket.kind.replicas);
         let share = bucket.len / group.size();
         let values = bucket.join::<B>(parallel.device(), DType::F32, |param| {
             Some(to_dtype::<B>(params[param].value(), DType::F32))
         });
-        let zeros = || float_zeros::<B>(&[share], DType::F32, parallel.device());
+        let zeros = |dtype| float_zeros::<B>(&[share], dtype, parallel.device());
         Self {
             weight: Some(narrow::<B>(values, group.rank() * share, share)),
-            moments: Some((zeros(), zeros())),
+            moments: Some((zeros(exp_avg_dtype), zeros(DType::F32))),
         }
     }
 
@@ -75,7 +81,7 @@ impl<B: Ops> BucketState<B> {
         weight
     }
 
-    /// The fp32 weights, the mean of gradients and that of their squares; share the buffers.
+    /// The fp32 weights, the mean of gradients and that of their squares, as they are kept; share the buffers.
     pub(super) fn parts(&self) -> [Float<B>; 3] {
         let (m, v) = self
             .moments
@@ -90,8 +96,12 @@ impl<B: Ops> BucketState<B> {
 
     /// Restores what [`parts`](Self::parts) gives.
     pub(super) fn set_parts(&mut self, [weight, m, v]: [Float<B>; 3]) {
+        let [_, m_now, v_now] = self.parts();
         self.weight = Some(weight);
-        self.moments = Some((m, v));
+        self.moments = Some((
+            to_dtype::<B>(m, m_now.dtype()),
+            to_dtype::<B>(v, v_now.dtype()),
+        ));
     }
 }
 

@@ -6,7 +6,7 @@ use bridge_core::{DecoderConfig, HfConfig};
 use bridge_data::Batch;
 use bridge_models::{Decoder, DtypePolicy, Init, RandomInit};
 use bridge_ops::DType;
-use bridge_train::config::RecomputeGranularity;
+use bridge_train::config::{RecomputeGranularity, StateDType};
 use bridge_train::engine::Executor;
 use bridge_train::flops::train_flops_per_token;
 use bridge_train::optimizer::{AdamWOptions, DataParallelOptions, Optimizer};
@@ -48,6 +48,12 @@ pub(crate) struct Args {
     /// [default: bf16 on a GPU, fp32 on the CPU].
     #[arg(long, value_enum, value_name = "FORMAT")]
     precision: Option<Precision>,
+    /// What gradients are kept in.
+    #[arg(long, value_name = "FORMAT", default_value_t = StateDType::Fp32)]
+    main_grads_dtype: StateDType,
+    /// What the running mean of the gradient is kept in.
+    #[arg(long, value_name = "FORMAT", default_value_t = StateDType::Fp32)]
+    exp_avg_dtype: StateDType,
     #[command(flatten)]
     backend: BackendFlags,
 }
@@ -185,7 +191,11 @@ impl OnBackend for Train<'_> {
         let mut optimizer = Optimizer::new(
             &model,
             executor.parallel(),
-            &AdamWOptions::default(),
+            &AdamWOptions {
+                main_grads_dtype: args.main_grads_dtype.dtype(),
+                exp_avg_dtype: args.exp_avg_dtype.dtype(),
+                ..AdamWOptions::default()
+            },
             &DataParallelOptions::default(),
         )?;
         let batch = batch(args, config.vocab_size);
@@ -226,6 +236,8 @@ impl OnBackend for Train<'_> {
             "micro_batch": args.batch,
             "precision": if precision == Precision::Bf16 { "bf16" } else { "fp32" },
             "recompute": args.recompute.as_str(),
+            "main_grads_dtype": args.main_grads_dtype.as_str(),
+            "exp_avg_dtype": args.exp_avg_dtype.as_str(),
             "step_ms": rounded(median * 1e3, 2),
             "min_ms": rounded(times[0] * 1e3, 2),
             "tokens_per_s": rounded(tokens / median, 1),
