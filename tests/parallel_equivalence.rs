@@ -8,11 +8,12 @@ use std::time::Duration;
 use bridge_core::LayoutSpec;
 use bridge_core::convert::HfModel;
 use bridge_models::generate::{GenerateOptions, generate_parallel};
-use bridge_models::verify::{LayoutOptions, Reference, Tolerances, VerifyOptions, verify_layout};
+use bridge_models::verify::{Reference, Tolerances, VerifyOptions, VerifyReport};
 use bridge_models::weights::load_hf_parallel;
 use bridge_models::{DtypePolicy, ParallelOptions, registry};
 use bridge_parallel::{CpCommType, ParallelContext};
 use bridge_tests::{families, fixture};
+use bridge_train::verify::Verification;
 use burn_flex::Flex;
 
 /// What sums in another order may change.
@@ -103,7 +104,7 @@ const LAYOUTS: [&str; 26] = [
     "tp=2 cp=2 a2a",
 ];
 
-fn layout(text: &str) -> LayoutOptions {
+fn layout(text: &str) -> (LayoutSpec, ParallelOptions) {
     let mut spec = LayoutSpec::default();
     let mut comm = CpCommType::default();
     for word in text.split_whitespace() {
@@ -126,10 +127,19 @@ fn layout(text: &str) -> LayoutOptions {
             other => panic!("no axis {other}"),
         }
     }
-    let mut options = LayoutOptions::new(spec);
-    options.parallel.cp_comm_type = comm;
-    options.timeout = Duration::from_secs(60);
-    options
+    let options = ParallelOptions {
+        cp_comm_type: comm,
+        ..ParallelOptions::default()
+    };
+    (spec, options)
+}
+
+/// Runs a family at a layout, with its reference.
+fn run(family: &str, text: &str, options: &VerifyOptions) -> bridge_train::Result<VerifyReport> {
+    let folder = fixture(family);
+    let (layout, parallel) = layout(text);
+    Verification::open(&registry(), &folder, &folder, options, &layout, &parallel)?
+        .on_threads::<Flex>(Duration::from_secs(60), "cpu")
 }
 
 /// Compares a family at a layout with its reference; says what is wrong.
@@ -138,15 +148,7 @@ fn compared(family: &str, text: &str) -> Result<(), String> {
         gradients: true,
         tolerances: TOLERANCES,
     };
-    let folder = fixture(family);
-    let report = verify_layout::<Flex>(
-        &registry(),
-        &folder,
-        &folder,
-        &options,
-        &layout(text),
-        "cpu",
-    );
+    let report = run(family, text, &options);
     let report = report.map_err(|error| error.to_string())?;
     let compared = [
         report.logits_max_abs_diff.is_some(),
@@ -254,16 +256,7 @@ fn sixty_four_ranks_agree() {
 #[test]
 fn a_layout_that_does_not_fit_is_refused_with_the_nearest_that_does() {
     let refused = |family: &str, text: &str| {
-        let folder = fixture(family);
-        let options = VerifyOptions::default();
-        let found = verify_layout::<Flex>(
-            &registry(),
-            &folder,
-            &folder,
-            &options,
-            &layout(text),
-            "cpu",
-        );
+        let found = run(family, text, &VerifyOptions::default());
         found.expect_err("refused").to_string()
     };
     assert!(refused("llama2", "tp=3").contains("does not divide"));

@@ -11,6 +11,7 @@
 //! | [`trainer`] | the loop: steps, evaluations, saves, graceful stops |
 //! | [`checkpoint`] | saving and exact resuming |
 //! | [`callback`], [`metrics`] | hooks; progress bar, `metrics.jsonl`, TensorBoard, a picture of the loss |
+//! | [`verify`] | a model at any layout against reference numbers, through all of the above but the update |
 //! | [`pretrain()`] | all of it from a resolved configuration |
 
 mod agree;
@@ -29,6 +30,7 @@ pub mod signals;
 mod sources;
 pub mod step;
 pub mod trainer;
+pub mod verify;
 
 pub use error::{Error, Result};
 pub use pretrain::{PretrainContext, PretrainOutcome, pretrain};

@@ -6,19 +6,21 @@ use std::sync::Arc;
 use bridge_core::LayoutSpec;
 use bridge_models::DtypePolicy;
 use bridge_models::generate::{
-    Finish, GenerateOptions, Generation, Sampling, generate_parallel, generate_streaming,
+    Finish, GenerateOptions, Generation, Sampling, generate_on_rank, generate_parallel,
+    generate_streaming,
 };
-use bridge_ops::Ops;
 use bridge_parallel::ParallelContext;
 use bridge_tokenizers::{ChatRequest, DecodeStream, SpecialTokens, Tokenizer};
 use bridge_train::signals::StopFlag;
 use serde_json::json;
 
-use crate::backend::{OnBackend, dispatch};
+use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
 use crate::flags::{BackendFlags, BackendName, token_ids};
+use crate::job::{self, Job};
 use crate::model::{ModelFlags, ModelOnDisk};
 use crate::report::Report;
+use crate::transport::as_rank;
 
 /// Continues a prompt: the likeliest token each time, unless a temperature is given.
 #[derive(clap::Args, Debug)]
@@ -48,7 +50,7 @@ pub(crate) struct Args {
     /// Seed of the draws.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
-    /// Tensor parallel size: ranks that divide the model, as threads of this process.
+    /// Tensor parallel size: ranks that divide the model, processes under a launcher, else threads of this one.
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Layout")]
     tp: usize,
     #[command(flatten)]
@@ -83,22 +85,34 @@ impl Args {
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
-    if args.tp != 1 && args.backend.backend != BackendName::Cpu {
-        return Err(Failure::input(
-            "--tp: ranks are threads here, which share one device; leave out --backend, or --tp",
-        ));
+    let job = job::from_environment()?;
+    if args.tp != 1 && args.backend.backend != BackendName::Cpu && job.is_none() {
+        return Err(Failure::input(format!(
+            "--tp: ranks are threads here, which share one device; start one process a rank (`cargo xtask launch --nproc {} \
+             -- generate ...`), or leave out --backend",
+            args.tp
+        )));
     }
+    // Rank 0 speaks for all.
+    let speaks = job.as_ref().is_none_or(|job| job.options.rank == 0);
     let model = Arc::new(ModelOnDisk::open(&args.model)?);
     let tokenizer = model.tokenizer()?;
     let prompt_ids = prompt_ids(&args, &model, tokenizer.as_ref())?;
     let work = Generate {
         args: &args,
-        report,
+        job,
+        report: speaks.then_some(report),
         model: &model,
         tokenizer: tokenizer.as_ref(),
         prompt_ids: &prompt_ids,
     };
     let generation = dispatch(args.backend, work)?;
+    if !speaks {
+        return match generation.finish {
+            Finish::Callback => Err(Failure::interrupted("stopped on request")),
+            _ => Ok(()),
+        };
+    }
     let text = match &tokenizer {
         Some(tokenizer) => Some(tokenizer.decode(&generation.token_ids, SpecialTokens::Omit)?),
         None => None,
@@ -143,7 +157,9 @@ fn prompt_ids(args: &Args, model: &ModelOnDisk, tokenizer: Option<&Tokenizer>) -
 
 struct Generate<'a> {
     args: &'a Args,
-    report: Report,
+    job: Option<Job>,
+    /// Where the text goes, if this process is the one to show it.
+    report: Option<Report>,
     model: &'a Arc<ModelOnDisk>,
     tokenizer: Option<&'a Tokenizer>,
     prompt_ids: &'a [u32],
@@ -152,9 +168,10 @@ struct Generate<'a> {
 impl OnBackend for Generate<'_> {
     type Output = Generation;
 
-    fn run<B: Ops>(self, device: B::Device) -> Result<Generation> {
+    fn run<B: Machine>(self, device: B::Device) -> Result<Generation> {
         let Self {
             args,
+            job,
             report,
             model,
             tokenizer,
@@ -181,11 +198,16 @@ impl OnBackend for Generate<'_> {
                 ControlFlow::Break(())
             }
         };
-        let generation = if args.tp == 1 {
+        let layout = LayoutSpec::tp_pp(args.tp, 1);
+        let generation = if let Some(job) = job {
+            as_rank::<B, _, _>(&job, layout, |rank| {
+                let part = model.load_parallel(rank, DtypePolicy::Source)?;
+                generate_on_rank(rank, &part, prompt_ids, &options, &mut on_token)
+            })?
+        } else if args.tp == 1 {
             let decoder = model.load::<B>(&device, DtypePolicy::Source)?;
             generate_streaming(&decoder, prompt_ids, &options, &mut on_token)?
         } else {
-            let layout = LayoutSpec::tp_pp(args.tp, 1);
             let model = Arc::clone(model);
             let load =
                 move |ctx: &Arc<ParallelContext<B>>| model.load_parallel(ctx, DtypePolicy::Source);
@@ -201,7 +223,7 @@ impl OnBackend for Generate<'_> {
 
 /// The text on stdout, as it comes.
 struct Shown<'a> {
-    report: Report,
+    report: Option<Report>,
     /// Without a tokenizer the ids are shown.
     stream: Option<DecodeStream<'a>>,
     first: bool,
@@ -209,23 +231,29 @@ struct Shown<'a> {
 
 impl Shown<'_> {
     fn token(&mut self, id: u32) -> Result {
+        let Some(report) = self.report else {
+            return Ok(());
+        };
         let separator = if std::mem::take(&mut self.first) {
             ""
         } else {
             ","
         };
         match &mut self.stream {
-            Some(stream) => self.report.piece(&stream.push(id)?),
-            None => self.report.piece(&format!("{separator}{id}")),
+            Some(stream) => report.piece(&stream.push(id)?),
+            None => report.piece(&format!("{separator}{id}")),
         }
     }
 
     fn finish(self) -> Result {
+        let Some(report) = self.report else {
+            return Ok(());
+        };
         let rest = self
             .stream
             .map(DecodeStream::finish)
             .transpose()?
             .unwrap_or_default();
-        self.report.text(rest)
+        report.text(rest)
     }
 }

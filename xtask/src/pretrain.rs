@@ -20,6 +20,7 @@ use crate::failure::{Blame, Failure, Result};
 use crate::flags::{BackendFlags, BackendName, LayoutFlags, hugging_face_folder};
 use crate::job::{self, Job};
 use crate::report::Report;
+use crate::transport::as_rank;
 
 /// What a freshly trained model is asked to continue.
 const SAMPLE_PROMPT: &str = "The ";
@@ -235,18 +236,13 @@ impl Pretrain<'_> {
         platform.world_size = job.options.world_size;
         // Before the ranks meet, so that a mistake that all of them make is not a wait for each other.
         platform.check(self.config)?;
-        let device = B::device(job)?;
-        let transport = B::connect(job, &device)?;
         let layout = self.config.parallel.layout();
-        let parallel = ParallelContext::<B>::new(layout, device, Arc::clone(&transport))?;
-        let summary = run_rank(self.config, self.name, platform, Arc::new(parallel), stop);
-        if let Err(error) = &summary {
-            // The others learn why, where this rank is the cause.
-            transport.abort(&error.to_string());
-        }
+        let summary = as_rank::<B, _, _>(job, layout, |parallel| {
+            run_rank(self.config, self.name, platform, Arc::clone(parallel), stop)
+        })?;
         Ok(Trained {
             rank: job.options.rank,
-            summary: summary?,
+            summary,
             sample: None,
         })
     }

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use bridge_core::LayoutSpec;
 use bridge_cuda::{Cuda, CudaDevice};
 use bridge_ops::Ops;
-use bridge_parallel::{NcclTransport, TcpTransport, Transport};
+use bridge_parallel::{NcclTransport, ParallelContext, TcpTransport, Transport};
 use burn_flex::{Flex, FlexDevice};
 
 use crate::failure::{Failure, Result};
@@ -17,6 +18,32 @@ pub(crate) trait ProcessBackend: Ops {
 
     /// Joins `job`, and returns once every rank has.
     fn connect(job: &Job, device: &Self::Device) -> Result<Arc<dyn Transport<Self>>>;
+}
+
+/// Does `work` as this process's rank of `job` at `layout`. The other ranks learn of an error.
+pub(crate) fn as_rank<B: ProcessBackend, T, E: Into<Failure>>(
+    job: &Job,
+    layout: LayoutSpec,
+    work: impl FnOnce(&Arc<ParallelContext<B>>) -> Result<T, E>,
+) -> Result<T> {
+    let (ranks, processes) = (layout.world_size(), job.options.world_size);
+    if ranks != processes {
+        // Before the ranks meet, so that a mistake that all of them make is not a wait for each other.
+        return Err(Failure::input(format!(
+            "layout {layout} has {ranks} ranks, the job has {processes} processes; change the layout (its tensor, pipeline, \
+             context and data parallel sizes multiplied are its ranks) or start another number of processes"
+        )));
+    }
+    let device = B::device(job)?;
+    let transport = B::connect(job, &device)?;
+    let parallel = ParallelContext::new(layout, device, transport)?;
+    let parallel = Arc::new(parallel);
+    work(&parallel).map_err(|error| {
+        let failure = error.into();
+        // They learn why, where this rank is the cause.
+        parallel.abort(&failure.text());
+        failure
+    })
 }
 
 impl ProcessBackend for Flex {

@@ -1,23 +1,33 @@
 //! `verify`: a model against reference numbers.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bridge_core::LayoutSpec;
-use bridge_models::verify::{
-    LayoutOptions, Tolerances, VerifyOptions, VerifyReport, verify_bf16, verify_layout,
-};
-use bridge_parallel::CpCommType;
+use bridge_models::ParallelOptions;
+use bridge_models::verify::{Tolerances, VerifyOptions, VerifyReport, verify_bf16};
+use bridge_parallel::{CpCommType, ParallelContext};
+use bridge_train::verify::{Verdict, Verification};
 use serde_json::to_value;
 
 use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
 use crate::flags::{BackendFlags, BackendName, LayoutFlags, hugging_face_folder};
+use crate::job;
 use crate::report::Report;
+use crate::transport::as_rank;
+
+/// How long a rank that is a thread waits for another.
+const RANK_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Runs a model and compares logits, loss, gradients and greedy text with a reference.
+///
+/// Everything runs as in training but the update of the weights: pipeline schedules, exchanges between ranks, sums of
+/// gradients. Ranks are processes under `launch`, torchrun, srun or mpirun, else threads of this one.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "Example:\n  cargo xtask verify --hf tests/fixtures/llama3_1 --reference tests/fixtures/llama3_1 --grads\n  cargo xtask verify --hf tests/fixtures/llama3_1 --reference tests/fixtures/llama3_1 --grads --tp 2 --cp 2 --sp"
+    after_help = "Example:\n  cargo xtask verify --hf tests/fixtures/llama3_1 --reference tests/fixtures/llama3_1 --grads\n  cargo xtask verify --hf tests/fixtures/llama3_1 --reference tests/fixtures/llama3_1 --grads --tp 2 --cp 2 --sp\n  cargo xtask launch --nproc 8 -- verify --hf DIR --reference DIR --grads --backend cuda --tp 2 --pp 2 --dp 2"
 )]
 pub(crate) struct Args {
     /// Hugging Face folder or hub id (org/name[@revision]).
@@ -59,15 +69,19 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
             args.atol, args.rtol
         )));
     }
-    let layout = args.layout.spec();
-    if layout.world_size() != 1 && args.backend.backend != BackendName::Cpu {
-        return Err(Failure::input(format!(
-            "layout {layout}: ranks are threads here, which share one device; leave out --backend, or the layout flags"
-        )));
-    }
     let folder = hugging_face_folder(&args.hf)?;
     let backend = args.backend;
     let found = dispatch(backend, Verify { args, folder })?;
+    let Some(found) = found.report else {
+        // Rank 0 tells.
+        return if found.passed {
+            Ok(())
+        } else {
+            Err(Failure::check(
+                "the model does not agree with the reference; rank 0 says where",
+            ))
+        };
+    };
     let value = to_value(&found).running("cannot write the result as JSON")?;
     if !found.passed {
         return Err(Failure::check(format!(
@@ -85,23 +99,13 @@ struct Verify {
 }
 
 impl OnBackend for Verify {
-    type Output = VerifyReport;
+    type Output = Verdict;
 
-    fn run<B: Machine>(self, device: B::Device) -> Result<VerifyReport> {
+    fn run<B: Machine>(self, device: B::Device) -> Result<Verdict> {
         let Self { args, folder } = self;
-        let tolerances = Tolerances {
-            logits: args.atol,
-            loss: args.atol / 10.0,
-            gradient: args.rtol,
-            ..Tolerances::default()
-        };
-        let options = VerifyOptions {
-            gradients: args.grads,
-            tolerances,
-        };
-        let registry = bridge_models::registry();
         let name = args.backend.backend.as_str();
         let layout = args.layout.spec();
+        let registry = bridge_models::registry();
         if args.bf16 {
             if !B::platform().bf16 {
                 return Err(Failure::input(format!(
@@ -113,30 +117,45 @@ impl OnBackend for Verify {
                     "--bf16 compares on one rank; leave out the layout flags",
                 ));
             }
-            let reference = &args.reference;
-            return Ok(verify_bf16::<B>(
-                &registry, &folder, reference, &device, name,
-            )?);
+            let found = verify_bf16::<B>(&registry, &folder, &args.reference, &device, name)?;
+            return Ok(told(found));
         }
-        if layout != LayoutSpec::default() {
-            let mut divided = LayoutOptions::new(layout);
-            divided.parallel.cp_comm_type = args.cp_comm_type;
-            return Ok(verify_layout::<B>(
-                &registry,
-                &folder,
-                &args.reference,
-                &options,
-                &divided,
-                name,
-            )?);
+        let options = VerifyOptions {
+            gradients: args.grads,
+            tolerances: Tolerances {
+                logits: args.atol,
+                loss: args.atol / 10.0,
+                gradient: args.rtol,
+                ..Tolerances::default()
+            },
+        };
+        let parallel = ParallelOptions {
+            cp_comm_type: args.cp_comm_type,
+            ..ParallelOptions::default()
+        };
+        let (hf, reference) = (&folder, &args.reference);
+        let found = Verification::open(&registry, hf, reference, &options, &layout, &parallel)?;
+        if let Some(job) = job::from_environment()? {
+            return as_rank::<B, _, _>(&job, layout, |rank| found.on_rank(rank, name));
         }
-        Ok(bridge_models::verify::verify::<B>(
-            &registry,
-            &folder,
-            &args.reference,
-            &options,
-            &device,
-            name,
-        )?)
+        if layout.world_size() == 1 {
+            let alone = Arc::new(ParallelContext::<B>::single(device));
+            return Ok(found.on_rank(&alone, name)?);
+        }
+        if args.backend.backend != BackendName::Cpu {
+            return Err(Failure::input(format!(
+                "layout {layout}: ranks are threads here, which share one device; start one process a rank \
+                 (`cargo xtask launch --nproc {} -- verify ...`), or leave out --backend",
+                layout.world_size()
+            )));
+        }
+        Ok(told(found.on_threads::<B>(RANK_TIMEOUT, name)?))
+    }
+}
+
+fn told(report: VerifyReport) -> Verdict {
+    Verdict {
+        passed: report.passed,
+        report: Some(report),
     }
 }

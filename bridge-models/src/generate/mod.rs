@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bridge_ops::{Ops, to_f32_vec};
 
-pub use parallel::generate_parallel;
+pub use parallel::{check_generation_layout, generate_on_rank, generate_parallel};
 pub use sampling::{Sampler, Sampling};
 
 use crate::context::{DecoderCache, ForwardContext};

@@ -1,7 +1,9 @@
 //! Comparison of a model with reference numbers: logits, loss, every gradient, greedy text.
+//!
+//! [`verify`] runs a whole model in the plainest way. Whoever runs one differently (the training engine at a layout, in
+//! `bridge-train`) reads the same [`Reference`] and compares its [`Outputs`] by the same bounds.
 
 mod gradients;
-mod layout;
 mod narrow;
 mod reference;
 mod report;
@@ -9,19 +11,19 @@ mod report;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use bridge_core::convert::HfModel;
 use bridge_core::{LayoutSpec, Registry};
 use bridge_ops::{Ops, to_f32_vec};
 
-pub use layout::{LayoutOptions, verify_layout};
 pub use narrow::verify_bf16;
 pub use reference::{GradientStats, GreedyReference, LogitsReference, Reference};
 pub use report::{Comparison, VerifyReport};
 
-use crate::context::{ForwardContext, IGNORED_TARGET};
-use crate::decoder::{Decoder, check_token_ids};
+use crate::context::ForwardContext;
+use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::generate::{GenerateOptions, generate};
 use crate::run::loss_and_gradients;
@@ -89,58 +91,72 @@ pub fn verify<B: Ops>(
     let model = load_hf::<B>(&folder, DtypePolicy::Float32, device)?;
 
     let mut report = VerifyReport::new(folder.bridge().name(), &layout.to_string(), backend, "f32");
-    if let Some(logits) = &reference.logits {
-        compare_logits(&model, &reference, logits, &options.tolerances, &mut report)?;
-        if let Some(loss) = reference.loss {
-            // One run gives loss and gradients; without gradients wanted they are dropped with the model.
-            compare_loss(
-                &model,
-                &reference,
-                logits,
-                loss,
-                &options.tolerances,
-                &mut report,
-            )?;
-            if options.gradients {
-                gradients::compare(
-                    &gradients::gradients(&model),
-                    &folder,
-                    &reference,
-                    &options.tolerances,
-                    &mut report,
-                )?;
-            }
-        }
+    if reference.logits.is_some() {
+        let (inputs, targets) = reference.inputs(model.config().vocab_size)?;
+        let ctx = ForwardContext::new(&inputs.input_ids, [inputs.batch, inputs.seq], device);
+        let logits = to_f32_vec::<B>(model.forward(&ctx));
+        // One run gives loss and gradients; without gradients wanted they are dropped with the model.
+        let loss = loss_and_gradients(&model, &ctx, &targets).mean_loss();
+        let outputs = Outputs {
+            logits,
+            loss,
+            gradients: options.gradients.then(|| gradients::gradients(&model)),
+        };
+        outputs.compare(&folder, &reference, &options.tolerances, &mut report)?;
+        compare_mtp_logits(&model, &reference, &options.tolerances, &mut report)?;
     }
     if let Some(greedy) = &reference.greedy {
-        compare_greedy(&model, greedy, &mut report)?;
+        let texts = greedy_texts(&model, greedy)?;
+        record_greedy(&texts, greedy, &mut report);
     }
     if report.comparisons.is_empty() {
-        return Err(Error::reference(
-            &reference.path,
-            "holds neither logits nor a greedy text to compare with",
-        ));
+        return Err(reference.lacks("neither logits nor a greedy text"));
     }
     Ok(report)
 }
 
-fn compare_logits<B: Ops>(
-    model: &Decoder<B>,
-    reference: &Reference,
-    expected: &LogitsReference,
-    tolerances: &Tolerances,
-    report: &mut VerifyReport,
-) -> Result<()> {
-    let vocab_size = model.config().vocab_size;
-    check_ids(vocab_size, reference, expected)?;
-    let ctx = ForwardContext::new(
-        &expected.input_ids,
-        [expected.batch, expected.seq],
-        model.device(),
-    );
-    let found = to_f32_vec::<B>(model.forward(&ctx));
-    record_logits(&found, vocab_size, reference, expected, tolerances, report)?;
-    compare_mtp_logits(model, &ctx, reference, expected, tolerances, report)
+/// What a model gave for the inputs of a reference.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outputs {
+    /// `[batch, seq, vocab]`.
+    pub logits: Vec<f32>,
+    /// Mean over the tokens that have a target.
+    pub loss: f64,
+    /// The gradient of that loss by every trained weight, whole and by canonical name, where it is compared.
+    pub gradients: Option<HashMap<String, Vec<f32>>>,
+}
+
+impl Outputs {
+    /// Compares with what `reference` has, and records it in `report`. `folder` says how weights are stored.
+    ///
+    /// # Errors
+    /// If the reference is not one of this model.
+    pub fn compare(
+        &self,
+        folder: &HfModel,
+        reference: &Reference,
+        tolerances: &Tolerances,
+        report: &mut VerifyReport,
+    ) -> Result<()> {
+        let vocab_size = folder.config().vocab_size;
+        let (inputs, _) = reference.inputs(vocab_size)?;
+        record_logits(
+            &self.logits,
+            vocab_size,
+            reference,
+            inputs,
+            tolerances,
+            report,
+        )?;
+        let Some(expected) = reference.loss else {
+            return Ok(());
+        };
+        record_loss(self.loss, expected, tolerances, report);
+        match &self.gradients {
+            Some(gradients) => gradients::compare(gradients, folder, reference, tolerances, report),
+            None => Ok(()),
+        }
+    }
 }
 
 fn record_logits(
@@ -170,18 +186,24 @@ fn record_logits(
     Ok(())
 }
 
-/// Compares the logits of multi-token prediction, where the reference has them.
-fn compare_mtp_logits<B: Ops>(
+/// Compares the logits of multi-token prediction of a whole model, where the reference has them.
+///
+/// # Errors
+/// If the model makes no such prediction, or another number of logits.
+pub fn compare_mtp_logits<B: Ops>(
     model: &Decoder<B>,
-    ctx: &ForwardContext<'_, B>,
     reference: &Reference,
-    expected: &LogitsReference,
     tolerances: &Tolerances,
     report: &mut VerifyReport,
 ) -> Result<()> {
+    let Some(expected) = &reference.logits else {
+        return Ok(());
+    };
     let Some(expected_mtp) = &expected.mtp_logits else {
         return Ok(());
     };
+    let size = [expected.batch, expected.seq];
+    let ctx = &ForwardContext::new(&expected.input_ids, size, model.device());
     let found = model.mtp_logits(ctx).into_iter().next();
     let Some(found) = found.map(to_f32_vec::<B>) else {
         let problem = "has logits of multi-token prediction, for which the model has no module";
@@ -224,25 +246,6 @@ fn largest_difference(found: &[f32], expected: &[f32]) -> f64 {
     })
 }
 
-fn compare_loss<B: Ops>(
-    model: &Decoder<B>,
-    reference: &Reference,
-    inputs: &LogitsReference,
-    expected: f64,
-    tolerances: &Tolerances,
-    report: &mut VerifyReport,
-) -> Result<()> {
-    let targets = checked_targets(model.config().vocab_size, reference, inputs)?;
-    let ctx = ForwardContext::new(
-        &inputs.input_ids,
-        [inputs.batch, inputs.seq],
-        model.device(),
-    );
-    let found = loss_and_gradients(model, &ctx, &targets).mean_loss();
-    record_loss(found, expected, tolerances, report);
-    Ok(())
-}
-
 fn record_loss(found: f64, expected: f64, tolerances: &Tolerances, report: &mut VerifyReport) {
     report.loss = Some(found);
     report.loss_reference = Some(expected);
@@ -253,66 +256,30 @@ fn record_loss(found: f64, expected: f64, tolerances: &Tolerances, report: &mut 
     );
 }
 
-/// What each token is to predict, all of it in the vocabulary.
-fn checked_targets(
-    vocab_size: usize,
-    reference: &Reference,
-    inputs: &LogitsReference,
-) -> Result<Vec<i64>> {
-    let targets = shifted(inputs);
-    let known = |id: i64| usize::try_from(id).is_ok_and(|id| id < vocab_size);
-    match targets
-        .iter()
-        .find(|t| **t != IGNORED_TARGET && !known(**t))
-    {
-        None => Ok(targets),
-        Some(bad) => Err(Error::reference(
-            &reference.path,
-            format!("label {bad} lies outside the vocabulary"),
-        )),
-    }
-}
-
-/// Each token's label is the one after it; the last of a row has none.
-fn shifted(inputs: &LogitsReference) -> Vec<i64> {
-    let labels = inputs.labels.chunks(inputs.seq);
-    labels
-        .flat_map(|row| row[1..].iter().copied().chain([IGNORED_TARGET]))
-        .collect()
-}
-
-fn check_ids(vocab_size: usize, reference: &Reference, inputs: &LogitsReference) -> Result<()> {
-    check_token_ids(&inputs.input_ids, vocab_size).map_err(|error| {
-        Error::reference(
-            &reference.path,
-            format!("input_ids: {error}; is this the model's own?"),
-        )
-    })
-}
-
-fn compare_greedy<B: Ops>(
+/// The model's own continuations of a reference's prompt: with a cache, and without.
+///
+/// # Errors
+/// As [`generate`].
+pub fn greedy_texts<B: Ops>(
     model: &Decoder<B>,
     expected: &GreedyReference,
-    report: &mut VerifyReport,
-) -> Result<()> {
-    let mut matches = true;
-    for (use_cache, what) in [
-        (true, "greedy text with a cache"),
-        (false, "greedy text without a cache"),
-    ] {
+) -> Result<[Vec<u32>; 2]> {
+    let text = |use_cache| -> Result<Vec<u32>> {
         let options = GenerateOptions {
             max_new_tokens: expected.token_ids.len(),
             use_cache,
             ..GenerateOptions::default()
         };
-        let found = generate(model, &expected.prompt, &options)?.token_ids;
-        let wrong = found
-            .iter()
-            .zip(&expected.token_ids)
-            .position(|(a, b)| a != b);
-        matches &= wrong.is_none() && found.len() == expected.token_ids.len();
-        report.compare_exact(what, &found, &expected.token_ids);
+        Ok(generate(model, &expected.prompt, &options)?.token_ids)
+    };
+    Ok([text(true)?, text(false)?])
+}
+
+/// Compares [`greedy_texts`] with the reference's.
+pub fn record_greedy(texts: &[Vec<u32>; 2], expected: &GreedyReference, report: &mut VerifyReport) {
+    let what = ["greedy text with a cache", "greedy text without a cache"];
+    for (what, found) in what.into_iter().zip(texts) {
+        report.compare_exact(what, found, &expected.token_ids);
     }
-    report.greedy_match = Some(matches);
-    Ok(())
+    report.greedy_match = Some(texts.iter().all(|text| *text == expected.token_ids));
 }

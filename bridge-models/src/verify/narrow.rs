@@ -6,9 +6,9 @@ use bridge_core::convert::HfModel;
 use bridge_core::{LayoutSpec, Registry};
 use bridge_ops::{DType, Ops, to_f32_vec};
 
-use super::{Reference, VerifyReport, check_ids, shifted};
+use super::{Reference, VerifyReport};
 use crate::context::ForwardContext;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::run::loss_and_gradients;
 use crate::weights::{DtypePolicy, load_hf};
 
@@ -31,14 +31,8 @@ pub fn verify_bf16<B: Ops>(
     let layout = LayoutSpec::default();
     let folder = HfModel::open(hf, registry, &layout)?;
     let reference = Reference::load(reference)?;
-    let Some(expected) = &reference.logits else {
-        return Err(Error::reference(
-            &reference.path,
-            "holds no logits to compare with",
-        ));
-    };
+    let (expected, targets) = reference.inputs(folder.config().vocab_size)?;
     let model = load_hf::<B>(&folder, DtypePolicy::Float32, device)?;
-    check_ids(model.config().vocab_size, &reference, expected)?;
     for param in model.params() {
         param.set_value(B::cast(param.value(), DType::BF16));
     }
@@ -51,7 +45,7 @@ pub fn verify_bf16<B: Ops>(
     let cosine = cosine(&found, &expected.logits);
     report.compare("logits, one minus their cosine", 1.0 - cosine, COSINE);
     if let Some(loss) = reference.loss {
-        let found = loss_and_gradients(&model, &ctx, &shifted(expected)).mean_loss();
+        let found = loss_and_gradients(&model, &ctx, &targets).mean_loss();
         report.loss = Some(found);
         report.loss_reference = Some(loss);
         let difference = (found - loss).abs() / loss.abs().max(f64::MIN_POSITIVE);

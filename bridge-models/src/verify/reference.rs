@@ -7,6 +7,8 @@ use bridge_core::checkpoint::{Checkpoint, TensorInfo};
 use bridge_core::dtype::{DType, decode_f32};
 use serde::Deserialize;
 
+use crate::context::IGNORED_TARGET;
+use crate::decoder::check_token_ids;
 use crate::error::{Error, Result};
 
 const JSON_FILE: &str = "oracle.json";
@@ -134,6 +136,44 @@ impl Reference {
             reference.read_tensors(dir, &tensors)?;
         }
         Ok(reference)
+    }
+
+    /// What to run a model of `vocab_size` tokens on: the inputs, and the token that each position is to predict,
+    /// [`IGNORED_TARGET`] where none counts: `[batch, seq]`.
+    ///
+    /// # Errors
+    /// If there are none, or they are not of such a model.
+    pub fn inputs(&self, vocab_size: usize) -> Result<(&LogitsReference, Vec<i64>)> {
+        let Some(inputs) = &self.logits else {
+            return Err(self.lacks("no logits"));
+        };
+        check_token_ids(&inputs.input_ids, vocab_size).map_err(|error| {
+            Error::reference(
+                &self.path,
+                format!("input_ids: {error}; is this the model's own?"),
+            )
+        })?;
+        // Each token's label is the one after it; the last of a row has none.
+        let rows = inputs.labels.chunks(inputs.seq);
+        let targets: Vec<i64> = rows
+            .flat_map(|row| row[1..].iter().copied().chain([IGNORED_TARGET]))
+            .collect();
+        let known = |id: i64| usize::try_from(id).is_ok_and(|id| id < vocab_size);
+        let bad = targets
+            .iter()
+            .find(|t| **t != IGNORED_TARGET && !known(**t));
+        match bad {
+            None => Ok((inputs, targets)),
+            Some(bad) => Err(Error::reference(
+                &self.path,
+                format!("label {bad} lies outside the vocabulary"),
+            )),
+        }
+    }
+
+    /// The error for a reference that `has` nothing which could be compared.
+    pub fn lacks(&self, has: &str) -> Error {
+        Error::reference(&self.path, format!("holds {has} to compare with"))
     }
 
     fn read_tensors(&mut self, dir: &Path, path: &Path) -> Result<()> {

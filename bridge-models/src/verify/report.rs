@@ -48,7 +48,8 @@ pub struct VerifyReport {
 }
 
 impl VerifyReport {
-    pub(super) fn new(family: &str, layout: &str, backend: &str, dtype: &str) -> Self {
+    /// A report in which nothing has been compared yet.
+    pub fn new(family: &str, layout: &str, backend: &str, dtype: &str) -> Self {
         Self {
             family: family.to_owned(),
             layout: layout.to_owned(),
@@ -66,7 +67,7 @@ impl VerifyReport {
     }
 
     /// Records a difference; NaN does not pass.
-    pub(super) fn compare(&mut self, what: impl Into<String>, difference: f64, allowed: f64) {
+    pub fn compare(&mut self, what: impl Into<String>, difference: f64, allowed: f64) {
         self.record(
             what,
             difference <= allowed,

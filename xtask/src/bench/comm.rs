@@ -1,6 +1,5 @@
 //! `bench comm`: how fast, and whether right, ranks exchange data.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bridge_core::LayoutSpec;
@@ -14,7 +13,7 @@ use crate::failure::{Failure, Result};
 use crate::flags::{BackendFlags, byte_size};
 use crate::job;
 use crate::report::Report;
-use crate::transport::ProcessBackend;
+use crate::transport::{ProcessBackend, as_rank};
 
 /// Measures collectives among ranks, and checks what they return.
 ///
@@ -64,15 +63,12 @@ impl OnBackend for Work {
                 dp: job.options.world_size,
                 ..LayoutSpec::default()
             };
-            let device = B::device(&job)?;
-            let transport = B::connect(&job, &device)?;
-            let ctx = ParallelContext::<B>::new(layout, device, Arc::clone(&transport))?;
-            let measured = measure(&ctx, bytes, seconds);
-            if let Err(error) = &measured {
-                transport.abort(&error.to_string());
-            }
-            let cases = measured?;
-            return Ok(if ctx.rank() == 0 { cases } else { Vec::new() });
+            let cases = as_rank::<B, _, _>(&job, layout, |ctx| measure(ctx, bytes, seconds))?;
+            return Ok(if job.options.rank == 0 {
+                cases
+            } else {
+                Vec::new()
+            });
         }
         let layout = LayoutSpec {
             dp: usize::from(self.args.ranks),
