@@ -9,6 +9,7 @@ checkpointing where asked for. Rank 0 prints one JSON line with the fields of `b
 """
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -37,6 +38,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny_llama": Shape(128, 352, 4, 4, 2, 32, 1024, True),
     "llama32_1b": Shape(2048, 8192, 16, 32, 8, 64, 128256, True),
     "llama3_8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, False),
 }
@@ -103,15 +105,21 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--checkpoint", action="store_true", help="recompute every layer in the backward pass")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the script, uncompiled")
     args = parser.parse_args()
     s = SHAPES[args.shape]
+    on_gpu = args.device == "cuda"
 
     started = time.perf_counter()
     local_rank = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+    else:
+        dist.init_process_group("gloo")
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     world = dist.get_world_size()
-    mesh = init_device_mesh("cuda", (world,))
+    mesh = init_device_mesh(args.device, (world,))
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Llama(s)
@@ -119,11 +127,12 @@ def main():
     for index, layer in enumerate(model.layers):
         if args.checkpoint:
             layer = checkpoint_wrapper(layer)
-        layer = torch.compile(layer)
+        if on_gpu:
+            layer = torch.compile(layer)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
         model.layers[index] = layer
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.to_empty(device="cuda")
+    model.to_empty(device=args.device)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 1:
@@ -134,9 +143,12 @@ def main():
     matrices = numel - (0 if s.tied else s.vocab * s.hidden)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
+    def attention():
+        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if on_gpu else contextlib.nullcontext()
+
     def step():
-        ids = torch.randint(0, s.vocab, (args.batch, args.seq), device="cuda")
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        ids = torch.randint(0, s.vocab, (args.batch, args.seq), device=args.device)
+        with attention():
             loss = model(ids, ids.roll(-1, dims=1))
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -146,11 +158,11 @@ def main():
     times = []
     startup = None
     for index in range(args.warmup + args.steps):
-        torch.cuda.synchronize()
+        wait()
         dist.barrier()
         start = time.perf_counter()
         step()
-        torch.cuda.synchronize()
+        wait()
         if startup is None:
             startup = time.perf_counter() - started
         if index >= args.warmup:
@@ -176,9 +188,9 @@ def main():
                     "min_ms": round(times[0] * 1e3, 2),
                     "tokens_per_s_per_gpu": round(tokens / median, 1),
                     "model_tflops_per_gpu": round(operations / median / 1e12, 1),
-                    "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+                    "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
                     "startup_s": round(startup, 2),
-                    "gpu": torch.cuda.get_device_name(),
+                    "gpu": torch.cuda.get_device_name() if on_gpu else None,
                 }
             ),
             flush=True,

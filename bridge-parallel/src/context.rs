@@ -61,7 +61,7 @@ impl<B: Ops> ParallelContext<B> {
         let mut groups: Vec<Group<B>> = Vec::with_capacity(Axis::ALL.len());
         for axis in Axis::ALL {
             let ranks = group_ranks(&layout, axis, rank);
-            // A job of one process was started as a job, to see what that costs: it goes through its transport.
+            // The one process of a job goes through its transport (see `is_alone`).
             groups.push(if ranks.len() == 1 && layout.world_size() > 1 {
                 Arc::new(SingleRank::new(axis.name(), rank))
             } else {
@@ -107,6 +107,17 @@ impl<B: Ops> ParallelContext<B> {
     pub fn group(&self, axis: Axis) -> &Group<B> {
         let index = Axis::ALL.iter().position(|other| *other == axis);
         &self.groups[index.expect("every axis is listed")]
+    }
+
+    /// Whether this rank belongs to no job: nothing it does needs a transport. The one rank of a job of one process is not
+    /// alone, and goes the way of ranks that have others, so that what that costs can be measured.
+    pub fn is_alone(&self) -> bool {
+        self.transport.is_none()
+    }
+
+    /// Whether the ranks along `axis` exchange anything: there are several, or the job has one process.
+    pub fn exchanges(&self, axis: Axis) -> bool {
+        self.group(axis).size() > 1 || (self.world_size() == 1 && !self.is_alone())
     }
 
     /// Whether this is the first pipeline stage, which holds the embedding.

@@ -14,7 +14,7 @@ pub(crate) fn sum<B: Ops, const N: usize>(
     parallel: &ParallelContext<B>,
     values: [f64; N],
 ) -> Result<[f64; N]> {
-    if parallel.world_size() == 1 {
+    if parallel.is_alone() {
         return Ok(values);
     }
     let bytes: Vec<u8> = values
@@ -37,7 +37,7 @@ pub(crate) fn sum<B: Ops, const N: usize>(
 /// # Errors
 /// If a rank failed.
 pub(crate) fn from_first<B: Ops>(parallel: &ParallelContext<B>, bytes: Vec<u8>) -> Result<Vec<u8>> {
-    if parallel.world_size() == 1 {
+    if parallel.is_alone() {
         return Ok(bytes);
     }
     let own = if parallel.rank() == 0 {
@@ -58,7 +58,7 @@ pub(crate) fn texts<B: Ops>(
     own: Vec<String>,
     limit: usize,
 ) -> Result<Vec<String>> {
-    if parallel.world_size() == 1 {
+    if parallel.is_alone() {
         return Ok(own);
     }
     let bytes = own.join("\n").into_bytes();
@@ -79,7 +79,7 @@ pub(crate) fn texts<B: Ops>(
 /// # Errors
 /// As said, or if a rank is gone.
 pub(crate) fn all_well<B: Ops, T>(parallel: &ParallelContext<B>, result: Result<T>) -> Result<T> {
-    if parallel.world_size() == 1 {
+    if parallel.is_alone() {
         return result;
     }
     let own = match &result {

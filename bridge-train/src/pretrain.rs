@@ -165,7 +165,7 @@ fn build_part<B: Ops>(
     let decoder = config.model.decoder.clone();
     let split = config
         .parallel
-        .split(decoder.num_hidden_layers)
+        .split(&decoder)
         .map_err(|problem| Error::Setting {
             key: "parallel.pipeline_model_parallel_layout",
             problem,

@@ -110,7 +110,7 @@ impl From<&ResolvedConfig> for TrainerOptions {
                 overlap_grad_reduce: config.parallel.overlap_grad_reduce,
                 bucket_size: config.parallel.ddp_bucket_size,
             },
-            pipeline_split: config.parallel.split(decoder.num_hidden_layers).ok(),
+            pipeline_split: config.parallel.split(decoder).ok(),
             on_non_finite: config.train.on_non_finite,
             max_skipped_in_a_row: config.train.max_skipped_in_a_row,
             eval_interval: config.eval.eval_interval,

@@ -18,7 +18,10 @@ pub(crate) const SECRET: &str = "BRIDGE_SECRET";
 pub(crate) const TIMEOUT: &str = "BRIDGE_TIMEOUT";
 pub(crate) const LAUNCHER: &str = "BRIDGE_LAUNCHER_PID";
 
-/// This process's place in a job of several.
+/// How messages call `cargo xtask launch`.
+const LAUNCH: &str = "launch";
+
+/// This process's place in a job.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
     /// Rank, number of processes, address, secret and limits.
@@ -69,7 +72,9 @@ fn read(get: Variables<'_>) -> Result<Option<Job>> {
             break;
         }
     }
-    let Some(place) = place.filter(|place| place.world_size > 1) else {
+    // Schedulers start programs that are alone as jobs of one process, too; who types `launch --nproc 1` wants a job.
+    let is_job = |place: &Place| place.world_size > 1 || place.launcher == LAUNCH;
+    let Some(place) = place.filter(is_job) else {
         return Ok(None);
     };
     let rendezvous = get(RENDEZVOUS).or(place.rendezvous).ok_or_else(|| {
@@ -111,7 +116,7 @@ fn from_launch(get: Variables<'_>) -> Result<Option<Place>> {
         return Ok(None);
     };
     Ok(Some(Place {
-        launcher: "launch",
+        launcher: LAUNCH,
         rank,
         world_size: required(get, WORLD_SIZE)?,
         local_rank: required(get, LOCAL_RANK)?,
@@ -312,16 +317,22 @@ mod tests {
             text.contains("mpirun does not say where rank 0 is"),
             "{text}"
         );
-        // One process is no job.
-        assert_eq!(
-            job(&[
-                ("BRIDGE_RANK", "0"),
-                ("BRIDGE_WORLD_SIZE", "1"),
-                ("BRIDGE_LOCAL_RANK", "0")
-            ])
-            .unwrap(),
-            None
-        );
+        // One process is a job under `launch` alone.
+        let alone = [
+            ("TORCHELASTIC_RUN_ID", "x"),
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("LOCAL_RANK", "0"),
+        ];
+        assert_eq!(job(&alone).unwrap(), None);
+        let alone = [
+            ("BRIDGE_RANK", "0"),
+            ("BRIDGE_WORLD_SIZE", "1"),
+            ("BRIDGE_LOCAL_RANK", "0"),
+            ("BRIDGE_RENDEZVOUS", "127.0.0.1:7000"),
+        ];
+        let found = job(&alone).unwrap();
+        assert_eq!(found, Some((0, 1, 0, "127.0.0.1:7000".into())));
         let text = job(&[("BRIDGE_RANK", "one")]).unwrap_err().text();
         assert_eq!(text, "BRIDGE_RANK is `one`, expected a number");
     }

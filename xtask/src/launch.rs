@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(20);
 ///
 /// Rank 0's stdout is passed on as it is; everything else appears on stderr with the rank before each line. When a rank
 /// fails, the others learn of it and end by themselves; what is left after --grace seconds is killed. The exit code is
-/// that of the rank that failed first. Under Slurm, Open MPI or torchrun start the verb itself, not `launch`.
+/// that of the rank that failed first. One process is a job, too: it exchanges with itself what ranks exchange. Under Slurm, Open MPI or torchrun start the verb itself, not `launch`.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:\n  \
     cargo xtask launch --nproc 4 -- bench comm\n  \

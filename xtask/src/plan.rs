@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
-use bridge_core::{CanonicalTensor, LayoutSpec};
 use bridge_parallel::memory::{
-    Fit, MemorySpec, RankMemory, Recompute, layouts_that_fit, stage_memory,
+    Fit, MemorySpec, RankMemory, Recompute, SearchLimits, StateBytes, layouts_that_fit,
+    stage_memory,
 };
 use bridge_parallel::pipeline::Schedule;
-use bridge_train::config::{ConfigLayers, ResolveContext, resolve};
-use clap::ValueEnum;
+use bridge_train::config::{
+    ConfigLayers, PrecisionMode, RecomputeGranularity, ResolveContext, ResolvedConfig, StateDType,
+    resolve,
+};
 use serde_json::{json, to_value};
 
 use crate::conversion::source_place;
@@ -25,7 +27,7 @@ const MOST_LISTED: usize = 12;
 #[command(after_help = "Examples:\n  \
     cargo xtask plan --hf meta-llama/Llama-3.2-1B --tp 2 --pp 2\n  \
     cargo xtask plan --hf meta-llama/Llama-3.2-1B --pp 4 --vpp 2 --schedule 8\n  \
-    cargo xtask plan --memory --recipe llama3_8b --tp 2 --dp 4 --sp\n  \
+    cargo xtask plan --memory --recipe llama3_8b --tp 2 --dp 4 --sp parallel.use_distributed_optimizer=true\n  \
     cargo xtask plan --memory --recipe llama3_8b --gpus 8 --gpu-memory 80GB")]
 pub(crate) struct Args {
     /// Hugging Face folder or hub id (org/name[@revision]).
@@ -52,10 +54,13 @@ pub(crate) struct Args {
     schedule: Option<usize>,
 }
 
-/// What memory depends on besides model and layout.
+/// Short forms of settings that memory depends on, and what is searched.
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Memory")]
 struct TrainingFlags {
+    /// Settings over those of the recipe, as `pretrain` takes them: train.recompute_granularity=full
+    #[arg(value_name = "key=value", requires = "memory")]
+    overrides: Vec<String>,
     /// Samples that go through the model at once [default: the recipe's, or 1].
     #[arg(long, value_name = "N", requires = "memory", value_parser = clap::value_parser!(u32).range(1..))]
     micro_batch: Option<u32>,
@@ -65,19 +70,7 @@ struct TrainingFlags {
     /// Tokens of a sample [default: the recipe's, or 4096].
     #[arg(long, value_name = "N", requires = "memory", value_parser = clap::value_parser!(u32).range(1..))]
     seq: Option<u32>,
-    /// What is kept of a layer for its backward pass.
-    #[arg(long, value_enum, default_value_t = Kept::None, value_name = "KIND")]
-    recompute: Kept,
-    /// Weights and activations in fp32 instead of bf16.
-    #[arg(long, requires = "memory")]
-    fp32: bool,
-    /// Every data-parallel rank keeps the whole optimizer state.
-    #[arg(long, requires = "memory")]
-    no_distributed_optimizer: bool,
-    /// Experts that each token goes to.
-    #[arg(long, default_value_t = 0, value_name = "K")]
-    experts_per_token: u32,
-    /// Search the layouts of this many GPUs that fit.
+    /// Search the layouts of this many GPUs that fit, with the optimizer's state divided among data-parallel ranks.
     #[arg(long, value_name = "N", requires = "memory", value_parser = clap::value_parser!(u32).range(1..=65536))]
     gpus: Option<u32>,
     /// GPUs of one host, within which tensor parallelism stays.
@@ -86,19 +79,9 @@ struct TrainingFlags {
     /// Memory of one GPU.
     #[arg(long, default_value = "80GB", value_name = "SIZE", value_parser = byte_size)]
     gpu_memory: u64,
-    /// Part of that which is left for the libraries and for what lives for a moment only.
+    /// Part of that which is left for the driver and the libraries.
     #[arg(long, default_value = "4GB", value_name = "SIZE", value_parser = byte_size)]
     reserve: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Kept {
-    /// Everything.
-    None,
-    /// All but the outputs of norms and activation functions.
-    Selective,
-    /// The layer's input.
-    Full,
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
@@ -133,15 +116,8 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     Ok(())
 }
 
-/// A model and how it is trained.
-struct Subject {
-    tensors: Vec<CanonicalTensor>,
-    num_layers: usize,
-    global_batch: usize,
-    spec: MemorySpec,
-}
-
-fn subject(args: &Args) -> Result<Subject> {
+/// The configuration of a run: a recipe's, or that of a model with usual settings.
+fn configuration(args: &Args) -> Result<ResolvedConfig> {
     let flags = &args.training;
     let registry = bridge_models::registry();
     let hf_folder = |source: &str| hugging_face_folder(source).map_err(|failure| failure.text());
@@ -171,57 +147,71 @@ fn subject(args: &Args) -> Result<Subject> {
             layers.push_override(&format!("{key}={value}"));
         }
     }
+    for (key, degree) in args.layout.overrides() {
+        layers.push_override(&format!("parallel.{key}={degree}"));
+    }
+    let words = flags.overrides.iter();
+    words.for_each(|word| layers.push_override(word));
     let name = args.recipe.as_deref().unwrap_or("plan");
-    let config = resolve(
+    Ok(resolve(
         &layers,
         &ResolveContext {
             registry: &registry,
             hf_folder: &hf_folder,
             name,
         },
-    )?;
-    Ok(Subject {
-        tensors: config.model.decoder.tensors(),
-        num_layers: config.model.decoder.num_hidden_layers,
-        global_batch: config.train.global_batch_size,
-        spec: MemorySpec {
-            micro_batch: config.train.micro_batch_size,
-            seq: config.data.seq_length,
-            num_micro_batches: 1,
-            bytes: if flags.fp32 { 4 } else { 2 },
-            recompute: match flags.recompute {
-                Kept::None => Recompute::None,
-                Kept::Selective => Recompute::Selective,
-                Kept::Full => Recompute::Full,
-            },
-            distributed_optimizer: !flags.no_distributed_optimizer,
-            experts_per_token: flags.experts_per_token as usize,
+    )?)
+}
+
+/// What memory depends on besides model and layout, all of it from the configuration.
+fn memory_spec(config: &ResolvedConfig) -> Result<MemorySpec> {
+    let (train, parallel) = (&config.train, &config.parallel);
+    let divides = parallel.use_distributed_optimizer;
+    let split = parallel.split(&config.model.decoder);
+    Ok(MemorySpec {
+        micro_batch: train.micro_batch_size,
+        seq: config.data.seq_length,
+        num_micro_batches: train.global_batch_size
+            / (parallel.data_parallel_size * train.micro_batch_size).max(1),
+        state: state_bytes(config, divides),
+        recompute: match train.recompute_granularity {
+            RecomputeGranularity::None => Recompute::None,
+            RecomputeGranularity::Selective => Recompute::Selective,
+            RecomputeGranularity::Full => Recompute::Full,
         },
+        distributed_optimizer: divides,
+        bucket_size: parallel.ddp_bucket_size,
+        split: Some(split.map_err(Failure::input)?),
     })
 }
 
-fn memory(args: &Args, report: Report) -> Result {
-    let subject = subject(args)?;
-    match args.training.gpus {
-        Some(gpus) => search(&subject, gpus as usize, &args.training, report),
-        None => one_layout(&subject, args.layout.spec(), report),
+/// What each weight takes; `divided`: data-parallel ranks divide the optimizer's state.
+fn state_bytes(config: &ResolvedConfig, divided: bool) -> StateBytes {
+    let whole = match config.precision.mode {
+        PrecisionMode::Fp32 => StateBytes::fp32(),
+        PrecisionMode::Auto | PrecisionMode::Bf16Mixed => StateBytes::bf16(divided),
+    };
+    let optimizer = &config.optimizer;
+    let bytes = |format: StateDType| format.dtype().size() as u64;
+    StateBytes {
+        gradient: bytes(optimizer.main_grads_dtype),
+        moments: bytes(optimizer.exp_avg_dtype) + 4,
+        ..whole
     }
 }
 
-fn one_layout(subject: &Subject, layout: LayoutSpec, report: Report) -> Result {
-    let per_step = layout.dp * subject.spec.micro_batch;
-    if !subject.global_batch.is_multiple_of(per_step) {
-        return Err(Failure::input(format!(
-            "a global batch of {} does not divide among dp={} ranks with a micro-batch of {}; give --global-batch or \
-             --micro-batch",
-            subject.global_batch, layout.dp, subject.spec.micro_batch
-        )));
+fn memory(args: &Args, report: Report) -> Result {
+    let config = configuration(args)?;
+    match args.training.gpus {
+        Some(gpus) => search(&config, gpus as usize, &args.training, report),
+        None => one_layout(&config, report),
     }
-    let spec = MemorySpec {
-        num_micro_batches: subject.global_batch / per_step,
-        ..subject.spec
-    };
-    let stages = stage_memory(&subject.tensors, subject.num_layers, &layout, &spec)?;
+}
+
+fn one_layout(config: &ResolvedConfig, report: Report) -> Result {
+    let layout = config.parallel.layout();
+    let spec = memory_spec(config)?;
+    let stages = stage_memory(&config.model.decoder, &layout, &spec)?;
     let rows: Vec<Vec<String>> = stages
         .iter()
         .enumerate()
@@ -240,7 +230,7 @@ fn one_layout(subject: &Subject, layout: LayoutSpec, report: Report) -> Result {
                 "gradients",
                 "optimizer",
                 "activations",
-                "total",
+                "peak",
             ],
             &rows,
         )
@@ -249,21 +239,24 @@ fn one_layout(subject: &Subject, layout: LayoutSpec, report: Report) -> Result {
     report.json(&json!({"layout": layout, "ranks": ranks, "stages": stages}))
 }
 
-fn search(subject: &Subject, gpus: usize, flags: &TrainingFlags, report: Report) -> Result {
-    let limit = flags.gpu_memory.saturating_sub(flags.reserve);
-    let fits = layouts_that_fit(
-        &subject.tensors,
-        subject.num_layers,
-        gpus,
-        flags.gpus_per_host as usize,
-        limit,
-        subject.global_batch,
-        &subject.spec,
-    )?;
+fn search(config: &ResolvedConfig, gpus: usize, flags: &TrainingFlags, report: Report) -> Result {
+    let limits = SearchLimits {
+        ranks: gpus,
+        per_host: flags.gpus_per_host as usize,
+        bytes: flags.gpu_memory.saturating_sub(flags.reserve),
+        global_batch: config.train.global_batch_size,
+    };
+    let own = memory_spec(config)?;
+    let spec = MemorySpec {
+        distributed_optimizer: true,
+        state: state_bytes(config, true),
+        ..own
+    };
+    let fits = layouts_that_fit(&config.model.decoder, &limits, &spec)?;
     if fits.is_empty() {
         return Err(Failure::check(format!(
             "no layout of {gpus} GPUs needs at most {} each; use more GPUs, shorter sequences or a smaller micro-batch",
-            bytes(limit)
+            bytes(limits.bytes)
         )));
     }
     let row = |fit: &Fit| {
@@ -288,13 +281,14 @@ fn search(subject: &Subject, gpus: usize, flags: &TrainingFlags, report: Report)
         "gradients",
         "optimizer",
         "activations",
-        "total",
+        "peak",
     ];
+    report.text("with parallel.use_distributed_optimizer=true:")?;
     report.text(table(&header, &rows).trim_end())?;
     if fits.len() > MOST_LISTED {
         report.text(format!("and {} more", fits.len() - MOST_LISTED))?;
     }
-    report.json(&json!({"gpus": gpus, "limit_bytes": limit, "fits": fits}))
+    report.json(&json!({"gpus": gpus, "limit_bytes": limits.bytes, "fits": fits}))
 }
 
 fn columns(memory: &RankMemory) -> Vec<String> {
@@ -303,7 +297,7 @@ fn columns(memory: &RankMemory) -> Vec<String> {
         memory.gradients,
         memory.optimizer,
         memory.activations,
-        memory.total(),
+        memory.peak,
     ]
     .map(bytes)
     .to_vec()

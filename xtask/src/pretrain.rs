@@ -16,6 +16,7 @@ use bridge_train::{PretrainContext, PretrainOutcome, pretrain};
 use serde_json::json;
 
 use crate::backend::{Machine, OnBackend, dispatch};
+use crate::bench::memory;
 use crate::failure::{Blame, Failure, Result};
 use crate::flags::{BackendFlags, BackendName, LayoutFlags, hugging_face_folder};
 use crate::job::{self, Job};
@@ -123,6 +124,8 @@ struct Trained {
     summary: Summary,
     /// Prompt and continuation by the trained model, where it has text.
     sample: Option<(String, String)>,
+    /// Most memory in use, in bytes: the GPU's, or on the CPU the process's.
+    peak_memory: Option<u64>,
 }
 
 struct Pretrain<'a> {
@@ -151,7 +154,7 @@ impl OnBackend for Pretrain<'_> {
             |source: &str| hugging_face_folder(source).map_err(|failure| failure.text());
         let mut console = Console::new(self.config.logging.log_interval);
         let context = PretrainContext::<B> {
-            parallel: Arc::new(ParallelContext::single(device)),
+            parallel: Arc::new(ParallelContext::single(device.clone())),
             platform,
             registry: self.registry,
             hf_folder: &hf_folder,
@@ -164,6 +167,7 @@ impl OnBackend for Pretrain<'_> {
             model,
             tokenizer,
         } = pretrain(self.config, context)?;
+        let peak_memory = B::peak_memory(&device);
         let finished = matches!(
             summary.reason,
             StopReason::Finished | StopReason::AlreadyFinished
@@ -193,6 +197,7 @@ impl OnBackend for Pretrain<'_> {
             rank: 0,
             summary,
             sample,
+            peak_memory,
         })
     }
 }
@@ -222,6 +227,7 @@ impl Pretrain<'_> {
             rank: 0,
             summary,
             sample: None,
+            peak_memory: B::peak_memory(&B::Device::default()),
         })
     }
 
@@ -237,13 +243,15 @@ impl Pretrain<'_> {
         // Before the ranks meet, so that a mistake that all of them make is not a wait for each other.
         platform.check(self.config)?;
         let layout = self.config.parallel.layout();
-        let summary = as_rank::<B, _, _>(job, layout, |parallel| {
-            run_rank(self.config, self.name, platform, Arc::clone(parallel), stop)
+        let (summary, peak_memory) = as_rank::<B, _, _>(job, layout, |parallel| {
+            let summary = run_rank(self.config, self.name, platform, Arc::clone(parallel), stop)?;
+            Ok::<_, bridge_train::Error>((summary, B::peak_memory(parallel.device())))
         })?;
         Ok(Trained {
             rank: job.options.rank,
             summary,
             sample: None,
+            peak_memory,
         })
     }
 }
@@ -295,10 +303,12 @@ fn tell(config: &ResolvedConfig, trained: &Trained, report: Report) -> Result {
 
     let known = |what: &str, value: Option<f64>| value.map(|v| format!("{what} {v:.4}"));
     let speed = (summary.tokens > 0).then(|| format!("{:.0} tokens/s", summary.tokens_per_s()));
+    let peak_gib = memory::gib(trained.peak_memory);
     let facts = [
         known("loss", summary.last_loss),
         known("evaluation loss", summary.last_eval_loss),
         speed,
+        peak_gib.map(|gib| format!("at most {gib:.1} GiB")),
     ];
     let facts: Vec<String> = facts.into_iter().flatten().collect();
     report.text(format!("step {}: {}", summary.iteration, facts.join(", ")))?;
@@ -332,6 +342,7 @@ fn tell(config: &ResolvedConfig, trained: &Trained, report: Report) -> Result {
         "tokens": summary.tokens,
         "tokens_per_s": summary.tokens_per_s(),
         "skipped_steps": summary.skipped_steps,
+        "peak_gib": peak_gib,
         "seconds": summary.elapsed.as_secs_f64(),
         "checkpoint": checkpoint,
         "metrics": metrics,

@@ -5,6 +5,7 @@
 //! expert parallel, and what remains is the experts' data parallelism.
 
 mod pipeline;
+mod pipeline_text;
 mod shard;
 
 pub use pipeline::{PipelineSplit, Place};

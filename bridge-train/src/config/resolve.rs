@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bridge_core::layout::PipelineSplit;
-use bridge_core::{LayoutSpec, Registry};
+use bridge_core::{DecoderConfig, LayoutSpec, Registry};
 use bridge_data::{BlendSpec, SplitWeights};
 use toml::{Table, Value};
 
@@ -292,7 +292,7 @@ impl Sections {
         let tensors = model.bridge.tensors(decoder);
         if let Err(error) = layout.validate(&tensors, decoder.num_hidden_layers) {
             problems.add("parallel", error.to_string());
-        } else if let Err(problem) = self.parallel.split(decoder.num_hidden_layers) {
+        } else if let Err(problem) = self.parallel.split(decoder) {
             problems.add("parallel.pipeline_model_parallel_layout", problem);
         }
     }
@@ -474,21 +474,17 @@ impl ParallelConfig {
         }
     }
 
-    /// Which pipeline stage runs which of `num_layers` layers.
+    /// Which pipeline stage runs which layers of a model.
     ///
     /// # Errors
     /// What is wrong with `pipeline_model_parallel_layout`, or with the number of chunks.
-    pub fn split(&self, num_layers: usize) -> Result<PipelineSplit, String> {
-        let layout = self.layout();
-        let Some(text) = &self.pipeline_model_parallel_layout else {
-            return PipelineSplit::even(&layout, num_layers).map_err(|error| error.to_string());
+    pub fn split(&self, decoder: &DecoderConfig) -> Result<PipelineSplit, String> {
+        let (layout, layers) = (self.layout(), decoder.num_hidden_layers);
+        let split = match &self.pipeline_model_parallel_layout {
+            Some(text) => PipelineSplit::parse(text, &layout, layers, decoder.num_mtp_layers),
+            None => PipelineSplit::even(&layout, layers),
         };
-        let sizes = text
-            .split(',')
-            .map(|size| size.trim().parse())
-            .collect::<Result<Vec<usize>, _>>()
-            .map_err(|_| format!("is \"{text}\", expected numbers of layers such as 3,2,2"))?;
-        PipelineSplit::uneven(&layout, num_layers, &sizes).map_err(|error| error.to_string())
+        split.map_err(|error| error.to_string())
     }
 }
 

@@ -161,7 +161,8 @@ section! {
         data_parallel_size: usize = 1,
         /// Splits norms and residuals over the tensor-parallel ranks as well.
         sequence_parallel: bool = false,
-        /// Layers of each pipeline chunk in the order of the forward pass, where they are not to be divided evenly: 3,2,2.
+        /// Which pipeline chunk has which layers, where they are not to be divided evenly: numbers of layers in the order of
+        /// the forward pass (3,2,2), or Megatron's form (Et*3|tt|ttL).
         pipeline_model_parallel_layout: Option<String> = None,
         /// Each data-parallel rank keeps a part of the optimizer's state (and of the fp32 weights) rather than all of it.
         use_distributed_optimizer: bool = false,

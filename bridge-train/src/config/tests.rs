@@ -199,6 +199,13 @@ fn contradictions_are_found() {
         ],
         &["expected numbers of layers such as 3,2,2"],
     );
+    fails(
+        &[
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_layout=Et|tm|tL",
+        ],
+        &["has 3 chunks, for pp=2 times vpp=1"],
+    );
 }
 
 #[test]

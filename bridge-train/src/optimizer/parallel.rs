@@ -40,7 +40,7 @@ impl Default for DataParallelOptions {
 
 /// The optimizer of the weights that this rank holds.
 ///
-/// One rank alone runs [`AdamW`] and nothing else. With several, gradients are summed in buckets over the ranks that hold
+/// A rank that belongs to no job runs [`AdamW`] and nothing else. In a job, gradients are summed in buckets over the ranks that hold
 /// the same weights, and the state is kept whole on each of them or divided among them.
 pub struct Optimizer<B: Ops> {
     parallel: Arc<ParallelContext<B>>,
@@ -122,9 +122,9 @@ impl<B: Ops> Optimizer<B> {
         for param in &params {
             param.set_grad_dtype(adamw.main_grads_dtype);
         }
-        let divided = options.distributed_optimizer && parallel.world_size() > 1;
+        let divided = options.distributed_optimizer && !parallel.is_alone();
         if !divided {
-            order.retain(|param| parallel.group(placements[*param].replicas).size() > 1);
+            order.retain(|param| parallel.exchanges(placements[*param].replicas));
         }
         let decayed: Vec<bool> = params.iter().map(|p| adamw.decays(p.name())).collect();
         let buckets = plan_buckets(

@@ -100,8 +100,8 @@ impl Rows {
         };
         let mut gradients = Vec::new();
         let local = if options.gradients {
-            // A rank alone has nothing to sum, and needs no memory for an optimizer.
-            let optimizer = (parallel.world_size() > 1)
+            // A rank that is alone has nothing to sum, and needs no memory for an optimizer.
+            let optimizer = (!parallel.is_alone())
                 .then(|| optimizer(&observed, parallel))
                 .transpose()?;
             let mut reduction = optimizer.as_ref().map(Optimizer::start_reduction);
