@@ -4,7 +4,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bridge_core::LayoutSpec;
 use bridge_core::config::{RopeConfig, RopeStyle};
-use bridge_ops::{Float, Int, KvCache, Ops, RotaryTable, float_from_f32, int_from_i64};
+use bridge_ops::{
+    Float, Int, KvCache, Ops, RotaryTable, ValidTokens, float_from_f32, int_from_i64,
+};
 use bridge_parallel::{ParallelContext, SequenceShard};
 
 use crate::auxiliary::AuxiliaryLosses;
@@ -183,6 +185,27 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     /// Which part of each row this is.
     pub fn shard(&self) -> &SequenceShard {
         &self.shard
+    }
+
+    /// Which of the tokens here are none but padding, in row-major order of part `part[1]` of `part[0]` equal ones that
+    /// every row is cut into; `None` where there is no padding at all.
+    pub fn valid_tokens(&self, part: [usize; 2]) -> Option<ValidTokens<B>> {
+        if self.shard.padded_seq() == self.shard.seq() {
+            return None;
+        }
+        let [parts, index] = part;
+        let length = self.seq / parts;
+        let own = self.shard.ranges().into_iter().flatten();
+        let row: Vec<f32> = own
+            .skip(index * length)
+            .take(length)
+            .map(|position| f32::from(u8::from(position < self.shard.seq())))
+            .collect();
+        let mask = row.repeat(self.batch);
+        Some(ValidTokens {
+            count: mask.iter().sum::<f32>() as usize,
+            mask: float_from_f32::<B>(&mask, &[mask.len()], &self.device),
+        })
     }
 
     /// What the tokens here are to predict, from what all tokens are: `[batch, seq]` in row-major order to one number per

@@ -312,14 +312,16 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
                 let weight = weight / self.mtp.len() as f64;
                 let mut ids = targets.ids.clone();
                 let mut ahead = Vec::with_capacity(self.mtp.len());
+                let mut targets_ahead = Vec::with_capacity(self.mtp.len());
                 for view in self.mtp_views(tape, &hidden, ctx) {
                     ids = next_targets::<B>(ids, [ctx.batch(), ctx.seq()]);
                     // Seeded with `weight` times the gradient of the losses that it joins.
                     let known = targets.loss_gradient.clone();
                     let known = known.map(|known| B::scale(known, weight));
                     ahead.push(head.losses_of(tape, &view, &ids, known));
+                    targets_ahead.push(ids.clone());
                 }
-                auxiliary.record_mtp(&ahead);
+                auxiliary.record_mtp(&ahead, &targets_ahead);
                 joined(tape, losses, ahead, weight)
             }
             _ => losses,
@@ -377,15 +379,16 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
     }
 }
 
-/// Each row of ids one place to the left: `[batch, seq]`, the last place of each row filled with its first.
+/// Each row of ids one place to the left: `[batch, seq]`. The last place of each row, whose next token is not known, gets
+/// id 0, the same that rows are padded with: what a router makes of it does not depend on how a row is divided.
 fn moved_up<B: Ops>(ids: Int<B>) -> Int<B> {
     let ids = Tensor::<B, 2, IntKind>::from_primitive(ids);
     let [_, seq] = ids.dims();
+    let end = ids.clone().narrow(1, 0, 1).zeros_like();
     if seq == 1 {
-        return ids.into_primitive();
+        return end.into_primitive();
     }
-    let (first, rest) = (ids.clone().narrow(1, 0, 1), ids.narrow(1, 1, seq - 1));
-    Tensor::cat(vec![rest, first], 1).into_primitive()
+    Tensor::cat(vec![ids.narrow(1, 1, seq - 1), end], 1).into_primitive()
 }
 
 /// Targets one token further ahead: `[batch * seq]`. None where a row ends, and none across the end of a document, where

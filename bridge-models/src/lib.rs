@@ -35,7 +35,7 @@ pub mod weights;
 
 pub use auxiliary::{
     AuxiliaryLosses, AuxiliaryOptions, AuxiliaryReport, BalanceScope, Capacity, ExpertLoad,
-    update_correction_biases,
+    MtpLoss, is_correction_bias, load_with_correction_bias, update_correction_biases,
 };
 pub use context::{
     DecoderCache, ForwardContext, IGNORED_TARGET, Positions, RecurrentState, Targets,

@@ -90,8 +90,8 @@ pub use linear_cross_entropy::{
 pub use moe::{
     BalanceLoss, CountsAcross, DropPolicy, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups,
     RouterLossSpec, RouterLosses, RouterOutput, RouterScore, RouterSpec, Routing, SortedExperts,
-    drop_over_capacity, expert_capacity, grouped_linear, permute, route, unpermute,
-    with_router_losses,
+    ValidTokens, count_assignments, drop_over_capacity, expert_capacity, grouped_linear, permute,
+    route, unpermute, with_router_losses,
 };
 pub use ops::Ops;
 pub use param::{GradReduction, Param, ParamShard};

@@ -6,14 +6,14 @@ use bridge_parallel::{Axis, ParallelContext};
 
 use crate::error::{Error, Result};
 
-/// The sums over all ranks, in the order of ranks and so the same on every rank.
+/// As [`sum`], of lists: one after the end of a rank's list counts as 0.
 ///
 /// # Errors
 /// If a rank failed.
-pub(crate) fn sum<B: Ops, const N: usize>(
+pub(crate) fn sum_lists<B: Ops>(
     parallel: &ParallelContext<B>,
-    values: [f64; N],
-) -> Result<[f64; N]> {
+    values: Vec<f64>,
+) -> Result<Vec<f64>> {
     if parallel.is_alone() {
         return Ok(values);
     }
@@ -22,12 +22,30 @@ pub(crate) fn sum<B: Ops, const N: usize>(
         .flat_map(|value| value.to_le_bytes())
         .collect();
     let all = parallel.group(Axis::World).all_gather_bytes(&bytes)?;
-    let mut sums = [0.0; N];
+    let mut sums = Vec::new();
     for bytes in &all {
         let (values, _) = bytes.as_chunks::<8>();
+        if sums.len() < values.len() {
+            sums.resize(values.len(), 0.0);
+        }
         for (sum, value) in sums.iter_mut().zip(values) {
             *sum += f64::from_le_bytes(*value);
         }
+    }
+    Ok(sums)
+}
+
+/// The sums over all ranks, in the order of ranks and so the same on every rank.
+///
+/// # Errors
+/// If a rank failed.
+pub(crate) fn sum<B: Ops, const N: usize>(
+    parallel: &ParallelContext<B>,
+    values: [f64; N],
+) -> Result<[f64; N]> {
+    let mut sums = [0.0; N];
+    for (sum, value) in sums.iter_mut().zip(sum_lists(parallel, values.to_vec())?) {
+        *sum = value;
     }
     Ok(sums)
 }

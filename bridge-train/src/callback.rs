@@ -1,5 +1,6 @@
 //! What a run tells the outside: hooks at the points where something worth knowing happened.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::time::Duration;
 
@@ -41,6 +42,9 @@ pub struct StepReport {
     pub elapsed: Duration,
     /// Model arithmetic per second, in units of 10^12 (see [`crate::flops`]); `None` if the model does not say.
     pub tflops_per_s: Option<f64>,
+    /// Losses besides that of the next token, by their names in Megatron (`load_balancing_loss`, `z_loss`, `mtp_1 loss`),
+    /// without their factors. Each is a mean: over the routers, over the tokens of a multi-token prediction module.
+    pub auxiliary_losses: Vec<(Cow<'static, str>, f64)>,
     /// Whether the update was left out because the loss or the gradient was not finite.
     pub skipped: bool,
 }

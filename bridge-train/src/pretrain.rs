@@ -10,6 +10,7 @@ use bridge_data::Split;
 use bridge_models::weights::{HfWeights, NativeWeights, native_config};
 use bridge_models::{
     Decoder, DtypePolicy, Init, ParallelOptions, RandomInit, SegmentedModel, WeightSource,
+    is_correction_bias,
 };
 use bridge_ops::{DType, Ops};
 use bridge_parallel::ParallelContext;
@@ -150,7 +151,17 @@ fn build_model<B: Ops>(
     };
     if context.platform.precision(config.precision.mode) == PrecisionMode::Bf16Mixed {
         for param in SegmentedModel::params(&model) {
-            param.set_value(B::cast(param.value(), DType::BF16));
+            if !is_correction_bias(param.name()) {
+                param.set_value(B::cast(param.value(), DType::BF16));
+            }
+        }
+    }
+    if config.auxiliary_options().mtp == 0.0 {
+        // Without their loss nothing but weight decay would move these.
+        for param in SegmentedModel::params(&model) {
+            if param.name().starts_with("mtp.") {
+                param.set_requires_grad(false);
+            }
         }
     }
     Ok(model)

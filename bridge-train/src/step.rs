@@ -1,13 +1,17 @@
 //! One optimizer step: micro-batches in, gradients of their common mean, clipping, update.
 
 use bridge_data::Batch;
-use bridge_models::SegmentedModel;
-use bridge_ops::Ops;
+use bridge_models::{
+    AuxiliaryOptions, AuxiliaryReport, ExpertLoad, SegmentedModel, load_with_correction_bias,
+    update_correction_biases,
+};
+use bridge_ops::{Ops, float_from_f32, to_f32_vec};
+use bridge_parallel::{Axis, ParallelContext, ReduceOp};
 
 use crate::agree;
 use crate::config::NonFinitePolicy;
-use crate::engine::Executor;
 pub use crate::engine::TokenLoss;
+use crate::engine::{Executor, NoHooks, SegmentHooks};
 use crate::error::Result;
 use crate::optimizer::{Gradients, Optimizer, clip_coefficient};
 
@@ -38,7 +42,22 @@ pub fn evaluate<B: Ops>(
     model: &dyn SegmentedModel<B>,
     micro_batches: &[Batch],
 ) -> Result<TokenLoss> {
-    let local = executor.forward(model, micro_batches)?;
+    let options = AuxiliaryOptions::default();
+    evaluate_with(executor, model, micro_batches, &options, &mut NoHooks)
+}
+
+/// As [`evaluate`]; see [`Executor::evaluate`] for `options` and `hooks`.
+///
+/// # Errors
+/// If a rank fails.
+pub fn evaluate_with<B: Ops>(
+    executor: &Executor<B>,
+    model: &dyn SegmentedModel<B>,
+    micro_batches: &[Batch],
+    options: &AuxiliaryOptions,
+    hooks: &mut dyn SegmentHooks,
+) -> Result<TokenLoss> {
+    let local = executor.evaluate(model, micro_batches, options, hooks)?;
     let [sum, tokens] = agree::sum(executor.parallel(), [local.sum, local.tokens as f64])?;
     Ok(TokenLoss::of(sum, tokens, local.valid_tokens))
 }
@@ -52,6 +71,57 @@ pub struct StepOptions {
     pub weight_decay: f64,
     /// Largest global norm of the gradient; 0 disables clipping.
     pub clip_grad: f64,
+    /// Losses besides that of the next token, and what else a mixture of experts wants in training.
+    pub auxiliary: AuxiliaryOptions,
+}
+
+/// The values of the losses besides that of the next token, over the whole step, without their factors.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AuxiliaryMeans {
+    /// Mean over the routers of their balance losses; 1 when all experts are equally busy. `None` without routers.
+    pub balance: Option<f64>,
+    /// Mean over the routers of their z losses.
+    pub router_z: Option<f64>,
+    /// Mean loss of each multi-token prediction module.
+    pub mtp: Vec<f64>,
+}
+
+impl AuxiliaryMeans {
+    /// What this rank adds to the sums over all ranks: numbers whose meaning [`of_sums`](Self::of_sums) knows.
+    fn contribution<B: Ops>(report: &AuxiliaryReport, parallel: &ParallelContext<B>) -> Vec<f64> {
+        let (layout, coords) = (parallel.layout(), parallel.coords());
+        // Of ranks with the same tokens one counts, of a router's ranks one counts the router.
+        let once = |yes: bool| f64::from(u8::from(yes));
+        let tokens = once(layout.sp || coords.tp == 0);
+        let layers = once((coords.tp, coords.cp, coords.dp) == (0, 0, 0));
+        let losses = once(coords.tp == 0);
+        let mut values = vec![
+            tokens * report.balance,
+            tokens * report.router_z,
+            layers * report.num_routers as f64,
+        ];
+        for mtp in &report.mtp {
+            values.extend([losses * mtp.sum, losses * mtp.tokens]);
+        }
+        values
+    }
+
+    fn of_sums(sums: &[f64]) -> Self {
+        let &[balance, z, routers, ref mtp @ ..] = sums else {
+            return Self::default();
+        };
+        let mean = |sum: f64| (routers > 0.0).then(|| sum / routers);
+        Self {
+            balance: mean(balance),
+            router_z: mean(z),
+            mtp: mtp
+                .as_chunks()
+                .0
+                .iter()
+                .map(|[sum, tokens]| sum / tokens.max(1.0))
+                .collect(),
+        }
+    }
 }
 
 /// What a step did.
@@ -61,6 +131,8 @@ pub struct StepOutcome {
     pub loss: TokenLoss,
     /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
+    /// The other losses.
+    pub auxiliary: AuxiliaryMeans,
     /// What was not finite, in words; then the weights are as before.
     pub non_finite: Option<String>,
     /// How many ranks asked for something in this step (see [`train_step`]).
@@ -84,21 +156,23 @@ pub fn train_step<B: Ops>(
 ) -> Result<StepOutcome> {
     optimizer.clear_grads();
     let mut reduction = optimizer.start_reduction();
-    let local = executor.forward_backward(model, micro_batches, &mut |segment| {
-        reduction.segment_done(segment);
-    })?;
+    let parallel = executor.parallel();
+    let (local, report) =
+        executor.train(model, micro_batches, &options.auxiliary, &mut reduction)?;
     let gradients = optimizer.finish_reduction(reduction)?;
     // One meeting of all ranks per step: whatever they must know of each other is in it.
-    let [sum, tokens, squares, first, second] = agree::sum(
-        executor.parallel(),
-        [
-            local.sum,
-            local.tokens as f64,
-            optimizer.local_squared_norm(&gradients),
-            f64::from(u8::from(asks[0])),
-            f64::from(u8::from(asks[1])),
-        ],
-    )?;
+    let own = [
+        local.sum,
+        local.tokens as f64,
+        optimizer.local_squared_norm(&gradients),
+        f64::from(u8::from(asks[0])),
+        f64::from(u8::from(asks[1])),
+    ];
+    let auxiliary = AuxiliaryMeans::contribution(&report, parallel);
+    let sums = agree::sum_lists(parallel, own.into_iter().chain(auxiliary).collect())?;
+    let &[sum, tokens, squares, first, second, ref auxiliary @ ..] = sums.as_slice() else {
+        unreachable!("every rank gives at least as many numbers");
+    };
     let loss = TokenLoss::of(sum, tokens, local.valid_tokens);
     let grad_norm = squares.sqrt();
     let non_finite = describe_non_finite(&loss, grad_norm, optimizer, &gradients)?;
@@ -109,14 +183,49 @@ pub fn train_step<B: Ops>(
             options.weight_decay,
             clip_coefficient(grad_norm, options.clip_grad),
         )?;
+        let rate = options.auxiliary.bias_update_rate;
+        if rate != 0.0 {
+            let params = model.params();
+            let load = load_with_correction_bias(&params, report.load);
+            update_correction_biases(&params, &over_step(load, parallel)?, rate);
+        }
     }
     optimizer.clear_grads();
     Ok(StepOutcome {
         loss,
         grad_norm,
+        auxiliary: AuxiliaryMeans::of_sums(auxiliary),
         non_finite,
         asked: [first as u64, second as u64],
     })
+}
+
+/// The load of the experts over the whole step, from what each rank has seen.
+fn over_step<B: Ops>(
+    mut load: Vec<ExpertLoad>,
+    parallel: &ParallelContext<B>,
+) -> Result<Vec<ExpertLoad>> {
+    // Tensor-parallel ranks have the same tokens, unless they divide the sequences.
+    let group = parallel.group(if parallel.layout().sp {
+        Axis::Stage
+    } else {
+        Axis::DpCp
+    });
+    if group.size() == 1 || load.is_empty() {
+        return Ok(load);
+    }
+    let own: Vec<f32> = load
+        .iter()
+        .flat_map(|load| load.counts.iter().copied())
+        .collect();
+    let own = float_from_f32::<B>(&own, &[own.len()], parallel.device());
+    let sums = to_f32_vec::<B>(group.all_reduce(own, ReduceOp::Sum));
+    parallel.health()?;
+    let mut sums = sums.into_iter();
+    for load in &mut load {
+        load.counts = sums.by_ref().take(load.counts.len()).collect();
+    }
+    Ok(load)
 }
 
 fn describe_non_finite<B: Ops>(

@@ -1,11 +1,12 @@
 //! The training loop: steps, evaluations, saves, and the ways a run can end.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bridge_core::layout::PipelineSplit;
 use bridge_data::{Batch, Dataset, GlobalBatchSampler, IGNORE_INDEX, Loader};
-use bridge_models::SegmentedModel;
+use bridge_models::{AuxiliaryOptions, BalanceScope, SegmentedModel};
 use bridge_ops::Ops;
 use bridge_parallel::ParallelContext;
 
@@ -14,12 +15,12 @@ use crate::agree;
 use crate::callback::{Callback, EvalReport, RunInfo, SaveReport, StepReport, StopReason, Summary};
 use crate::checkpoint::{CheckpointStore, TrainState};
 use crate::config::{NonFinitePolicy, RecomputeGranularity, ResolvedConfig};
-use crate::engine::Executor;
+use crate::engine::{Executor, NoHooks};
 use crate::error::{Error, Result};
 use crate::lr_schedule::{LrSchedule, WeightDecaySchedule};
 use crate::optimizer::{AdamWOptions, DataParallelOptions, Optimizer};
 use crate::signals::StopFlag;
-use crate::step::{NonFiniteGuard, StepOptions, evaluate, train_step};
+use crate::step::{AuxiliaryMeans, NonFiniteGuard, StepOptions, evaluate_with, train_step};
 
 /// How a run goes. [`TrainerOptions::new`] fills in what most runs share.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,6 +39,8 @@ pub struct TrainerOptions {
     pub adamw: AdamWOptions,
     /// Largest global norm of the gradient; 0 disables clipping.
     pub clip_grad: f64,
+    /// Losses besides that of the next token, and what else a mixture of experts wants in training.
+    pub auxiliary: AuxiliaryOptions,
     /// What a layer keeps for its backward pass.
     pub recompute: RecomputeGranularity,
     /// How data-parallel ranks share the work of the optimizer.
@@ -72,6 +75,7 @@ impl TrainerOptions {
             weight_decay: WeightDecaySchedule::constant(0.1),
             adamw: AdamWOptions::default(),
             clip_grad: 1.0,
+            auxiliary: AuxiliaryOptions::default(),
             recompute: RecomputeGranularity::None,
             data_parallel: DataParallelOptions::default(),
             pipeline_split: None,
@@ -104,6 +108,7 @@ impl From<&ResolvedConfig> for TrainerOptions {
                 exp_avg_dtype: config.optimizer.exp_avg_dtype.dtype(),
             },
             clip_grad: config.optimizer.clip_grad,
+            auxiliary: config.auxiliary_options(),
             recompute: config.train.recompute_granularity,
             data_parallel: DataParallelOptions {
                 distributed_optimizer: config.parallel.use_distributed_optimizer,
@@ -428,6 +433,7 @@ impl<'a, B: Ops> Trainer<'a, B> {
             lr: options.lr.lr(consumed),
             weight_decay: options.weight_decay.weight_decay(consumed),
             clip_grad: options.clip_grad,
+            auxiliary: options.auxiliary,
         };
         let asks = [self.stop.is_raised(), self.is_time_up(running)];
         let outcome = train_step(
@@ -462,6 +468,7 @@ impl<'a, B: Ops> Trainer<'a, B> {
             tflops_per_s: options.flops_per_token.map(|flops| {
                 flops * outcome.loss.tokens as f64 / elapsed.as_secs_f64().max(1e-9) / 1e12
             }),
+            auxiliary_losses: auxiliary_losses(&options.auxiliary, &outcome.auxiliary),
             skipped: outcome.non_finite.is_some(),
         };
         self.tell(|callback| callback.on_step_end(&report))
@@ -498,7 +505,13 @@ impl<'a, B: Ops> Trainer<'a, B> {
                 let first = start + (round * replicas + replica) * micro;
                 micro_batches.push(eval_batch(valid.as_ref(), first, end, micro)?);
             }
-            let loss = evaluate(&self.executor, self.model, &micro_batches)?;
+            let loss = evaluate_with(
+                &self.executor,
+                self.model,
+                &micro_batches,
+                &self.options.auxiliary,
+                &mut NoHooks,
+            )?;
             sum += loss.mean * loss.valid_tokens as f64;
             valid_tokens += loss.valid_tokens;
             if self.is_alone() && self.stop.is_raised() {
@@ -546,6 +559,29 @@ impl<'a, B: Ops> Trainer<'a, B> {
             None => Ok(()),
         }
     }
+}
+
+/// What a step reports of the losses that are on, by Megatron's names.
+fn auxiliary_losses(
+    options: &AuxiliaryOptions,
+    means: &AuxiliaryMeans,
+) -> Vec<(Cow<'static, str>, f64)> {
+    let balance = match options.scope {
+        BalanceScope::Sequence => "seq_load_balancing_loss",
+        BalanceScope::MicroBatch => "load_balancing_loss",
+        BalanceScope::Step => "global_load_balancing_loss",
+    };
+    let on = |factor: f64, name: &'static str, value: Option<f64>| {
+        let value = value.filter(|_| factor != 0.0)?;
+        Some((Cow::Borrowed(name), value))
+    };
+    let router = [
+        on(options.balance, balance, means.balance),
+        on(options.router_z, "z_loss", means.router_z),
+    ];
+    let mtp = means.mtp.iter().enumerate();
+    let mtp = mtp.map(|(index, mean)| (format!("mtp_{} loss", index + 1).into(), *mean));
+    router.into_iter().flatten().chain(mtp).collect()
 }
 
 /// The samples `first..first + micro` below `end`. Where there are none, a sample that counts for no loss, so that every

@@ -140,6 +140,7 @@ fn twenty_steps_match_pytorch(name: &str, kept: DType, tolerance: f64) {
         lr: trace.lr,
         weight_decay: trace.weight_decay,
         clip_grad: trace.clip,
+        auxiliary: Default::default(),
     };
     assert_eq!(trace.loss.len(), 20);
     for (index, (loss, grad_norm)) in trace

@@ -4,14 +4,17 @@
 use bridge_core::DecoderConfig;
 use bridge_core::config::{GroupScoring, MoeConfig, RouterConfig, RouterScoring};
 use bridge_ops::{
-    Activation, DType, ExpertOffsets, ExpertOrder, GroupScore, Ops, Param, RouterGroups,
-    RouterScore, RouterSpec, SwigluClamp, Tape, Var, activation, add, cast, clamped_swiglu,
-    gated_activation, grouped_linear, permute, reshape, route, scale_rows, unpermute,
+    Activation, DType, ExpertOffsets, ExpertOrder, GroupScore, Int, Ops, Param, RouterGroups,
+    RouterScore, RouterSpec, SwigluClamp, Tape, ValidTokens, Var, activation, add, cast,
+    clamped_swiglu, gated_activation, grouped_linear, permute, reshape, route, scale_rows,
+    unpermute,
 };
 use bridge_parallel::{ExpertParallel, TensorRegion};
+use burn::tensor::{Int as IntKind, Tensor, TensorPrimitive};
 
 use super::mlp::activation_op;
 use super::{Linear, Mlp};
+use crate::auxiliary::RouterAtWork;
 use crate::context::ForwardContext;
 use crate::error::Result;
 use crate::weights::ParamBuilder;
@@ -28,6 +31,8 @@ pub struct Moe<B: Ops> {
     shared_expert: Option<Mlp<B>>,
     shared_expert_gate: Option<Linear<B>>,
     num_experts: usize,
+    /// Into how many parts a rank's sequences are cut, and which of them is here (sequence parallelism).
+    sequence_part: [usize; 2],
     /// The region to enter and leave, where all its ranks have the same tokens.
     region: TensorRegion<B>,
     expert_parallel: ExpertParallel<B>,
@@ -106,6 +111,13 @@ impl<B: Ops> Moe<B> {
             shared_expert,
             shared_expert_gate,
             num_experts: moe.num_experts,
+            sequence_part: match params.region() {
+                region if region.is_sequence_parallel() => [
+                    region.size(),
+                    region.group().map_or(0, |group| group.rank()),
+                ],
+                _ => [1, 0],
+            },
             region: match params.region() {
                 region if region.is_sequence_parallel() => TensorRegion::single(),
                 region => region,
@@ -125,14 +137,27 @@ impl<B: Ops> Moe<B> {
         let logits = self.router.forward(tape, &cast(tape, &tokens, DType::F32)); // [tokens, experts]
         let bias = self.correction_bias.as_ref().map(Param::value);
         let mut routing = route(tape, &logits, bias, &self.spec);
-        if let Some(auxiliary) = ctx.auxiliary().filter(|_| tape.is_recording()) {
-            routing.weights = auxiliary.attach(
-                tape, &self.name, &self.spec, &logits, &routing, ctx, parallel,
-            );
+        let valid = ctx.valid_tokens(self.sequence_part);
+        if let Some(valid) = &valid {
+            routing.experts = without_padding::<B>(routing.experts, valid, self.num_experts);
         }
-        // Recomputation runs a layer first without a record, and must then drop the same assignments.
         if let Some(auxiliary) = ctx.auxiliary() {
-            routing.experts = auxiliary.within_capacity(&routing, self.num_experts);
+            // Recomputation runs a layer first without a record; its losses count once.
+            if tape.is_recording() {
+                let router = RouterAtWork {
+                    name: &self.name,
+                    spec: &self.spec,
+                    logits: &logits,
+                    routing: &routing,
+                    biased: self.correction_bias.is_some(),
+                    valid: valid.as_ref(),
+                    parallel,
+                };
+                routing.weights = auxiliary.attach(tape, &router, ctx);
+            }
+            // The same assignments are dropped either time.
+            let count = valid.map_or(shape[0] * shape[1], |valid| valid.count);
+            routing.experts = auxiliary.within_capacity(&routing, count, self.num_experts);
         }
         let experts = parallel.own_assignments(routing.experts, self.num_experts);
         let order = ExpertOrder::new(experts, self.num_experts);
@@ -261,6 +286,19 @@ impl<B: Ops> GroupedLinear<B> {
         let bias = self.bias.as_ref().filter(|_| self.adds_bias);
         grouped_linear(tape, rows, &self.weight, bias, offsets)
     }
+}
+
+/// Assignments with `num_experts`, which is none, in the place of those of padding. experts: [tokens, k].
+fn without_padding<B: Ops>(experts: Int<B>, valid: &ValidTokens<B>, num_experts: usize) -> Int<B> {
+    let experts = Tensor::<B, 2, IntKind>::from_primitive(experts);
+    let padding = Tensor::<B, 1>::from_primitive(TensorPrimitive::Float(valid.mask.clone()));
+    let padding = padding
+        .equal_elem(0.0)
+        .unsqueeze_dim::<2>(1)
+        .expand(experts.dims());
+    experts
+        .mask_fill(padding, num_experts as i64)
+        .into_primitive()
 }
 
 fn router_spec(router: &RouterConfig, top_k: usize) -> RouterSpec {

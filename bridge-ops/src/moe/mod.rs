@@ -17,6 +17,8 @@ pub(crate) mod router;
 mod router_loss;
 
 #[cfg(test)]
+mod router_loss_tests;
+#[cfg(test)]
 mod tests;
 
 pub use capacity::{DropPolicy, drop_over_capacity, expert_capacity};
@@ -24,5 +26,6 @@ pub use grouped_linear::grouped_linear;
 pub use permute::{ExpertOffsets, ExpertOrder, SortedExperts, permute, unpermute};
 pub use router::{GroupScore, RouterGroups, RouterOutput, RouterScore, RouterSpec, Routing, route};
 pub use router_loss::{
-    BalanceLoss, CountsAcross, RouterLossSpec, RouterLosses, with_router_losses,
+    BalanceLoss, CountsAcross, RouterLossSpec, RouterLosses, ValidTokens, count_assignments,
+    with_router_losses,
 };

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! `f` counts as a constant. The balance is taken over each sequence by itself (DeepSeek-V2), over the tokens of the
-//! micro-batch, or over those of earlier micro-batches as well (arXiv 2501.11873).
+//! micro-batch, or over those of earlier micro-batches as well (arXiv 2501.11873). Padding has no part in them.
 //!
 //! The losses are no part of a segment's output, so their gradients join where the routing weights' gradients pass.
 
@@ -19,7 +19,7 @@ use burn_backend::DType;
 
 use super::router::{RouterScore, SUM_FLOOR};
 use crate::ops::Ops;
-use crate::primitive::{Float, Int, dims, float, reshaped, tensor, to_dtype, to_f32};
+use crate::primitive::{Float, Int, float, reshaped, tensor, to_dtype, to_f32};
 use crate::tape::{Tape, Var};
 
 /// Over which tokens experts should be equally busy.
@@ -46,6 +46,17 @@ pub struct RouterLossSpec<B: Ops> {
     pub z_weight: f64,
     /// Where several ranks have tokens over which experts should be equally busy: how their counts are summed.
     pub across_ranks: Option<CountsAcross<B>>,
+    /// Where some of the tokens are padding, which has no part in any loss: which are not.
+    pub valid: Option<ValidTokens<B>>,
+}
+
+/// Which rows are tokens of a text, and which are padding.
+#[derive(Debug, Clone)]
+pub struct ValidTokens<B: Ops> {
+    /// 1 for a token, 0 for padding: `[tokens]` fp32.
+    pub mask: Float<B>,
+    /// Number of ones.
+    pub count: usize,
 }
 
 /// Sums a tensor of counts over ranks.
@@ -65,8 +76,25 @@ pub struct RouterLosses<B: Ops> {
     pub balance: Float<B>,
     /// `[1]` fp32.
     pub z: Float<B>,
-    /// Assignments to each expert, `[E]` fp32.
+    /// Assignments of tokens to each expert, `[E]` fp32.
     pub counts: Float<B>,
+}
+
+/// How often each of `num_experts` experts was chosen: `[E]` fp32. experts: [tokens, k]; `num_experts` stands for none.
+pub fn count_assignments<B: Ops>(experts: &Int<B>, num_experts: usize) -> Float<B> {
+    let counts = assignments::<B>(experts, num_experts).sum_dim(0);
+    reshaped::<B>(float(counts), &[num_experts])
+}
+
+/// 1 where a token has an expert: [tokens, E] fp32. `num_experts` stands for none.
+fn assignments<B: Ops>(experts: &Int<B>, num_experts: usize) -> Tensor<B, 2> {
+    let chosen = Tensor::<B, 2, IntKind>::from_primitive(experts.clone());
+    let ([tokens, top_k], device) = (chosen.dims(), chosen.device());
+    let ones = Tensor::<B, 2>::ones([tokens, top_k], (&device, DType::F32));
+    // One more column takes what has no expert.
+    Tensor::<B, 2>::zeros([tokens, num_experts + 1], (&device, DType::F32))
+        .scatter(1, chosen, ones, IndexingUpdateOp::Add)
+        .narrow(1, 0, num_experts)
 }
 
 /// Passes routing weights on unchanged, and adds the gradients of the losses to that of the logits on the way back.
@@ -86,18 +114,19 @@ pub fn with_router_losses<B: Ops>(
     let &[tokens, num_experts] = shape.as_slice() else {
         panic!("router losses: logits have shape {shape:?}, expected [tokens, experts]");
     };
-    let top_k = dims(experts)[1];
     let dtype = burn_backend::TensorMetadata::dtype(&logits.value());
     let logits_value = tensor::<B, 2>(to_f32::<B>(logits.value()));
-    let device = logits_value.device();
-    let chosen = Tensor::<B, 2, IntKind>::from_primitive(experts.clone());
-    let ones = Tensor::<B, 2>::ones([tokens, top_k], (&device, DType::F32));
-    let assigned = Tensor::<B, 2>::zeros([tokens, num_experts], (&device, DType::F32)).scatter(
-        1,
-        chosen,
-        ones,
-        IndexingUpdateOp::Add,
-    );
+    let mut assigned = assignments::<B>(experts, num_experts);
+    let mask = (spec.valid.as_ref()).map(|valid| reshaped::<B>(valid.mask.clone(), &[tokens, 1]));
+    let mask = mask.map(tensor::<B, 2>); // [tokens, 1]
+    if let Some(mask) = &mask {
+        assigned = assigned * mask.clone();
+    }
+    let count = spec
+        .valid
+        .as_ref()
+        .map_or(tokens, |valid| valid.count)
+        .max(1);
     let counts = assigned.clone().sum_dim(0); // [1, E]
 
     let summed = |counts: Tensor<B, 2>| match &spec.across_ranks {
@@ -108,7 +137,7 @@ pub fn with_router_losses<B: Ops>(
     let shares: Tensor<B, 2> = match &spec.balance {
         BalanceLoss::PerBatch => {
             let all = summed(counts.clone());
-            (all.clone() / all.sum_dim(1)).expand([tokens, num_experts])
+            shares_of(all).expand([tokens, num_experts])
         }
         BalanceLoss::PerSequence(sequences) => {
             assert!(
@@ -118,7 +147,7 @@ pub fn with_router_losses<B: Ops>(
             let seq = tokens / sequences;
             let own = assigned.reshape([*sequences, seq, num_experts]).sum_dim(1);
             let all = summed(own.reshape([*sequences, num_experts]));
-            (all.clone() / all.sum_dim(1))
+            shares_of(all)
                 .reshape([*sequences, 1, num_experts])
                 .expand([*sequences, seq, num_experts])
                 .reshape([tokens, num_experts])
@@ -126,15 +155,24 @@ pub fn with_router_losses<B: Ops>(
         BalanceLoss::Since(earlier) => {
             let earlier = reshaped::<B>(to_f32::<B>(earlier.clone()), &[1, num_experts]);
             let all = summed(tensor::<B, 2>(earlier) + counts.clone());
-            (all.clone() / all.sum_dim(1)).expand([tokens, num_experts])
+            shares_of(all).expand([tokens, num_experts])
         }
     };
-    let factor = num_experts as f64 / tokens as f64;
-    let dscores = shares.mul_scalar(factor);
+    let factor = num_experts as f64 / count as f64;
+    let mut dscores = shares.mul_scalar(factor);
+    if let Some(mask) = &mask {
+        dscores = dscores * mask.clone();
+    }
     let (scores, raw) = normalised(logits_value.clone(), spec.score);
     let balance = (scores.clone() * dscores.clone()).sum();
     let lse = log_sum_exp(logits_value.clone());
-    let z = lse.clone().square().mean();
+    // Of each token its part in the mean.
+    let lse_weight = |lse: Tensor<B, 2>| match &mask {
+        Some(mask) => lse * mask.clone().div_scalar(count as f64),
+        None => lse.div_scalar(count as f64),
+    };
+    let z = lse_weight(lse.clone().square()).sum();
+    let weighted_lse = lse_weight(lse);
 
     let losses = RouterLosses {
         balance: float(balance),
@@ -156,8 +194,8 @@ pub fn with_router_losses<B: Ops>(
             dlogits = Some(grad.mul_scalar(balance_weight));
         }
         if z_weight != 0.0 {
-            let factor = 2.0 * z_weight / tokens as f64;
-            let grad = activation::softmax(logits_value, 1) * lse.mul_scalar(factor);
+            let grad =
+                activation::softmax(logits_value, 1) * weighted_lse.mul_scalar(2.0 * z_weight);
             dlogits = Some(match dlogits {
                 Some(sum) => sum + grad,
                 None => grad,
@@ -167,6 +205,12 @@ pub fn with_router_losses<B: Ops>(
         vec![Some(dweights), dlogits]
     });
     (output, losses)
+}
+
+/// Counts, [rows, E], as shares of their row's sum; zeros where it has none.
+fn shares_of<B: Ops>(counts: Tensor<B, 2>) -> Tensor<B, 2> {
+    let sum = counts.clone().sum_dim(1).clamp_min(1.0);
+    counts / sum
 }
 
 /// A sigmoid router's sigmoids, [tokens, E], and their sums, [tokens, 1].

@@ -382,6 +382,7 @@ fn router_losses_match_autodiff() {
                 balance_weight: 0.7,
                 z_weight: 0.3,
                 across_ranks: None,
+                valid: None,
             };
             // The share of the assignments that each token's expert has, by hand.
             let mut f = vec![0.0f32; tokens * 12];
@@ -448,6 +449,7 @@ fn equally_busy_experts_have_a_balance_loss_of_one() {
         balance_weight: 1.0,
         z_weight: 1.0,
         across_ranks: None,
+        valid: None,
     };
     let (_, losses) = with_router_losses(&tape, &weights, &logits, &experts, &spec);
     assert!((to_f32_vec::<Flex>(losses.balance)[0] - 1.0).abs() < 1e-6);

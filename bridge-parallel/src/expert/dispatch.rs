@@ -35,6 +35,8 @@ pub struct ExpertParallel<B: Ops> {
     copies: (usize, usize),
     /// The ranks with other tokens of the same micro-batch, if there are any.
     tokens: Option<Group<B>>,
+    /// The ranks with other tokens of the same step, if there are any.
+    step: Option<Group<B>>,
 }
 
 impl<B: Ops> ExpertParallel<B> {
@@ -45,12 +47,17 @@ impl<B: Ops> ExpertParallel<B> {
             etp: 1,
             copies: (1, 0),
             tokens: None,
+            step: None,
         }
     }
 
     /// The expert parallelism of a rank.
     pub fn new(ctx: &ParallelContext<B>) -> Self {
         let layout = ctx.layout();
+        let others = |axis: Axis| {
+            let group = ctx.group(axis);
+            (group.size() > 1).then(|| group.clone())
+        };
         Self {
             group: (layout.ep * layout.etp > 1).then(|| ctx.group(Axis::EtpEp).clone()),
             etp: layout.etp,
@@ -60,10 +67,8 @@ impl<B: Ops> ExpertParallel<B> {
             } else {
                 (layout.tp, ctx.coords().tp)
             },
-            tokens: {
-                let group = ctx.group(if layout.sp { Axis::TpCp } else { Axis::Cp });
-                (group.size() > 1).then(|| group.clone())
-            },
+            tokens: others(if layout.sp { Axis::TpCp } else { Axis::Cp }),
+            step: others(if layout.sp { Axis::Stage } else { Axis::DpCp }),
         }
     }
 
@@ -92,10 +97,13 @@ impl<B: Ops> ExpertParallel<B> {
     }
 
     /// Sums counts over the ranks with other tokens of the same micro-batch, if there are any.
-    pub fn counts_across(&self) -> Option<CountsAcross<B>> {
-        let group = self.tokens.clone()?;
-        let sum = move |counts: Float<B>| group.all_reduce(counts, ReduceOp::Sum);
-        Some(CountsAcross(Arc::new(sum)))
+    pub fn counts_across_micro_batch(&self) -> Option<CountsAcross<B>> {
+        counts_across(self.tokens.clone()?)
+    }
+
+    /// Sums counts over the ranks with other tokens of the same step, those with other micro-batches among them.
+    pub fn counts_across_step(&self) -> Option<CountsAcross<B>> {
+        counts_across(self.step.clone()?)
     }
 
     /// Whether this rank adds what is added to an expert's output once, and not by each rank that has a part of it: the
@@ -178,6 +186,11 @@ impl<B: Ops> ExpertParallel<B> {
             vec![Some(repeat_blocks::<B>(dy, &blocks, etp))]
         })
     }
+}
+
+fn counts_across<B: Ops>(group: Group<B>) -> Option<CountsAcross<B>> {
+    let sum = move |counts: Float<B>| group.all_reduce(counts, ReduceOp::Sum);
+    Some(CountsAcross(Arc::new(sum)))
 }
 
 /// Each of `blocks` of rows, `copies` times one after another.
@@ -330,6 +343,7 @@ impl<B: Ops> Clone for ExpertParallel<B> {
             etp: self.etp,
             copies: self.copies,
             tokens: self.tokens.clone(),
+            step: self.step.clone(),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! [`resolve`] checks it against the schema and itself, fills in every default and reports every problem at once; the
 //! [`ResolvedConfig`] that comes out is what a run uses, prints and saves beside its checkpoints.
 
+mod auxiliary;
 mod layers;
 pub mod model;
 mod platform;

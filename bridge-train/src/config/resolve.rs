@@ -7,6 +7,7 @@ use bridge_core::{DecoderConfig, LayoutSpec, Registry};
 use bridge_data::{BlendSpec, SplitWeights};
 use toml::{Table, Value};
 
+use super::auxiliary;
 use super::model::{self, ModelConfig};
 use super::section::{Problems, Section};
 use super::sections::*;
@@ -111,6 +112,9 @@ pub fn resolve(layers: &ConfigLayers, context: &ResolveContext<'_>) -> Result<Re
     // Contradictions are only worth telling about values that could be read.
     if problems.is_empty() {
         config.complete(&mut problems);
+        if let Some(model) = &model {
+            auxiliary::complete(&mut config.train, model);
+        }
         config.check(model.as_ref(), &mut problems);
     }
     let problems = layers.problems_with(problems);
@@ -211,6 +215,9 @@ impl Sections {
     fn check(&self, model: Option<&ModelConfig>, problems: &mut Problems) {
         self.check_batches(problems);
         self.check_layout(model, problems);
+        if let Some(model) = model {
+            auxiliary::check(&self.train, model, problems);
+        }
         self.check_optimizer(problems);
         self.check_schedule(problems);
         self.check_data(model, problems);

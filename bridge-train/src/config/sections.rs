@@ -28,6 +28,30 @@ choice! {
     }
 }
 
+choice! {
+    /// Over which tokens a router's balance loss wants experts to be equally busy.
+    pub enum LoadBalancing {
+        /// No balance loss.
+        None = "none",
+        /// The tokens of a micro-batch.
+        AuxLoss = "aux_loss",
+        /// Each sequence by itself.
+        SeqAuxLoss = "seq_aux_loss",
+        /// All tokens of the step so far, over all data-parallel ranks.
+        GlobalAuxLoss = "global_aux_loss",
+    }
+}
+
+choice! {
+    /// Which assignments an expert with too many keeps.
+    pub enum TokenDropPolicy {
+        /// Those with the largest weights.
+        Probs = "probs",
+        /// The first ones.
+        Position = "position",
+    }
+}
+
 section! {
     /// Length of the run and how its batches are cut.
     pub struct TrainConfig("train") {
@@ -46,6 +70,22 @@ section! {
         /// Trade time for memory: `selective` makes norms and activation functions again in the backward pass, `full`
         /// keeps only the input of every layer.
         recompute_granularity: RecomputeGranularity = RecomputeGranularity::None,
+        /// Balance loss of the routers of a mixture of experts. Default: what the model's config.json says it was trained
+        /// with (router_aux_loss_coef; aux_loss_alpha and seq_aux), or none.
+        moe_router_load_balancing_type: Option<LoadBalancing> = None,
+        /// Factor of the balance loss. Default: that of the model's config.json.
+        moe_aux_loss_coeff: Option<f64> = None,
+        /// Factor of the z loss, which keeps a router's logits small. 0 disables; 1e-3 is usual.
+        moe_z_loss_coeff: f64 = 0.0,
+        /// How far each step moves the bias that sways a router's choice, in models that have one. 0 keeps it.
+        moe_router_bias_update_rate: f64 = 1e-3,
+        /// Most assignments that an expert takes of a rank's micro-batch, as a multiple of an equal share; the rest are
+        /// dropped. Default: no limit.
+        moe_expert_capacity_factor: Option<f64> = None,
+        /// Which assignments stay under such a limit.
+        moe_token_drop_policy: TokenDropPolicy = TokenDropPolicy::Probs,
+        /// Factor of the multi-token prediction loss, in models with such modules. 0 freezes them.
+        mtp_loss_scaling_factor: f64 = 0.1,
         /// What a NaN or an infinity in the loss or the gradients does.
         on_non_finite: NonFinitePolicy = NonFinitePolicy::Stop,
         /// With on_non_finite = "skip": how many steps in a row may be skipped before the run stops with an error.

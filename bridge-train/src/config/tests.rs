@@ -269,3 +269,94 @@ fn every_key_is_documented() {
         }
     }
 }
+
+/// A preset in the place of the model's words.
+fn preset(name: &str, overrides: &[&str]) -> Result<ResolvedConfig, Error> {
+    let mut layers = ConfigLayers::new();
+    let model = format!("[model]\npreset = \"{name}\"\n");
+    let data =
+        "[tokenizer]\nkind = \"null\"\n[data]\nsource = \"mock\"\nseq_length = 24\n".to_owned();
+    layers.push_toml("the recipe", &(model + &data)).unwrap();
+    layers.push_toml("the file", RUN).unwrap();
+    overrides.iter().for_each(|o| layers.push_override(o));
+    resolve(
+        &layers,
+        &ResolveContext::new(&bridge_models::registry(), "test"),
+    )
+}
+
+#[test]
+fn router_losses_default_to_what_the_models_config_says() {
+    use bridge_models::BalanceScope;
+    for (name, balance, scope, rate, mtp) in [
+        ("llama32_1b", 0.0, BalanceScope::MicroBatch, 0.0, 0.0),
+        ("qwen3_30b_a3b", 0.001, BalanceScope::MicroBatch, 0.0, 0.0),
+        ("olmoe_tiny", 0.01, BalanceScope::MicroBatch, 0.0, 0.0),
+        ("gpt_oss_20b", 0.0, BalanceScope::MicroBatch, 0.0, 0.0),
+        ("deepseek_v3", 0.001, BalanceScope::Sequence, 1e-3, 0.1),
+    ] {
+        let found = preset(name, &[]).unwrap().auxiliary_options();
+        assert_eq!(
+            (
+                found.balance,
+                found.scope,
+                found.bias_update_rate,
+                found.mtp
+            ),
+            (balance, scope, rate, mtp),
+            "{name}"
+        );
+    }
+    let overrides = [
+        "train.moe_router_load_balancing_type=global_aux_loss",
+        "train.moe_aux_loss_coeff=0.02",
+        "train.moe_z_loss_coeff=1e-3",
+        "train.moe_expert_capacity_factor=1.25",
+        "train.moe_token_drop_policy=position",
+    ];
+    let config = preset("qwen3_moe_tiny", &overrides).unwrap();
+    let found = config.auxiliary_options();
+    assert_eq!((found.balance, found.router_z), (0.02, 1e-3));
+    assert_eq!(found.scope, BalanceScope::Step);
+    assert_eq!(found.capacity.unwrap().factor, 1.25);
+    // What is printed comes to the same.
+    let mut layers = ConfigLayers::new();
+    layers.push_toml("printed", &config.to_toml()).unwrap();
+    let registry = bridge_models::registry();
+    let again = resolve(&layers, &ResolveContext::new(&registry, "test")).unwrap();
+    assert_eq!(again.auxiliary_options(), found);
+}
+
+#[test]
+fn router_losses_that_do_not_fit_are_refused() {
+    fails(
+        &["train.moe_z_loss_coeff=0.1", "train.moe_aux_loss_coeff=0.1"],
+        &["train.moe_aux_loss_coeff", "train.moe_z_loss_coeff"],
+    );
+    let refused =
+        |name: &str, overrides: &[&str]| preset(name, overrides).expect_err("refused").to_string();
+    let text = refused(
+        "gpt_oss_tiny",
+        &["train.moe_router_load_balancing_type=aux_loss"],
+    );
+    assert!(text.contains("names no coefficient"), "{text}");
+    let text = refused(
+        "gpt_oss_tiny",
+        &[
+            "train.moe_router_load_balancing_type=none",
+            "train.moe_aux_loss_coeff=0.1",
+        ],
+    );
+    assert!(
+        text.contains("moe_router_load_balancing_type is none"),
+        "{text}"
+    );
+    let text = refused(
+        "qwen3_moe_tiny",
+        &[
+            "train.moe_expert_capacity_factor=0",
+            "train.moe_z_loss_coeff=-1",
+        ],
+    );
+    assert!(text.contains("must be more than 0"), "{text}");
+}

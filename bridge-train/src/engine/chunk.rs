@@ -5,6 +5,7 @@ use std::ops::Range;
 use bridge_models::{ForwardContext, SegmentedModel, Targets};
 use bridge_ops::{Float, Ops, Tape, Var};
 
+use super::hooks::SegmentHooks;
 use crate::config::RecomputeGranularity;
 
 /// What is kept of a segment between its forward and its backward pass.
@@ -40,6 +41,10 @@ impl<B: Ops> ChunkState<B> {
     /// Runs `segments` forward. `input` is what the segment before them gave, `None` from segment 0 on. `labels` are the
     /// tokens to predict, -100 where there is no loss, and are read by the head alone, whose gradients will be those of
     /// `loss_scale` times the sum of the token losses.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one caller, and each is something of its own"
+    )]
     pub(super) fn forward(
         model: &dyn SegmentedModel<B>,
         segments: Range<usize>,
@@ -48,8 +53,10 @@ impl<B: Ops> ChunkState<B> {
         labels: &[i64],
         loss_scale: f64,
         recompute: RecomputeGranularity,
+        hooks: &mut dyn SegmentHooks,
     ) -> (Self, ChunkOutput<B>) {
         let head = model.num_segments() - 1;
+        let next = |index: usize| (index + 1 < segments.end).then_some(index + 1);
         let mut state = Self {
             first: segments.start,
             kept: Vec::with_capacity(segments.len()),
@@ -58,6 +65,7 @@ impl<B: Ops> ChunkState<B> {
         };
         let mut hidden = input;
         for index in segments.start..segments.end.min(head) {
+            hooks.before_pass(index);
             hidden = Some(match (hidden.take(), recompute) {
                 // The embedding has no input to run again from, and keeps next to nothing.
                 (Some(input), RecomputeGranularity::Full) => {
@@ -82,11 +90,13 @@ impl<B: Ops> ChunkState<B> {
                     value
                 }
             });
+            hooks.forward_done(index, next(index));
         }
         let hidden = hidden.expect("a chunk has an input or begins with the embedding");
         if segments.end <= head {
             return (state, ChunkOutput::Hidden(hidden));
         }
+        hooks.before_pass(head);
         let tape = Tape::new();
         let input = tape.leaf(hidden);
         // The head is told what its losses will be seeded with, so that it can do forward and backward in one.
@@ -99,22 +109,26 @@ impl<B: Ops> ChunkState<B> {
             input: Some(input),
             output,
         });
+        // In every schedule the last chunk turns back at once.
+        hooks.forward_done(head, Some(head));
         (state, ChunkOutput::TokenLosses(losses))
     }
 
     /// Runs the chunk backward and adds to the parameters' slots. `gradient` is that of the hidden states the chunk gave,
-    /// `None` where it ended in the head. Returns the gradient of its input, if it has one. `done` is told each segment
-    /// when its backward pass is over.
+    /// `None` where it ended in the head. Returns the gradient of its input, if it has one. `last`: this was the last
+    /// micro-batch of the step.
     pub(super) fn backward(
         self,
         model: &dyn SegmentedModel<B>,
         gradient: Option<Float<B>>,
         ctx: &ForwardContext<'_, B>,
-        mut done: impl FnMut(usize),
+        last: bool,
+        hooks: &mut dyn SegmentHooks,
     ) -> Option<Float<B>> {
         let mut gradient = gradient.or(self.seed);
         for (index, kept) in self.kept.into_iter().enumerate().rev() {
             let index = self.first + index;
+            hooks.before_pass(index);
             // Without a gradient nothing from here on depends on a trained weight.
             if let Some(seed) = gradient.take() {
                 let (tape, input, output) = match kept {
@@ -128,7 +142,8 @@ impl<B: Ops> ChunkState<B> {
                 let leaves: Vec<&Var<B>> = input.iter().collect();
                 gradient = tape.backward(vec![(output, seed)], &leaves).pop().flatten();
             }
-            done(index);
+            let next = (index > self.first).then(|| index - 1);
+            hooks.backward_done(index, last, next);
         }
         gradient
     }
@@ -161,17 +176,24 @@ pub(super) fn infer<B: Ops>(
     input: Option<Float<B>>,
     ctx: &ForwardContext<'_, B>,
     labels: &[i64],
+    hooks: &mut dyn SegmentHooks,
 ) -> ChunkOutput<B> {
     let tape = Tape::inference();
     let head = model.num_segments() - 1;
     let mut hidden = input.map(|input| tape.constant(input));
     for index in segments.start..segments.end.min(head) {
+        hooks.before_pass(index);
         hidden = Some(model.forward_segment(index, &tape, hidden.as_ref(), ctx));
+        let next = (index + 1 < segments.end).then_some(index + 1);
+        hooks.forward_done(index, next);
     }
     let hidden = hidden.expect("a chunk has an input or begins with the embedding");
     if segments.end <= head {
         return ChunkOutput::Hidden(hidden.into_value());
     }
     let targets = Targets::new(labels, ctx.device());
-    ChunkOutput::TokenLosses(model.head_loss(&tape, &hidden, &targets, ctx).into_value())
+    hooks.before_pass(head);
+    let losses = model.head_loss(&tape, &hidden, &targets, ctx).into_value();
+    hooks.forward_done(head, None);
+    ChunkOutput::TokenLosses(losses)
 }

@@ -5,13 +5,16 @@ use std::sync::Arc;
 
 use bridge_core::layout::PipelineSplit;
 use bridge_data::Batch;
-use bridge_models::{ForwardContext, SegmentedModel};
+use bridge_models::{
+    AuxiliaryLosses, AuxiliaryOptions, AuxiliaryReport, ForwardContext, SegmentedModel,
+};
 use bridge_ops::{Float, Ops, float_zeros, to_f32_vec};
 use bridge_parallel::pipeline::{Action, Schedule, Transfer, TransferKind};
 use bridge_parallel::{Axis, ParallelContext, Pending};
 
 use super::chunk::{ChunkOutput, ChunkState, infer};
 use super::header::StepHeader;
+use super::hooks::{NoHooks, SegmentHooks, WhenComplete};
 use crate::batch::{header_context, local_context};
 use crate::config::RecomputeGranularity;
 use crate::error::{Error, Result};
@@ -133,13 +136,37 @@ impl<B: Ops> Executor<B> {
         micro_batches: &[Batch],
         segment_done: &mut dyn FnMut(usize),
     ) -> Result<LocalLoss> {
+        let (options, mut hooks) = (AuxiliaryOptions::default(), WhenComplete(segment_done));
+        let (loss, _) = self.train(model, micro_batches, &options, &mut hooks)?;
+        Ok(loss)
+    }
+
+    /// As [`Executor::forward_backward`], with the losses that `options` ask for besides that of the next token, whose
+    /// values as far as this rank has computed them come second. `hooks` hear of every pass.
+    ///
+    /// # Errors
+    /// As [`Executor::forward_backward`].
+    pub fn train(
+        &self,
+        model: &dyn SegmentedModel<B>,
+        micro_batches: &[Batch],
+        options: &AuxiliaryOptions,
+        hooks: &mut dyn SegmentHooks,
+    ) -> Result<(LocalLoss, AuxiliaryReport)> {
         let Some(header) = self.agree(micro_batches)? else {
-            return Ok(LocalLoss::default());
+            return Ok(Default::default());
         };
         let layout = self.parallel.layout();
         let schedule = Schedule::training(layout.pp, layout.vpp, header.micro_batches.len())
             .map_err(|error| Error::Parallel(error.to_string()))?;
-        self.run(model, micro_batches, &header, &schedule, segment_done)
+        let auxiliary = (options.is_active()).then(|| {
+            AuxiliaryLosses::new(*options, header.tokens.try_into().unwrap_or(usize::MAX))
+        });
+        let auxiliary = auxiliary.as_ref();
+        let loss = self.run(model, micro_batches, &header, &schedule, auxiliary, hooks)?;
+        let report = auxiliary.map_or_else(Default::default, AuxiliaryLosses::report);
+        self.parallel.health()?;
+        Ok((loss, report))
     }
 
     /// Runs every micro-batch forward. As [`Executor::forward_backward`], without gradients.
@@ -151,13 +178,40 @@ impl<B: Ops> Executor<B> {
         model: &dyn SegmentedModel<B>,
         micro_batches: &[Batch],
     ) -> Result<LocalLoss> {
+        self.evaluate(
+            model,
+            micro_batches,
+            &AuxiliaryOptions::default(),
+            &mut NoHooks,
+        )
+    }
+
+    /// As [`Executor::forward`]. Of `options`, the limit on the tokens of an expert applies; `hooks` hear of every pass.
+    ///
+    /// # Errors
+    /// As [`Executor::forward`].
+    pub fn evaluate(
+        &self,
+        model: &dyn SegmentedModel<B>,
+        micro_batches: &[Batch],
+        options: &AuxiliaryOptions,
+        hooks: &mut dyn SegmentHooks,
+    ) -> Result<LocalLoss> {
         let Some(header) = self.agree(micro_batches)? else {
             return Ok(LocalLoss::default());
         };
         let layout = self.parallel.layout();
         let schedule = Schedule::forward_only(layout.pp, layout.vpp, header.micro_batches.len())
             .map_err(|error| Error::Parallel(error.to_string()))?;
-        self.run(model, micro_batches, &header, &schedule, &mut |_| {})
+        let auxiliary = options.capacity.map(|_| AuxiliaryLosses::new(*options, 1));
+        self.run(
+            model,
+            micro_batches,
+            &header,
+            &schedule,
+            auxiliary.as_ref(),
+            hooks,
+        )
     }
 
     /// What all ranks must know of a step: the number of valid tokens over all data-parallel ranks, and on every stage
@@ -165,20 +219,24 @@ impl<B: Ops> Executor<B> {
     fn agree(&self, micro_batches: &[Batch]) -> Result<Option<StepHeader>> {
         let mut header = None;
         if self.reads_samples() {
-            let own: usize = micro_batches.iter().map(Batch::loss_tokens).sum();
+            let valid: usize = micro_batches.iter().map(Batch::loss_tokens).sum();
+            let tokens: usize = micro_batches.iter().map(|b| b.batch * b.seq).sum();
+            let own = [valid, tokens].map(|count| (count as u64).to_le_bytes());
             let all = self
                 .parallel
                 .group(Axis::Dp)
-                .all_gather_bytes(&(own as u64).to_le_bytes())?;
-            let mut valid_tokens = 0;
+                .all_gather_bytes(own.as_flattened())?;
+            let mut counts = [0, 0];
             for bytes in &all {
-                let bytes: [u8; 8] = bytes
-                    .as_slice()
-                    .try_into()
-                    .map_err(|_| garbled("a number of tokens"))?;
-                valid_tokens += u64::from_le_bytes(bytes);
+                let (numbers, rest) = bytes.as_chunks::<8>();
+                if numbers.len() != counts.len() || !rest.is_empty() {
+                    return Err(garbled("a number of tokens"));
+                }
+                for (count, own) in counts.iter_mut().zip(numbers) {
+                    *count += u64::from_le_bytes(*own);
+                }
             }
-            header = Some(StepHeader::of(valid_tokens, micro_batches));
+            header = Some(StepHeader::of(counts, micro_batches));
         }
         if self.parallel.layout().pp > 1 {
             // Only the first stage's is used; the others send an empty one.
@@ -207,7 +265,8 @@ impl<B: Ops> Executor<B> {
         micro_batches: &[Batch],
         header: &StepHeader,
         schedule: &Schedule,
-        segment_done: &mut dyn FnMut(usize),
+        auxiliary: Option<&AuxiliaryLosses<B>>,
+        hooks: &mut dyn SegmentHooks,
     ) -> Result<LocalLoss> {
         let actions = schedule.stage(self.parallel.coords().pp);
         let trains = actions
@@ -219,6 +278,7 @@ impl<B: Ops> Executor<B> {
             micro_batches,
             header,
             schedule,
+            auxiliary,
             trains,
             loss_scale: 1.0 / header.valid_tokens.max(1) as f64,
             contexts: HashMap::new(),
@@ -240,12 +300,12 @@ impl<B: Ops> Executor<B> {
                 Action::Forward { chunk, micro_batch } => {
                     // What the next pass waits for may arrive while this one runs.
                     received = run.receive_ahead(actions, index, received)?;
-                    run.forward(chunk, micro_batch);
+                    run.forward(chunk, micro_batch, hooks);
                     self.parallel.health()?;
                 }
                 Action::Backward { chunk, micro_batch } => {
                     received = run.receive_ahead(actions, index, received)?;
-                    run.backward(chunk, micro_batch, segment_done);
+                    run.backward(chunk, micro_batch, hooks);
                     self.parallel.health()?;
                 }
             }
@@ -296,10 +356,11 @@ struct Run<'r, B: Ops> {
     micro_batches: &'r [Batch],
     header: &'r StepHeader,
     schedule: &'r Schedule,
+    auxiliary: Option<&'r AuxiliaryLosses<B>>,
     trains: bool,
     loss_scale: f64,
     /// By micro-batch: its context, and how many passes here still need it.
-    contexts: HashMap<usize, (Arc<ForwardContext<'static, B>>, usize)>,
+    contexts: HashMap<usize, (Arc<ForwardContext<'r, B>>, usize)>,
     /// By chunk and micro-batch.
     states: HashMap<(usize, usize), ChunkState<B>>,
     inbox: HashMap<(TransferKind, usize, usize), Pending<B>>,
@@ -309,7 +370,7 @@ struct Run<'r, B: Ops> {
     token_losses: Vec<Float<B>>,
 }
 
-impl<B: Ops> Run<'_, B> {
+impl<'r, B: Ops> Run<'r, B> {
     /// Posts the receives that lie between pass `index` and the one after it, and says up to where receives are posted.
     fn receive_ahead(
         &mut self,
@@ -370,14 +431,18 @@ impl<B: Ops> Run<'_, B> {
         }
     }
 
-    fn context(&mut self, micro_batch: usize) -> Arc<ForwardContext<'static, B>> {
+    fn context(&mut self, micro_batch: usize) -> Arc<ForwardContext<'r, B>> {
         let parallel = &self.executor.parallel;
         let chunks = self.schedule.num_chunks() / self.schedule.num_stages();
         let passes = chunks * if self.trains { 2 } else { 1 };
         let (ctx, _) = self.contexts.entry(micro_batch).or_insert_with(|| {
-            let ctx = match self.micro_batches.get(micro_batch) {
+            let ctx: ForwardContext<'r, B> = match self.micro_batches.get(micro_batch) {
                 Some(batch) => local_context(batch, parallel),
                 None => header_context(&self.header.micro_batches[micro_batch], parallel),
+            };
+            let ctx = match self.auxiliary {
+                Some(auxiliary) => ctx.with_auxiliary(auxiliary),
+                None => ctx,
             };
             (Arc::new(ctx), passes)
         });
@@ -394,7 +459,7 @@ impl<B: Ops> Run<'_, B> {
         }
     }
 
-    fn forward(&mut self, chunk: usize, micro_batch: usize) {
+    fn forward(&mut self, chunk: usize, micro_batch: usize, hooks: &mut dyn SegmentHooks) {
         let ctx = self.context(micro_batch);
         let input = (chunk > 0).then(|| self.take(TransferKind::Activation, chunk, micro_batch));
         let segments = self.executor.split.segments(chunk);
@@ -412,11 +477,12 @@ impl<B: Ops> Run<'_, B> {
                 &labels,
                 self.loss_scale,
                 self.executor.recompute,
+                hooks,
             );
             self.states.insert((chunk, micro_batch), state);
             output
         } else {
-            infer(self.model, segments, input, &ctx, &labels)
+            infer(self.model, segments, input, &ctx, &labels, hooks)
         };
         match output {
             ChunkOutput::Hidden(hidden) => {
@@ -427,7 +493,7 @@ impl<B: Ops> Run<'_, B> {
         self.passed(micro_batch);
     }
 
-    fn backward(&mut self, chunk: usize, micro_batch: usize, segment_done: &mut dyn FnMut(usize)) {
+    fn backward(&mut self, chunk: usize, micro_batch: usize, hooks: &mut dyn SegmentHooks) {
         let ctx = self.context(micro_batch);
         let gradient = (chunk + 1 < self.schedule.num_chunks())
             .then(|| self.take(TransferKind::Gradient, chunk, micro_batch));
@@ -439,11 +505,7 @@ impl<B: Ops> Run<'_, B> {
         let left = self.backward_left.entry(chunk).or_insert(micro_batches);
         *left -= 1;
         let last = *left == 0;
-        let gradient = state.backward(self.model, gradient, &ctx, |segment| {
-            if last {
-                segment_done(segment);
-            }
-        });
+        let gradient = state.backward(self.model, gradient, &ctx, last, hooks);
         if chunk > 0 {
             // The stage before waits for a gradient, also where nothing here depends on its output.
             let gradient = gradient.unwrap_or_else(|| {

@@ -12,13 +12,15 @@ use bridge_data::Batch;
 pub(super) struct StepHeader {
     /// Tokens with a loss in the whole step, over all data-parallel ranks.
     pub(super) valid_tokens: u64,
+    /// Tokens in the whole step, over all data-parallel ranks.
+    pub(super) tokens: u64,
     /// The micro-batches; tokens and labels are empty.
     pub(super) micro_batches: Vec<Batch>,
 }
 
 impl StepHeader {
     /// The header of micro-batches that were read here.
-    pub(super) fn of(valid_tokens: u64, micro_batches: &[Batch]) -> Self {
+    pub(super) fn of([valid_tokens, tokens]: [u64; 2], micro_batches: &[Batch]) -> Self {
         let shape = |batch: &Batch| Batch {
             batch: batch.batch,
             seq: batch.seq,
@@ -33,13 +35,18 @@ impl StepHeader {
         };
         Self {
             valid_tokens,
+            tokens,
             micro_batches: micro_batches.iter().map(shape).collect(),
         }
     }
 
     /// As bytes: every number as 8 bytes, little-endian.
     pub(super) fn encode(&self) -> Vec<u8> {
-        let mut numbers = vec![self.valid_tokens, self.micro_batches.len() as u64];
+        let mut numbers = vec![
+            self.valid_tokens,
+            self.tokens,
+            self.micro_batches.len() as u64,
+        ];
         for batch in &self.micro_batches {
             let boundaries = batch.cu_seqlens.as_deref().unwrap_or_default();
             numbers.extend([
@@ -59,7 +66,7 @@ impl StepHeader {
         let (numbers, rest) = bytes.as_chunks::<8>();
         let mut numbers = numbers.iter().map(|bytes| u64::from_le_bytes(*bytes));
         let size = |number: u64| usize::try_from(number).ok();
-        let valid_tokens = numbers.next()?;
+        let (valid_tokens, tokens) = (numbers.next()?, numbers.next()?);
         let mut micro_batches = Vec::new();
         for _ in 0..numbers.next()? {
             let (batch, seq) = (size(numbers.next()?)?, size(numbers.next()?)?);
@@ -88,6 +95,7 @@ impl StepHeader {
         }
         (rest.is_empty() && numbers.next().is_none()).then_some(Self {
             valid_tokens,
+            tokens,
             micro_batches,
         })
     }
@@ -107,7 +115,7 @@ mod tests {
             position_ids: vec![0, 1, 0, 0, 1, 2],
             cu_seqlens: cu_seqlens.map(Into::into),
         };
-        let header = StepHeader::of(7, &[batch(None), batch(Some(vec![0, 2, 3, 6]))]);
+        let header = StepHeader::of([7, 12], &[batch(None), batch(Some(vec![0, 2, 3, 6]))]);
         assert!(header.micro_batches[0].position_ids.is_empty());
         let bytes = header.encode();
         assert_eq!(StepHeader::decode(&bytes), Some(header));

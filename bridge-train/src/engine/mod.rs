@@ -12,5 +12,7 @@
 mod chunk;
 mod executor;
 mod header;
+mod hooks;
 
 pub use executor::{Executor, LocalLoss, TokenLoss};
+pub use hooks::{NoHooks, SegmentHooks, WhenComplete};

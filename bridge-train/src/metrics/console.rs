@@ -74,8 +74,11 @@ impl Callback for Console {
         self.seconds_per_step = Some(mean);
         let left =
             Duration::from_secs_f64(mean * self.train_iters.saturating_sub(step.iteration) as f64);
+        let others: String = (step.auxiliary_losses.iter())
+            .map(|(name, loss)| format!("  {name} {loss:.4}"))
+            .collect();
         let mut text = format!(
-            "loss {:.4}  lr {:.2e}  grad norm {:.3}  {} tokens/s  ETA {}",
+            "loss {:.4}{others}  lr {:.2e}  grad norm {:.3}  {} tokens/s  ETA {}",
             step.loss,
             step.lr,
             step.grad_norm,

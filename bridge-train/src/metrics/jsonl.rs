@@ -100,6 +100,9 @@ impl Callback for JsonLines {
         if let Some(tflops) = step.tflops_per_s {
             line["tflops_per_s"] = json!(tflops);
         }
+        for (name, loss) in &step.auxiliary_losses {
+            line[name.replace(' ', "_")] = number(*loss);
+        }
         if step.skipped {
             line["skipped"] = json!(true);
         }
@@ -175,6 +178,7 @@ mod tests {
             valid_tokens: 60,
             elapsed: Duration::from_millis(20),
             tflops_per_s: Some(0.5),
+            auxiliary_losses: vec![("mtp_1 loss".into(), 3.5)],
             skipped: false,
         }
     }
@@ -217,7 +221,10 @@ mod tests {
         run(dir.path(), 0, &[(1, f64::NAN), (2, 4.0)]);
         let text = std::fs::read_to_string(dir.path().join(METRICS_FILE)).unwrap();
         let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
-        assert_eq!(first["loss"], "NaN");
+        assert_eq!(
+            (&first["loss"], &first["mtp_1_loss"]),
+            (&json!("NaN"), &json!(3.5))
+        );
         assert_eq!(History::read(dir.path()).unwrap().train, [(2, 4.0)]);
     }
 }

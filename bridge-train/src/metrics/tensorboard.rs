@@ -47,6 +47,8 @@ impl Callback for TensorBoard {
         if let Some(tflops) = step.tflops_per_s {
             values.push(("throughput/tflops", tflops));
         }
+        let losses = step.auxiliary_losses.iter();
+        values.extend(losses.map(|(name, loss)| (name.as_ref(), *loss)));
         self.write(step.iteration, &values)
     }
 

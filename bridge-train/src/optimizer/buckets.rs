@@ -5,6 +5,7 @@ use bridge_parallel::{Axis, ParallelContext, Pending, ReduceOp};
 use burn::tensor::{FloatDType, Slice};
 
 use super::placement::Placement;
+use crate::engine::SegmentHooks;
 
 /// Elements that the start of a weight in a bucket is a multiple of, so that its part of a gathered bucket is aligned for
 /// any kernel.
@@ -183,6 +184,14 @@ pub struct Reduction<'a, B: Ops> {
     /// By bucket: weights whose gradients are still to come.
     pub(super) missing: Vec<usize>,
     pub(super) started: Vec<Option<Pending<B>>>,
+}
+
+impl<B: Ops> SegmentHooks for Reduction<'_, B> {
+    fn backward_done(&mut self, segment: usize, last: bool, _next: Option<usize>) {
+        if last {
+            self.segment_done(segment);
+        }
+    }
 }
 
 impl<B: Ops> Reduction<'_, B> {

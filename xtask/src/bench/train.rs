@@ -186,6 +186,7 @@ impl OnBackend for Train<'_> {
             lr: 1e-5,
             weight_decay: 0.01,
             clip_grad: 1.0,
+            auxiliary: Default::default(),
         };
         let executor = Executor::single(&model, &device, args.recompute)?;
         let mut optimizer = Optimizer::new(

@@ -66,6 +66,8 @@ pub(super) const MAP: &[ConfigKey] = &[
     EOS,
     constant!("attention_dropout", 0.0),
     constant!("moe_layer_freq", 1),
+    constant!("aux_loss_alpha", 0.001),
+    constant!("seq_aux", true),
     constant!("use_cache", true),
 ];
 
