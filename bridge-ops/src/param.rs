@@ -68,10 +68,22 @@ struct Inner<B: Ops> {
 }
 
 struct State<B: Ops> {
-    /// `None` only while `update` runs, or between `take_value` and `put_value`.
-    value: Option<Float<B>>,
+    value: Value<B>,
     grad: GradSlot<B>,
     grad_dtype: DType,
+}
+
+/// Where a value is.
+enum Value<B: Ops> {
+    Here(Float<B>),
+    /// With `update`, or with whoever called `take_value`.
+    Taken,
+    /// Nowhere: only its form is known.
+    Released {
+        shape: Vec<usize>,
+        dtype: DType,
+        device: B::Device,
+    },
 }
 
 impl<B: Ops> Param<B> {
@@ -107,7 +119,7 @@ impl<B: Ops> Param<B> {
                 shard,
                 requires_grad: AtomicBool::new(true),
                 state: Mutex::new(State {
-                    value: Some(value),
+                    value: Value::Here(value),
                     grad: GradSlot::Empty,
                     grad_dtype: DType::F32,
                 }),
@@ -127,7 +139,7 @@ impl<B: Ops> Param<B> {
 
     /// The shape of the value.
     pub fn shape(&self) -> Vec<usize> {
-        self.with_value(dims)
+        self.with_form(dims, |shape, _, _| shape.to_vec())
     }
 
     /// The number of elements.
@@ -137,12 +149,12 @@ impl<B: Ops> Param<B> {
 
     /// The dtype of the value.
     pub fn dtype(&self) -> DType {
-        self.with_value(TensorMetadata::dtype)
+        self.with_form(TensorMetadata::dtype, |_, dtype, _| dtype)
     }
 
     /// The device that holds the value.
     pub fn device(&self) -> B::Device {
-        self.with_value(B::float_device)
+        self.with_form(B::float_device, |_, _, device| device.clone())
     }
 
     /// The value; shares the buffer.
@@ -163,7 +175,28 @@ impl<B: Ops> Param<B> {
             "parameter `{}` has shape {expected:?}, the new value {found:?}",
             self.name()
         );
-        self.state().value = Some(value);
+        self.state().value = Value::Here(value);
+    }
+
+    /// Lets go of the value, which somebody else can make again: shape, dtype and device stay known, and
+    /// [`set_value`](Self::set_value) brings it back. Until then anything that reads the value panics. Without effect where
+    /// it has been let go of already.
+    #[track_caller]
+    pub fn release(&self) {
+        if self.is_released() {
+            return;
+        }
+        let (shape, dtype, device) = (self.shape(), self.dtype(), self.device());
+        self.state().value = Value::Released {
+            shape,
+            dtype,
+            device,
+        };
+    }
+
+    /// Whether the value has been let go of.
+    pub fn is_released(&self) -> bool {
+        matches!(self.state().value, Value::Released { .. })
     }
 
     /// Replaces the value by a function of it. The function gets the only handle when no other is alive, so that an
@@ -174,10 +207,7 @@ impl<B: Ops> Param<B> {
     #[track_caller]
     pub fn update(&self, f: impl FnOnce(Float<B>) -> Float<B>) {
         let mut state = self.state();
-        let value = state
-            .value
-            .take()
-            .expect("a parameter's update function touched the parameter or panicked");
+        let value = self.taken(&mut state);
         let expected = dims(&value);
         let value = f(value);
         assert_eq!(
@@ -186,15 +216,39 @@ impl<B: Ops> Param<B> {
             "the update of parameter `{}` changed its shape",
             self.name()
         );
-        state.value = Some(value);
+        state.value = Value::Here(value);
     }
 
     /// Takes the value out, so that whoever updates several weights at once owns their buffers. Until
     /// [`put_value`](Self::put_value) brings one back, anything that reads the value panics.
     #[track_caller]
     pub fn take_value(&self) -> Float<B> {
-        let value = self.state().value.take();
-        value.expect("a parameter's value was taken twice")
+        self.taken(&mut self.state())
+    }
+
+    #[track_caller]
+    fn taken(&self, state: &mut State<B>) -> Float<B> {
+        match std::mem::replace(&mut state.value, Value::Taken) {
+            Value::Here(value) => value,
+            elsewhere => {
+                state.value = elsewhere;
+                panic!("{}", self.absence(&state.value))
+            }
+        }
+    }
+
+    /// Why there is no value.
+    fn absence(&self, value: &Value<B>) -> String {
+        let name = self.name();
+        match value {
+            Value::Released { .. } => format!(
+                "the value of parameter `{name}` has been let go of; whoever released it has to bring it back before it is \
+                 read (with sharded parameters, `Optimizer::gather_weights`)"
+            ),
+            _ => {
+                format!("the value of parameter `{name}` is being updated, or its update panicked")
+            }
+        }
     }
 
     /// Puts a value in the place of the one that [`take_value`](Self::take_value) took, of the same shape.
@@ -203,8 +257,12 @@ impl<B: Ops> Param<B> {
     /// When there is a value.
     #[track_caller]
     pub fn put_value(&self, value: Float<B>) {
-        let there = self.state().value.replace(value).is_some();
-        assert!(!there, "parameter `{}` has a value already", self.name());
+        let there = std::mem::replace(&mut self.state().value, Value::Here(value));
+        assert!(
+            !matches!(there, Value::Here(_)),
+            "parameter `{}` has a value already",
+            self.name()
+        );
     }
 
     /// Whether gradients are computed for this weight.
@@ -339,11 +397,28 @@ impl<B: Ops> Param<B> {
 
     #[track_caller]
     fn with_value<R>(&self, f: impl FnOnce(&Float<B>) -> R) -> R {
-        f(self
-            .state()
-            .value
-            .as_ref()
-            .expect("a parameter's update function touched the parameter or panicked"))
+        match &self.state().value {
+            Value::Here(value) => f(value),
+            elsewhere => panic!("{}", self.absence(elsewhere)),
+        }
+    }
+
+    /// Something that the value's form tells, wherever the value is.
+    #[track_caller]
+    fn with_form<R>(
+        &self,
+        of_value: impl FnOnce(&Float<B>) -> R,
+        of_form: impl FnOnce(&[usize], DType, &B::Device) -> R,
+    ) -> R {
+        match &self.state().value {
+            Value::Here(value) => of_value(value),
+            Value::Released {
+                shape,
+                dtype,
+                device,
+            } => of_form(shape, *dtype, device),
+            Value::Taken => panic!("{}", self.absence(&Value::Taken)),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State<B>> {
@@ -380,6 +455,30 @@ mod tests {
     use super::*;
     use crate::testing::{random, random_bf16};
     use crate::to_f32_vec;
+
+    #[test]
+    fn a_value_that_was_let_go_of_leaves_its_form() {
+        let param = Param::<Flex>::new("w", random_bf16(&[2, 3], 1));
+        param.release();
+        param.release();
+        assert!(param.is_released());
+        assert_eq!(
+            (param.shape(), param.dtype(), param.numel()),
+            (vec![2, 3], DType::BF16, 6)
+        );
+        // A gradient can come without it.
+        param.accumulate_grad(random(&[2, 3], 2));
+        param.set_value(random_bf16(&[2, 3], 3));
+        assert!(!param.is_released() && param.value().dtype() == DType::BF16);
+    }
+
+    #[test]
+    #[should_panic(expected = "parameter `w` has been let go of")]
+    fn a_value_that_was_let_go_of_cannot_be_read() {
+        let param = Param::<Flex>::new("w", random(&[2, 3], 1));
+        param.release();
+        param.value();
+    }
 
     #[test]
     fn handles_share_value_and_gradient() {

@@ -15,7 +15,7 @@ use crate::agree;
 use crate::callback::{Callback, EvalReport, RunInfo, SaveReport, StepReport, StopReason, Summary};
 use crate::checkpoint::{CheckpointStore, TrainState};
 use crate::config::{NonFinitePolicy, RecomputeGranularity, ResolvedConfig};
-use crate::engine::{Executor, NoHooks};
+use crate::engine::Executor;
 use crate::error::{Error, Result};
 use crate::lr_schedule::{LrSchedule, WeightDecaySchedule};
 use crate::optimizer::{AdamWOptions, DataParallelOptions, Optimizer};
@@ -111,7 +111,9 @@ impl From<&ResolvedConfig> for TrainerOptions {
             auxiliary: config.auxiliary_options(),
             recompute: config.train.recompute_granularity,
             data_parallel: DataParallelOptions {
-                distributed_optimizer: config.parallel.use_distributed_optimizer,
+                distributed_optimizer: config.parallel.shards_optimizer(),
+                overlap_param_gather: config.parallel.overlap_param_gather,
+                shard_params: config.parallel.shards_params(),
                 overlap_grad_reduce: config.parallel.overlap_grad_reduce,
                 bucket_size: config.parallel.ddp_bucket_size,
             },
@@ -324,6 +326,7 @@ impl<'a, B: Ops> Trainer<'a, B> {
             self.evaluate(&mut running)?;
         }
         self.save(&mut running)?;
+        self.optimizer.finish_param_gather()?;
         let summary = Summary {
             reason,
             iteration: self.state.iteration,
@@ -510,7 +513,7 @@ impl<'a, B: Ops> Trainer<'a, B> {
                 self.model,
                 &micro_batches,
                 &self.options.auxiliary,
-                &mut NoHooks,
+                &mut self.optimizer.weight_hooks(),
             )?;
             sum += loss.mean * loss.valid_tokens as f64;
             valid_tokens += loss.valid_tokens;

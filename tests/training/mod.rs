@@ -14,7 +14,7 @@ use bridge_models::{
 };
 use bridge_ops::{DType, Ops};
 use bridge_parallel::{ParallelContext, run_threads};
-use bridge_train::callback::{Callback, StepReport};
+use bridge_train::callback::{Callback, EvalReport, StepReport};
 use bridge_train::checkpoint::CheckpointStore;
 use bridge_train::lr_schedule::LrSchedule;
 use bridge_train::optimizer::DataParallelOptions;
@@ -24,19 +24,19 @@ use burn_flex::Flex;
 
 /// How far losses may drift from those of one rank over twenty steps: rounding of sums in another order, amplified by
 /// AdamW, which divides small gradients by small roots.
-pub const TRACE: f64 = 1e-3;
+pub(crate) const TRACE: f64 = 1e-3;
 /// Far longer than any of these tests.
-pub const TIMEOUT: Duration = Duration::from_secs(120);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(120);
 
-pub const STEPS: u64 = 20;
+pub(crate) const STEPS: u64 = 20;
 
 /// Samples with a different number of places without loss in each, some of them of packed documents.
-pub struct Patchy {
-    pub seq: usize,
-    pub vocab: u64,
+pub(crate) struct Patchy {
+    pub(crate) seq: usize,
+    pub(crate) vocab: u64,
 }
 
-pub const SEQ: usize = 12;
+pub(crate) const SEQ: usize = 12;
 
 impl Dataset for Patchy {
     fn seq_length(&self) -> usize {
@@ -80,12 +80,12 @@ impl Dataset for Patchy {
     }
 }
 
-pub fn data(config: &DecoderConfig) -> Arc<Patchy> {
+pub(crate) fn data(config: &DecoderConfig) -> Arc<Patchy> {
     data_of(config, SEQ)
 }
 
 /// Samples of `seq` tokens.
-pub fn data_of(config: &DecoderConfig, seq: usize) -> Arc<Patchy> {
+pub(crate) fn data_of(config: &DecoderConfig, seq: usize) -> Arc<Patchy> {
     Arc::new(Patchy {
         seq,
         vocab: config.vocab_size as u64,
@@ -93,7 +93,7 @@ pub fn data_of(config: &DecoderConfig, seq: usize) -> Arc<Patchy> {
 }
 
 /// This rank's part of a fresh model.
-pub fn build(
+pub(crate) fn build(
     config: &DecoderConfig,
     seed: u64,
     parallel: &Arc<ParallelContext<Flex>>,
@@ -107,7 +107,7 @@ pub fn build(
 }
 
 /// This rank's part of a fresh model.
-pub fn build_with(
+pub(crate) fn build_with(
     config: &DecoderConfig,
     init: &Init,
     parallel: &Arc<ParallelContext<Flex>>,
@@ -121,7 +121,7 @@ pub fn build_with(
     Decoder::build_parallel(config.clone(), &mut source, parallel, &options).expect("a model")
 }
 
-pub fn layout(text: &str) -> LayoutSpec {
+pub(crate) fn layout(text: &str) -> LayoutSpec {
     let mut layout = LayoutSpec::default();
     for word in text.split_whitespace() {
         let split = word.find(|c: char| c.is_ascii_digit());
@@ -144,36 +144,36 @@ pub fn layout(text: &str) -> LayoutSpec {
 
 /// What a step reports.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Step {
-    pub iteration: u64,
-    pub loss: f64,
-    pub grad_norm: f64,
+pub(crate) struct Step {
+    pub(crate) iteration: u64,
+    pub(crate) loss: f64,
+    pub(crate) grad_norm: f64,
     /// Losses besides that of the next token.
-    pub others: Vec<f64>,
+    pub(crate) others: Vec<f64>,
 }
 
 /// How a test run goes.
 #[derive(Clone)]
-pub struct Run {
-    pub config: DecoderConfig,
-    pub layout: LayoutSpec,
-    pub split: Option<Vec<usize>>,
-    pub options: TrainerOptions,
+pub(crate) struct Run {
+    pub(crate) config: DecoderConfig,
+    pub(crate) layout: LayoutSpec,
+    pub(crate) split: Option<Vec<usize>>,
+    pub(crate) options: TrainerOptions,
     /// Where it saves itself and continues from.
-    pub dir: Option<std::path::PathBuf>,
+    pub(crate) dir: Option<std::path::PathBuf>,
     /// Stop after so many steps.
-    pub stop_after: u64,
+    pub(crate) stop_after: u64,
     /// Tokens of a sample.
-    pub seq: usize,
+    pub(crate) seq: usize,
     /// Dtype of the weights.
-    pub dtype: DType,
+    pub(crate) dtype: DType,
     /// Standard deviation of fresh matrices, where it is not the family's.
-    pub std: Option<f64>,
+    pub(crate) std: Option<f64>,
 }
 
 impl Run {
     /// A run of a model at a layout, a sample at a time.
-    pub fn of(config: DecoderConfig, at: &str) -> Self {
+    pub(crate) fn of(config: DecoderConfig, at: &str) -> Self {
         let options = TrainerOptions {
             micro_batch_size: 1,
             ..TrainerOptions::new(8, STEPS, LrSchedule::constant(2e-3))
@@ -191,7 +191,7 @@ impl Run {
         }
     }
 
-    pub fn distributed(mut self, distributed_optimizer: bool) -> Self {
+    pub(crate) fn distributed(mut self, distributed_optimizer: bool) -> Self {
         self.options.data_parallel = DataParallelOptions {
             distributed_optimizer,
             // Small, so that there are several and weights lie across ranks.
@@ -203,7 +203,7 @@ impl Run {
 
     /// Loss and gradient norm of every step, which must be the same on every rank.
     #[track_caller]
-    pub fn trace(self) -> Vec<Step> {
+    pub(crate) fn trace(self) -> Vec<Step> {
         let at = self.layout.to_string();
         let ranks = run_threads::<Flex, _, _>(self.layout, TIMEOUT, move |parallel| {
             self.on_rank(&parallel)
@@ -232,6 +232,14 @@ impl Run {
                 });
                 if step.iteration >= self.2 {
                     self.1.raise();
+                }
+                Ok(())
+            }
+
+            /// The loss of an evaluation joins those of the step before it.
+            fn on_eval(&mut self, eval: &EvalReport) -> bridge_train::Result<()> {
+                if let Some(step) = self.0.last_mut() {
+                    step.others.push(eval.loss);
                 }
                 Ok(())
             }
@@ -268,6 +276,9 @@ impl Run {
             Trainer::on_rank(&model, data_of(&self.config, self.seq), parallel, options)?
                 .with_stop(stop)
                 .with_callback(&mut recorder);
+        if self.options.eval_interval > 0 {
+            trainer = trainer.with_validation(data_of(&self.config, self.seq));
+        }
         if let Some(dir) = &self.dir {
             trainer = trainer.with_checkpoints(store(dir, &self.config))?;
         }
@@ -276,17 +287,17 @@ impl Run {
     }
 }
 
-pub fn store(dir: &Path, config: &DecoderConfig) -> CheckpointStore {
+pub(crate) fn store(dir: &Path, config: &DecoderConfig) -> CheckpointStore {
     CheckpointStore::new(dir, serde_json::to_value(config).expect("a config"))
 }
 
 #[track_caller]
-pub fn close(what: &str, found: &[Step], expected: &[Step]) {
+pub(crate) fn close(what: &str, found: &[Step], expected: &[Step]) {
     close_within(TRACE, what, found, expected);
 }
 
 #[track_caller]
-pub fn close_within(tolerance: f64, what: &str, found: &[Step], expected: &[Step]) {
+pub(crate) fn close_within(tolerance: f64, what: &str, found: &[Step], expected: &[Step]) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (found, expected) in found.iter().zip(expected) {
         assert_eq!(found.iteration, expected.iteration, "{what}");

@@ -166,7 +166,7 @@ fn configuration(args: &Args) -> Result<ResolvedConfig> {
 /// What memory depends on besides model and layout, all of it from the configuration.
 fn memory_spec(config: &ResolvedConfig) -> Result<MemorySpec> {
     let (train, parallel) = (&config.train, &config.parallel);
-    let divides = parallel.use_distributed_optimizer;
+    let divides = parallel.shards_optimizer();
     let split = parallel.split(&config.model.decoder);
     Ok(MemorySpec {
         micro_batch: train.micro_batch_size,
@@ -180,6 +180,7 @@ fn memory_spec(config: &ResolvedConfig) -> Result<MemorySpec> {
             RecomputeGranularity::Full => Recompute::Full,
         },
         distributed_optimizer: divides,
+        shard_params: parallel.shards_params(),
         bucket_size: parallel.ddp_bucket_size,
         split: Some(split.map_err(Failure::input)?),
     })

@@ -1,7 +1,7 @@
 //! A model's weights as bytes, for checkpoints and exports.
 
 use bridge_core::dtype::{DType, encode_f32};
-use bridge_ops::{Ops, Param, to_f32_vec};
+use bridge_ops::{Float, Ops, Param, to_f32_vec};
 
 use crate::segmented::SegmentedModel;
 
@@ -61,7 +61,15 @@ pub fn stored_dtype<B: Ops>(param: &Param<B>) -> DType {
 /// # Panics
 /// If `dtype` is not a float of 16 bits or more.
 pub fn param_bytes<B: Ops>(param: &Param<B>, dtype: DType) -> Vec<u8> {
-    let values = to_f32_vec::<B>(param.value());
+    value_bytes::<B>(param.value(), dtype)
+}
+
+/// The elements of a weight, or of a part of one, as bytes of `dtype`.
+///
+/// # Panics
+/// As [`param_bytes`].
+pub fn value_bytes<B: Ops>(value: Float<B>, dtype: DType) -> Vec<u8> {
+    let values = to_f32_vec::<B>(value);
     let size = dtype
         .byte_len(&[values.len()])
         .and_then(|size| usize::try_from(size).ok());

@@ -9,7 +9,7 @@ mod policy;
 mod role;
 mod source;
 
-pub use export::{WeightBytes, export_weights, param_bytes, stored_dtype};
+pub use export::{WeightBytes, export_weights, param_bytes, stored_dtype, value_bytes};
 pub use hf::{HfWeights, load_hf, load_hf_parallel};
 pub use init::{Init, RandomInit};
 pub use native::{NativeWeights, load_native, load_native_parallel, native_config};

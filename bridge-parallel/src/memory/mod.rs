@@ -87,18 +87,28 @@ pub struct MemorySpec {
     pub recompute: Recompute,
     /// Whether data-parallel ranks divide the optimizer's state among them.
     pub distributed_optimizer: bool,
+    /// Whether they divide weights and gradients as well, and hold whole ones of the segments at work alone (ZeRO-3).
+    pub shard_params: bool,
     /// Gradient elements that are summed together over data-parallel ranks.
     pub bucket_size: usize,
     /// Which stage has which layers; an even split if `None`.
     pub split: Option<PipelineSplit>,
 }
 
+impl MemorySpec {
+    /// Whether data-parallel ranks divide the optimizer's state, with or without the rest.
+    fn divides_state(&self) -> bool {
+        self.distributed_optimizer || self.shard_params
+    }
+}
+
 /// Bytes that one rank needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct RankMemory {
-    /// Weights in the dtype of the computation.
+    /// Weights in the dtype of the computation. Where ranks divide them, the whole ones of two segments that follow each
+    /// other, one of which is on its way (and this rank's part of all, where that is not the optimizer's).
     pub weights: u64,
-    /// Gradients, all of them at once.
+    /// Gradients, all of them at once. Where ranks divide them, this rank's part, and two segments' whole.
     pub gradients: u64,
     /// What completes weights to fp32, and the moments.
     pub optimizer: u64,
@@ -196,6 +206,16 @@ fn one_stage(
         false => 0,
     };
     let backward_end = held + gradients + bucket.max(hidden as u64);
+    if spec.shard_params {
+        // A segment's gradients go as they come: there is no moment with more than what every moment needs.
+        return RankMemory {
+            weights,
+            gradients,
+            optimizer,
+            activations,
+            peak: held + activations + gradients,
+        };
+    }
     let update = if spec.distributed_optimizer && state.summed {
         // Each rank's part beside the whole, then the new weights beside the part.
         let part = in_fp32 / share;
@@ -242,13 +262,16 @@ impl State {
         let replicas = layout.dp * layout.cp;
         let bytes = spec.state;
         let mut rank = RankState {
-            share: if spec.distributed_optimizer {
+            share: if spec.divides_state() {
                 replicas as u64
             } else {
                 1
             },
             ..RankState::default()
         };
+        // By segment (the embedding, each layer, the head): elements of its whole weights here.
+        let num_layers = split.layers(split.num_chunks() - 1).end;
+        let mut segments = vec![0; num_layers + 2];
         let is_here = |tensor: &&CanonicalTensor| split.stages(tensor.place).contains(&coords.pp);
         for tensor in tensors.iter().filter(is_here) {
             let slice = local_slice(&tensor.shard, &tensor.shape, layout, coords)
@@ -260,19 +283,44 @@ impl State {
             } else {
                 replicas
             };
-            let share = if spec.distributed_optimizer {
+            let share = if spec.divides_state() {
                 copies as u64
             } else {
                 1
             };
-            rank.weights += count * bytes.weight;
-            rank.gradients += count * bytes.gradient;
+            if spec.shard_params {
+                let (first, last) = (0, num_layers + 1);
+                let users = match tensor.place {
+                    Place::First => [Some(first), None],
+                    Place::Layer(layer) => [Some(layer + 1), None],
+                    Place::Last => [Some(last), None],
+                    Place::FirstAndLast => [Some(first), Some(last)],
+                };
+                for segment in users.into_iter().flatten() {
+                    segments[segment] += count;
+                }
+                // The fp32 weights of this rank's part are the optimizer's, or the weights themselves.
+                let own = if bytes.master > 0 { 0 } else { bytes.weight };
+                rank.weights += (count * own).div_ceil(share);
+                // Sums over micro-batches are kept in fp32.
+                rank.gradients += (count * 4).div_ceil(share);
+            } else {
+                rank.weights += count * bytes.weight;
+                rank.gradients += count * bytes.gradient;
+            }
             rank.optimizer += (count * (bytes.master + bytes.moments)).div_ceil(share);
             if matches!(tensor.place, Place::Last | Place::FirstAndLast)
                 && matches!(tensor.shard, ShardRule::Vocab { .. })
             {
                 rank.head_gradient = count * bytes.gradient;
             }
+        }
+        if spec.shard_params {
+            let pairs = segments.windows(2).map(|pair| pair.iter().sum::<u64>());
+            let two = pairs.max().unwrap_or(0);
+            // The gradient of one while that of the one before it travels.
+            rank.weights += two * bytes.weight;
+            rank.gradients += two * 4;
         }
         Ok(Self {
             rank,

@@ -12,6 +12,7 @@ fn spec() -> MemorySpec {
         state: StateBytes::bf16(false),
         recompute: Recompute::None,
         distributed_optimizer: false,
+        shard_params: false,
         bucket_size: 0,
         split: None,
     }
@@ -296,4 +297,38 @@ fn predictions_are_near_what_a_gpu_used() {
         let gib = found.peak as f64 / GIB;
         assert!((gib / used - 1.0).abs() < 0.02, "{gib:.2} GiB, used {used}");
     }
+}
+
+#[test]
+fn divided_weights_are_whole_for_two_segments_at_most() {
+    let n = count(&model());
+    let layout = LayoutSpec {
+        dp: 4,
+        ..LayoutSpec::default()
+    };
+    let sharded = MemorySpec {
+        shard_params: true,
+        state: StateBytes::bf16(true),
+        ..spec()
+    };
+    let found = memory(layout, &sharded)[0];
+    let layer = 2 * 48 + (96 + 2 * 32) * 48 + 48 * 96 + 3 * 80 * 48;
+    let head = 48 + 131 * 48;
+    let two = u64::max(2 * layer, layer + head);
+    assert_eq!(found.weights, 2 * two);
+    assert!(found.gradients.abs_diff(n + 4 * two) < 100);
+    // Masters and moments of a quarter.
+    assert!(found.optimizer.abs_diff(3 * n) < 100);
+    assert_eq!(
+        found.peak,
+        found.weights + found.gradients + found.optimizer + found.activations
+    );
+    // In fp32 the parts of the weights are nobody else's.
+    let fp32 = MemorySpec {
+        state: StateBytes::fp32(),
+        ..sharded
+    };
+    let fp32 = memory(layout, &fp32)[0];
+    assert!(fp32.weights.abs_diff(n + 4 * two) < 100);
+    assert!(fp32.optimizer.abs_diff(2 * n) < 100);
 }

@@ -8,7 +8,7 @@ use bridge_core::checkpoint::native::{
 };
 use bridge_core::checkpoint::{CheckpointError, Durability};
 use bridge_core::dtype::{DType, encode_f32};
-use bridge_models::weights::{param_bytes, stored_dtype};
+use bridge_models::weights::{param_bytes, stored_dtype, value_bytes};
 use bridge_ops::{Ops, Param, float_from_f32, to_f32_vec};
 use bridge_parallel::ParallelContext;
 
@@ -146,13 +146,32 @@ impl CheckpointStore {
         optimizer: &Optimizer<B>,
         parallel: &ParallelContext<B>,
     ) -> Result<()> {
+        // What is written are the weights after the last update.
+        optimizer.finish_param_gather()?;
         let mut pieces = Pieces::default();
         let placements = placements(params, parallel)?;
         for (param, placement) in params.iter().zip(&placements) {
-            if placement.writes() {
+            if placement.writes() && !param.is_released() {
                 let dtype = stored_dtype(param);
                 let bytes = move || param_bytes(param, dtype);
                 pieces.add(param, param.name(), dtype, 0..param.numel(), bytes);
+            }
+        }
+        for part in optimizer.weight_parts() {
+            // Weights that are whole at the moment have been written so.
+            for (_, values) in part.values {
+                if !part.param.is_released() {
+                    continue;
+                }
+                let dtype = stored_dtype(&part.param);
+                let bytes = move || value_bytes::<B>(values, dtype);
+                pieces.add(
+                    &part.param,
+                    part.param.name(),
+                    dtype,
+                    part.elements.clone(),
+                    bytes,
+                );
             }
         }
         let file = pieces.create(staging, Group::Model, parallel.rank());
@@ -268,7 +287,8 @@ impl CheckpointStore {
                 missing: "optimizer state",
             });
         }
-        for param in params {
+        // Sharded weights come with the optimizer's parts.
+        for param in params.iter().filter(|param| !param.is_released()) {
             let all = 0..param.numel();
             let view = LocalView::of(param);
             let values = view.read(&checkpoint, Group::Model, param.name(), &all)?;

@@ -81,6 +81,42 @@ pub const SCHEMA: SectionSchema = SectionSchema {
             Kind::Float,
             "Added to the variance in LayerNorm.",
         ),
+        key("num_experts", Kind::Integer, "Routed experts."),
+        key(
+            "n_routed_experts",
+            Kind::Integer,
+            "Routed experts, in the words of DeepSeek and GLM.",
+        ),
+        key(
+            "n_shared_experts",
+            Kind::Integer,
+            "Experts that work on every token.",
+        ),
+        key(
+            "num_experts_per_tok",
+            Kind::Integer,
+            "Routed experts that work on a token.",
+        ),
+        key(
+            "moe_intermediate_size",
+            Kind::Integer,
+            "Inner width of a routed expert.",
+        ),
+        key(
+            "first_k_dense_replace",
+            Kind::Integer,
+            "First layers that have an MLP in the place of experts.",
+        ),
+        key(
+            "norm_topk_prob",
+            Kind::Bool,
+            "Whether the weights of a token's experts add up to one.",
+        ),
+        key(
+            "num_nextn_predict_layers",
+            Kind::Integer,
+            "Modules of multi-token prediction.",
+        ),
         key("rope_theta", Kind::Float, "Base of the rotary embedding."),
         key(
             "rope_scaling",

@@ -467,6 +467,17 @@ impl Sections {
 }
 
 impl ParallelConfig {
+    /// Whether data-parallel ranks divide the optimizer's state.
+    pub fn shards_optimizer(&self) -> bool {
+        self.use_distributed_optimizer
+            || self.data_parallel_sharding_strategy != ShardingStrategy::NoShard
+    }
+
+    /// Whether they divide weights and gradients as well.
+    pub fn shards_params(&self) -> bool {
+        self.data_parallel_sharding_strategy == ShardingStrategy::OptimGradsParams
+    }
+
     /// The degrees as a layout.
     pub fn layout(&self) -> LayoutSpec {
         LayoutSpec {

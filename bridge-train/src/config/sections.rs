@@ -182,6 +182,18 @@ section! {
     }
 }
 
+choice! {
+    /// What data-parallel ranks divide among them instead of each having all of it.
+    pub enum ShardingStrategy {
+        /// Nothing, or the optimizer's state where use_distributed_optimizer says so.
+        NoShard = "no_shard",
+        /// The optimizer's state (ZeRO-1).
+        Optim = "optim",
+        /// Optimizer's state, gradients and weights (ZeRO-3).
+        OptimGradsParams = "optim_grads_params",
+    }
+}
+
 section! {
     /// How the work is laid out over ranks. Every degree is 1 unless set.
     pub struct ParallelConfig("parallel") {
@@ -206,6 +218,11 @@ section! {
         pipeline_model_parallel_layout: Option<String> = None,
         /// Each data-parallel rank keeps a part of the optimizer's state (and of the fp32 weights) rather than all of it.
         use_distributed_optimizer: bool = false,
+        /// What data-parallel ranks divide: no_shard, optim (the same as use_distributed_optimizer) or optim_grads_params,
+        /// with which a rank has whole weights only of the layers at work.
+        data_parallel_sharding_strategy: ShardingStrategy = ShardingStrategy::NoShard,
+        /// With use_distributed_optimizer, new weights are gathered while the next forward pass is at work.
+        overlap_param_gather: bool = true,
         /// Gradients are summed over data-parallel ranks while the backward pass goes on.
         overlap_grad_reduce: bool = true,
         /// Gradient elements that are summed together.

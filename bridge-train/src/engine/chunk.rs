@@ -65,7 +65,7 @@ impl<B: Ops> ChunkState<B> {
         };
         let mut hidden = input;
         for index in segments.start..segments.end.min(head) {
-            hooks.before_pass(index);
+            hooks.before_pass(index, next(index));
             hidden = Some(match (hidden.take(), recompute) {
                 // The embedding has no input to run again from, and keeps next to nothing.
                 (Some(input), RecomputeGranularity::Full) => {
@@ -96,7 +96,7 @@ impl<B: Ops> ChunkState<B> {
         if segments.end <= head {
             return (state, ChunkOutput::Hidden(hidden));
         }
-        hooks.before_pass(head);
+        hooks.before_pass(head, None);
         let tape = Tape::new();
         let input = tape.leaf(hidden);
         // The head is told what its losses will be seeded with, so that it can do forward and backward in one.
@@ -128,7 +128,8 @@ impl<B: Ops> ChunkState<B> {
         let mut gradient = gradient.or(self.seed);
         for (index, kept) in self.kept.into_iter().enumerate().rev() {
             let index = self.first + index;
-            hooks.before_pass(index);
+            let next = (index > self.first).then(|| index - 1);
+            hooks.before_pass(index, next);
             // Without a gradient nothing from here on depends on a trained weight.
             if let Some(seed) = gradient.take() {
                 let (tape, input, output) = match kept {
@@ -142,7 +143,6 @@ impl<B: Ops> ChunkState<B> {
                 let leaves: Vec<&Var<B>> = input.iter().collect();
                 gradient = tape.backward(vec![(output, seed)], &leaves).pop().flatten();
             }
-            let next = (index > self.first).then(|| index - 1);
             hooks.backward_done(index, last, next);
         }
         gradient
@@ -182,9 +182,9 @@ pub(super) fn infer<B: Ops>(
     let head = model.num_segments() - 1;
     let mut hidden = input.map(|input| tape.constant(input));
     for index in segments.start..segments.end.min(head) {
-        hooks.before_pass(index);
-        hidden = Some(model.forward_segment(index, &tape, hidden.as_ref(), ctx));
         let next = (index + 1 < segments.end).then_some(index + 1);
+        hooks.before_pass(index, next);
+        hidden = Some(model.forward_segment(index, &tape, hidden.as_ref(), ctx));
         hooks.forward_done(index, next);
     }
     let hidden = hidden.expect("a chunk has an input or begins with the embedding");
@@ -192,7 +192,7 @@ pub(super) fn infer<B: Ops>(
         return ChunkOutput::Hidden(hidden.into_value());
     }
     let targets = Targets::new(labels, ctx.device());
-    hooks.before_pass(head);
+    hooks.before_pass(head, None);
     let losses = model.head_loss(&tape, &hidden, &targets, ctx).into_value();
     hooks.forward_done(head, None);
     ChunkOutput::TokenLosses(losses)

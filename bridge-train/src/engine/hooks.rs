@@ -3,9 +3,10 @@
 /// Hears of each pass of each segment, in the order in which they run: whoever brings weights before they are used and
 /// takes gradients away when they are there. The defaults do nothing.
 pub trait SegmentHooks {
-    /// `segment` is about to run, forward or backward.
-    fn before_pass(&mut self, segment: usize) {
-        let _ = segment;
+    /// `segment` is about to run, forward or backward. `next` is the segment whose pass comes after that, if that is known
+    /// here and is another.
+    fn before_pass(&mut self, segment: usize, next: Option<usize>) {
+        let _ = (segment, next);
     }
 
     /// `segment` has run forward. `next` is the segment whose pass comes next, if that is known here; it may be the same.

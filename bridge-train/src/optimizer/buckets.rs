@@ -1,11 +1,10 @@
-//! Gradients gathered in buckets, each summed over the ranks that hold the same weights while the backward pass goes on.
+//! Weights and their gradients gathered in buckets, each of which travels between the ranks that hold the same weights.
 
 use bridge_ops::{DType, Float, Ops, Param, float_zeros};
-use bridge_parallel::{Axis, ParallelContext, Pending, ReduceOp};
+use bridge_parallel::{Axis, ParallelContext};
 use burn::tensor::{FloatDType, Slice};
 
 use super::placement::Placement;
-use crate::engine::SegmentHooks;
 
 /// Elements that the start of a weight in a bucket is a multiple of, so that its part of a gathered bucket is aligned for
 /// any kernel.
@@ -49,17 +48,18 @@ pub(super) struct Slot {
 }
 
 /// Cuts weights into buckets of about `bucket_size` elements, in the order in which `order` lists them. All ranks of a
-/// replica group get the same buckets.
-pub(super) fn plan_buckets<B: Ops>(
+/// replica group get the same buckets. Weights that `apart` tells from each other go into different ones.
+pub(super) fn plan_buckets<B: Ops, K: PartialEq>(
     params: &[Param<B>],
     placements: &[Placement],
     decayed: &[bool],
     order: &[usize],
     bucket_size: usize,
+    apart: impl Fn(usize) -> K,
     parallel: &ParallelContext<B>,
 ) -> Vec<Bucket> {
     let mut done: Vec<Bucket> = Vec::new();
-    let mut open: Vec<Bucket> = Vec::new();
+    let mut open: Vec<(K, Bucket)> = Vec::new();
     for &param in order {
         let placement = &placements[param];
         let kind = BucketKind {
@@ -69,18 +69,18 @@ pub(super) fn plan_buckets<B: Ops>(
             late: placement.incomplete,
             dtype: params[param].dtype(),
         };
-        let index = open
-            .iter()
-            .position(|bucket| bucket.kind == kind)
-            .unwrap_or_else(|| {
-                open.push(Bucket {
-                    kind,
-                    slots: Vec::new(),
-                    len: 0,
-                });
-                open.len() - 1
-            });
-        let bucket = &mut open[index];
+        let key = apart(param);
+        let found = (open.iter()).position(|(known, bucket)| bucket.kind == kind && *known == key);
+        let index = found.unwrap_or_else(|| {
+            let bucket = Bucket {
+                kind,
+                slots: Vec::new(),
+                len: 0,
+            };
+            open.push((key, bucket));
+            open.len() - 1
+        });
+        let bucket = &mut open[index].1;
         let numel = params[param].numel();
         bucket.slots.push(Slot {
             param,
@@ -89,10 +89,10 @@ pub(super) fn plan_buckets<B: Ops>(
         });
         bucket.len += numel.next_multiple_of(ALIGNMENT);
         if bucket.len >= bucket_size {
-            done.push(open.remove(index));
+            done.push(open.remove(index).1);
         }
     }
-    done.extend(open);
+    done.extend(open.into_iter().map(|(_, bucket)| bucket));
     for bucket in &mut done {
         let replicas = parallel.group(bucket.kind.replicas).size();
         bucket.len = bucket.len.next_multiple_of(ALIGNMENT * replicas);
@@ -157,91 +157,5 @@ pub(super) fn to_dtype<B: Ops>(x: Float<B>, dtype: DType) -> Float<B> {
         x
     } else {
         B::float_cast(x, FloatDType::from(dtype))
-    }
-}
-
-/// What each rank gets of a summed bucket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Share {
-    /// All of it.
-    Whole,
-    /// An equal part, in the order of ranks.
-    Part,
-}
-
-/// The sums of one step's gradients, under way.
-pub struct Reduction<'a, B: Ops> {
-    pub(super) params: &'a [Param<B>],
-    pub(super) buckets: &'a [Bucket],
-    /// By segment, the weights that it uses.
-    pub(super) segments: &'a [Vec<usize>],
-    pub(super) parallel: &'a ParallelContext<B>,
-    pub(super) share: Share,
-    /// Whether sums start as soon as a bucket is full.
-    pub(super) overlap: bool,
-    /// By weight: segments whose backward pass is still to come.
-    pub(super) uses_left: Vec<usize>,
-    /// By bucket: weights whose gradients are still to come.
-    pub(super) missing: Vec<usize>,
-    pub(super) started: Vec<Option<Pending<B>>>,
-}
-
-impl<B: Ops> SegmentHooks for Reduction<'_, B> {
-    fn backward_done(&mut self, segment: usize, last: bool, _next: Option<usize>) {
-        if last {
-            self.segment_done(segment);
-        }
-    }
-}
-
-impl<B: Ops> Reduction<'_, B> {
-    /// A segment's backward pass is over for the last micro-batch.
-    pub fn segment_done(&mut self, segment: usize) {
-        if !self.overlap {
-            return;
-        }
-        let segments = self.segments;
-        for &param in segments.get(segment).into_iter().flatten() {
-            self.uses_left[param] -= 1;
-            if self.uses_left[param] > 0 {
-                continue;
-            }
-            let bucket = self
-                .buckets
-                .iter()
-                .position(|bucket| bucket.slots.iter().any(|slot| slot.param == param));
-            let Some(bucket) = bucket else { continue };
-            self.missing[bucket] -= 1;
-            if self.missing[bucket] == 0 && !self.buckets[bucket].kind.late {
-                self.start(bucket);
-            }
-        }
-    }
-
-    fn start(&mut self, index: usize) {
-        let bucket = &self.buckets[index];
-        let joined = bucket.join::<B>(self.parallel.device(), DType::F32, |param| {
-            self.params[param]
-                .take_grad()
-                .map(|grad| to_dtype::<B>(grad, DType::F32))
-        });
-        let group = self.parallel.group(bucket.kind.replicas);
-        self.started[index] = Some(match self.share {
-            Share::Whole => group.start_all_reduce(joined, ReduceOp::Sum),
-            Share::Part => group.start_reduce_scatter(joined, 0),
-        });
-    }
-
-    /// Starts what has not been started and waits for everything. Returns each bucket's sum, or this rank's part of it.
-    pub(super) fn finish(mut self) -> Vec<Float<B>> {
-        for index in 0..self.buckets.len() {
-            if self.started[index].is_none() {
-                self.start(index);
-            }
-        }
-        self.started
-            .into_iter()
-            .map(|pending| pending.expect("every bucket was started").wait())
-            .collect()
     }
 }

@@ -6,11 +6,14 @@ mod grad_norm;
 mod parallel;
 mod pattern;
 mod placement;
+mod reduction;
 mod sharded;
+mod weights;
 
 pub use adamw::{AdamW, AdamWOptions, ParamState};
-pub use buckets::Reduction;
 pub use grad_norm::{clip_coefficient, grad_norm, non_finite_gradients};
 pub use parallel::{DataParallelOptions, Gradients, Optimizer, StatePart};
 pub use pattern::name_matches;
 pub use placement::{Placement, placements};
+pub use reduction::Reduction;
+pub use weights::WeightHooks;

@@ -1,6 +1,6 @@
 //! The optimizer of a run: gradients summed over ranks, their norm, and AdamW with its state whole or divided.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bridge_models::SegmentedModel;
@@ -8,10 +8,12 @@ use bridge_ops::{AdamWStep, DType, Float, Ops, Param, float_from_f32, float_zero
 use bridge_parallel::{Axis, ParallelContext, ReduceOp, complete_gradients};
 
 use super::adamw::{AdamW, AdamWOptions};
-use super::buckets::{Bucket, Reduction, Share, narrow, plan_buckets, to_dtype};
+use super::buckets::{Bucket, narrow, plan_buckets, to_dtype};
 use super::grad_norm::{non_finite_gradients, sum_of_squares};
 use super::placement::{Placement, placements};
+use super::reduction::{Reduction, Share};
 use super::sharded::{BucketState, Stretch, non_finite, stretches};
+use super::weights::{Parts, WeightHooks, Weights};
 use crate::agree;
 use crate::error::Result;
 
@@ -20,6 +22,12 @@ use crate::error::Result;
 pub struct DataParallelOptions {
     /// Whether each rank keeps a part of the optimizer's state rather than all of it.
     pub distributed_optimizer: bool,
+    /// With the distributed optimizer: whether new weights are gathered while the next forward pass is at work. Until it
+    /// has passed, or [`Optimizer::gather_weights`] was called, a weight may have its old value.
+    pub overlap_param_gather: bool,
+    /// Whether ranks divide weights and gradients as well, and have whole ones only of the segments at work (ZeRO-3).
+    /// Includes the distributed optimizer.
+    pub shard_params: bool,
     /// Whether gradients are summed over ranks while the backward pass goes on.
     pub overlap_grad_reduce: bool,
     /// Elements that are summed together.
@@ -32,6 +40,8 @@ impl Default for DataParallelOptions {
     fn default() -> Self {
         Self {
             distributed_optimizer: false,
+            overlap_param_gather: false,
+            shard_params: false,
             overlap_grad_reduce: true,
             bucket_size: 40_000_000,
         }
@@ -57,6 +67,8 @@ enum State<B: Ops> {
     Whole(AdamW<B>),
     Divided {
         buckets: Vec<BucketState<B>>,
+        weights: Weights<B>,
+        overlap_param_gather: bool,
         options: AdamWOptions,
         steps: u64,
     },
@@ -122,7 +134,9 @@ impl<B: Ops> Optimizer<B> {
         for param in &params {
             param.set_grad_dtype(adamw.main_grads_dtype);
         }
-        let divided = options.distributed_optimizer && !parallel.is_alone();
+        let several = !parallel.is_alone();
+        let sharded = options.shard_params && several;
+        let divided = (options.distributed_optimizer && several) || sharded;
         if !divided {
             order.retain(|param| parallel.exchanges(placements[*param].replicas));
         }
@@ -133,14 +147,45 @@ impl<B: Ops> Optimizer<B> {
             &decayed,
             &order,
             options.bucket_size,
+            // Sharded weights come and go with the segments that use them, and their gradients are completed in parts.
+            |param| {
+                sharded.then(|| {
+                    let users = segments.iter().enumerate();
+                    let users = users.filter(|(_, used)| used.contains(&param));
+                    (
+                        users.map(|(segment, _)| segment).collect::<Vec<_>>(),
+                        params[param].shard().map(|shard| shard.reduction),
+                        placements[param].tied_across_stages,
+                    )
+                })
+            },
             parallel,
         );
         let state = if divided {
+            let weights = Weights::new(&buckets, &segments, sharded);
+            let mut states = Vec::with_capacity(buckets.len());
+            for (index, bucket) in buckets.iter().enumerate() {
+                states.push(BucketState::new(
+                    bucket,
+                    &params,
+                    parallel,
+                    adamw.exp_avg_dtype,
+                ));
+                if sharded {
+                    // At once, so that whole weights and parts of them are not there together.
+                    let parts = Parts {
+                        params: &params,
+                        buckets: &buckets,
+                        states: &states,
+                        parallel,
+                    };
+                    weights.renewed(parts, index);
+                }
+            }
             State::Divided {
-                buckets: buckets
-                    .iter()
-                    .map(|bucket| BucketState::new(bucket, &params, parallel, adamw.exp_avg_dtype))
-                    .collect(),
+                buckets: states,
+                weights,
+                overlap_param_gather: options.overlap_param_gather,
                 options: adamw.clone(),
                 steps: 0,
             }
@@ -198,20 +243,81 @@ impl<B: Ops> Optimizer<B> {
         for param in self.segments.iter().flatten() {
             uses_left[*param] += 1;
         }
+        let weights = self.weights();
         Reduction {
             params: &self.params,
+            placements: &self.placements,
             buckets: &self.buckets,
             segments: &self.segments,
             parallel: &self.parallel,
-            share: match self.state {
-                State::Whole(_) => Share::Whole,
-                State::Divided { .. } => Share::Part,
+            share: match weights {
+                None => Share::Whole,
+                Some((weights, _)) if weights.are_sharded() => Share::PartOfEach,
+                Some(_) => Share::Part,
             },
+            weights,
             overlap: self.overlap,
             uses_left,
             missing: self.buckets.iter().map(|b| b.slots.len()).collect(),
             started: self.buckets.iter().map(|_| None).collect(),
+            passes: VecDeque::new(),
+            sums: self.buckets.iter().map(|_| None).collect(),
         }
+    }
+
+    /// What brings weights to where they are used, where nothing is trained: to be told of every pass. Every rank does the
+    /// same passes.
+    pub fn weight_hooks(&self) -> WeightHooks<'_, B> {
+        WeightHooks {
+            weights: self.weights(),
+        }
+    }
+
+    /// Puts the whole weights of this rank's part of the model into its parameters, wherever they are. Every rank calls
+    /// this. Sharded parameters stay whole until they have been used again.
+    ///
+    /// # Errors
+    /// If a rank failed.
+    pub fn gather_weights(&self) -> Result<()> {
+        self.bring_weights(true)
+    }
+
+    /// Waits for weights that are on their way. Every rank calls this.
+    ///
+    /// # Errors
+    /// If a rank failed.
+    pub fn finish_param_gather(&self) -> Result<()> {
+        self.bring_weights(false)
+    }
+
+    fn bring_weights(&self, all: bool) -> Result<()> {
+        if let Some((weights, parts)) = self.weights() {
+            weights.bring(parts, all);
+            self.parallel.health()?;
+        }
+        Ok(())
+    }
+
+    fn weights(&self) -> Option<(&Weights<B>, Parts<'_, B>)> {
+        match &self.state {
+            State::Whole(_) => None,
+            State::Divided {
+                buckets, weights, ..
+            } => {
+                let parts = Parts {
+                    params: &self.params,
+                    buckets: &self.buckets,
+                    states: buckets,
+                    parallel: &self.parallel,
+                };
+                Some((weights, parts))
+            }
+        }
+    }
+
+    fn shards_params(&self) -> bool {
+        self.weights()
+            .is_some_and(|(weights, _)| weights.are_sharded())
     }
 
     /// Waits for the sums.
@@ -219,8 +325,10 @@ impl<B: Ops> Optimizer<B> {
     /// # Errors
     /// If a rank failed; the gradients are worthless then.
     pub fn finish_reduction(&self, reduction: Reduction<'_, B>) -> Result<Gradients<B>> {
-        complete_gradients(&self.params, &self.parallel);
-        self.complete_tied();
+        if !self.shards_params() {
+            complete_gradients(&self.params, &self.parallel);
+            self.complete_tied();
+        }
         let sums = reduction.finish();
         let parts = match self.state {
             State::Divided { .. } => sums,
@@ -313,14 +421,15 @@ impl<B: Ops> Optimizer<B> {
             State::Whole(adamw) => adamw.step(lr, weight_decay, grad_scale),
             State::Divided {
                 buckets,
+                weights,
+                overlap_param_gather,
                 options,
                 steps,
             } => {
                 *steps += 1;
                 let betas = (options.beta1, options.beta2);
-                let mut gathered = Vec::with_capacity(buckets.len());
-                for ((bucket, state), grad) in self.buckets.iter().zip(buckets).zip(gradients.parts)
-                {
+                for (index, grad) in gradients.parts.into_iter().enumerate() {
+                    let bucket = &self.buckets[index];
                     let decay = if bucket.kind.decayed {
                         weight_decay
                     } else {
@@ -330,17 +439,18 @@ impl<B: Ops> Optimizer<B> {
                         grad_scale,
                         ..AdamWStep::new(*steps, lr, betas, options.eps, decay)
                     };
-                    let weight = state.update(grad, &step);
-                    let group = self.parallel.group(bucket.kind.replicas);
+                    buckets[index].update(grad, &step);
                     // The next bucket is updated while this one's weights travel.
-                    gathered
-                        .push(group.start_all_gather(to_dtype::<B>(weight, bucket.kind.dtype), 0));
+                    let parts = Parts {
+                        params: &self.params,
+                        buckets: &self.buckets,
+                        states: buckets,
+                        parallel: &self.parallel,
+                    };
+                    weights.renewed(parts, index);
                 }
-                for (bucket, pending) in self.buckets.iter().zip(gathered) {
-                    let weights = pending.wait();
-                    bucket.split(&weights, &self.params, |param, value| {
-                        param.set_value(value)
-                    });
+                if !*overlap_param_gather {
+                    self.finish_param_gather()?;
                 }
             }
         }
@@ -366,6 +476,33 @@ impl<B: Ops> Optimizer<B> {
 
     /// The parts of the state that this rank is the one to write: over all ranks, everything once.
     pub fn state_parts(&self) -> Vec<StatePart<B>> {
+        self.parts_of(|bucket, state| {
+            let [weight, m, v] = state.parts();
+            let mut values = vec![("exp_avg", m), ("exp_avg_sq", v)];
+            // Where the weights are fp32 themselves, these are the same.
+            if bucket.kind.dtype != DType::F32 {
+                values.push(("master", weight));
+            }
+            values
+        })
+    }
+
+    /// The parts of sharded weights, as the model computes with them, that this rank is the one to write: over all ranks,
+    /// everything once. None where weights are not sharded.
+    pub fn weight_parts(&self) -> Vec<StatePart<B>> {
+        if !self.shards_params() {
+            return Vec::new();
+        }
+        self.parts_of(|bucket, state| {
+            let [weight, ..] = state.parts();
+            vec![("", to_dtype::<B>(weight, bucket.kind.dtype))]
+        })
+    }
+
+    fn parts_of(
+        &self,
+        values: impl Fn(&Bucket, &BucketState<B>) -> Vec<(&'static str, Float<B>)>,
+    ) -> Vec<StatePart<B>> {
         match &self.state {
             State::Whole(adamw) => adamw
                 .states()
@@ -391,17 +528,12 @@ impl<B: Ops> Optimizer<B> {
                     if !bucket.kind.counts {
                         continue;
                     }
-                    let [weight, m, v] = state.parts();
+                    let values = values(bucket, state);
                     for s in self.stretches(bucket) {
                         let cut = |x: &Float<B>| narrow::<B>(x.clone(), s.at, s.end - s.start);
-                        let mut values = vec![("exp_avg", cut(&m)), ("exp_avg_sq", cut(&v))];
-                        // Where the weights are fp32 themselves, these are the same.
-                        if bucket.kind.dtype != DType::F32 {
-                            values.push(("master", cut(&weight)));
-                        }
                         parts.push(StatePart {
                             param: self.params[s.param].clone(),
-                            values,
+                            values: (values.iter()).map(|(kind, x)| (*kind, cut(x))).collect(),
                             elements: s.start..s.end,
                         });
                     }
@@ -453,17 +585,12 @@ impl<B: Ops> Optimizer<B> {
             }
         }
         // The weights that the model runs with are those that are trained on.
-        if let State::Divided { buckets, .. } = &self.state {
-            for (bucket, state) in self.buckets.iter().zip(buckets) {
-                let [weight, ..] = state.parts();
-                let group = self.parallel.group(bucket.kind.replicas);
-                let weights = group.all_gather(to_dtype::<B>(weight, bucket.kind.dtype), 0);
-                bucket.split(&weights, &self.params, |param, value| {
-                    param.set_value(value)
-                });
+        if let Some((weights, parts)) = self.weights() {
+            for index in 0..self.buckets.len() {
+                weights.renewed(parts, index);
             }
-            self.parallel.health()?;
         }
+        self.finish_param_gather()?;
         Ok(())
     }
 }

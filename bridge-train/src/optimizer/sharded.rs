@@ -64,8 +64,8 @@ impl<B: Ops> BucketState<B> {
         }
     }
 
-    /// One update. grad: as the state. Returns the new weights.
-    pub(super) fn update(&mut self, grad: Float<B>, step: &AdamWStep) -> Float<B> {
+    /// One update. grad: as the state.
+    pub(super) fn update(&mut self, grad: Float<B>, step: &AdamWStep) {
         // Moved out and back, so that the kernel owns its buffers and can work in place.
         let (m, v) = self
             .moments
@@ -77,8 +77,7 @@ impl<B: Ops> BucketState<B> {
             .expect("weights are back after an update");
         let (weight, m, v) = B::adamw_step(weight, grad, m, v, step);
         self.moments = Some((m, v));
-        self.weight = Some(weight.clone());
-        weight
+        self.weight = Some(weight);
     }
 
     /// The fp32 weights, the mean of gradients and that of their squares, as they are kept; share the buffers.
