@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use bridge_core::DecoderConfig;
 use bridge_core::layout::{PipelineSplit, Place};
+use bridge_core::{CanonicalTensor, DecoderConfig};
 use bridge_ops::{DType, Float, Int, Ops, Param, Tape, Var};
 use bridge_parallel::ParallelContext;
 use burn::tensor::{Int as IntKind, Tensor};
@@ -60,6 +60,33 @@ impl<B: Ops> Decoder<B> {
         ctx: &Arc<ParallelContext<B>>,
         options: &ParallelOptions,
     ) -> Result<Self> {
+        Self::on_rank(config, ctx, options, |tensors| {
+            ParamBuilder::parallel(source, ctx, tensors, options.cp_comm_type)
+        })
+    }
+
+    /// As [`build_parallel`](Self::build_parallel), with places for weights of `dtype` in the place of weights: whoever
+    /// trains it brings them one by one ([`load_param`](crate::weights::load_param)), and need not hold all at once.
+    ///
+    /// # Errors
+    /// If the config does not hold together, or the model cannot be divided as the layout says.
+    pub fn without_weights(
+        config: DecoderConfig,
+        dtype: DType,
+        ctx: &Arc<ParallelContext<B>>,
+        options: &ParallelOptions,
+    ) -> Result<Self> {
+        Self::on_rank(config, ctx, options, |tensors| {
+            ParamBuilder::without_values(dtype, ctx, tensors, options.cp_comm_type)
+        })
+    }
+
+    fn on_rank<'a>(
+        config: DecoderConfig,
+        ctx: &Arc<ParallelContext<B>>,
+        options: &ParallelOptions,
+        params: impl FnOnce(Vec<CanonicalTensor>) -> ParamBuilder<'a, B>,
+    ) -> Result<Self> {
         config.validate("model config")?;
         let tensors = config.tensors();
         ctx.layout().validate(&tensors, config.num_hidden_layers)?;
@@ -69,8 +96,9 @@ impl<B: Ops> Decoder<B> {
             None => PipelineSplit::even(ctx.layout(), config.num_hidden_layers)?,
         };
         let stage = ctx.coords().pp;
-        let params = ParamBuilder::parallel(source, ctx, tensors, options.cp_comm_type);
-        Self::assemble(config, params, |place| split.stages(place).contains(&stage))
+        Self::assemble(config, params(tensors), |place| {
+            split.stages(place).contains(&stage)
+        })
     }
 
     /// Builds the segments in places that `is_here` accepts.

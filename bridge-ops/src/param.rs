@@ -112,14 +112,35 @@ impl<B: Ops> Param<B> {
         Self::build(name, value, Some(shard))
     }
 
+    /// A weight without a value, which is to be [brought](Self::set_value) before it is read: a place in a model, of this
+    /// shape (that of a rank's part, where `shard` says that it is one).
+    pub fn released(
+        name: impl Into<String>,
+        shape: &[usize],
+        dtype: DType,
+        device: &B::Device,
+        shard: Option<ParamShard>,
+    ) -> Self {
+        let value = Value::Released {
+            shape: shape.to_vec(),
+            dtype,
+            device: device.clone(),
+        };
+        Self::of(name.into(), value, shard)
+    }
+
     fn build(name: String, value: Float<B>, shard: Option<ParamShard>) -> Self {
+        Self::of(name, Value::Here(value), shard)
+    }
+
+    fn of(name: String, value: Value<B>, shard: Option<ParamShard>) -> Self {
         Self {
             inner: Arc::new(Inner {
                 name,
                 shard,
                 requires_grad: AtomicBool::new(true),
                 state: Mutex::new(State {
-                    value: Value::Here(value),
+                    value,
                     grad: GradSlot::Empty,
                     grad_dtype: DType::F32,
                 }),

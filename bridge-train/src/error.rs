@@ -11,6 +11,15 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A model was to be trained one of whose weights has no value.
+    #[error(
+        "parameter `{name}` has no value; give the optimizer a way to load weights (`Optimizer::with_weights`), or build the \
+         model with them"
+    )]
+    WeightNotThere {
+        /// Canonical name.
+        name: String,
+    },
     /// A layer of the configuration is not TOML.
     #[error("{origin} is not valid TOML: {source}")]
     ConfigSyntax {
@@ -203,6 +212,7 @@ impl Error {
             | Error::ModelDiffers { .. }
             | Error::Setting { .. }
             | Error::DuplicateParameter { .. }
+            | Error::WeightNotThere { .. }
             | Error::Parallel(_)
             | Error::Ranks(bridge_parallel::Error::Invalid(_)) => true,
             Error::Io { source, .. } => names_something_wrong(source),

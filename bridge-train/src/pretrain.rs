@@ -7,12 +7,11 @@ use bridge_core::checkpoint::native::NativeCheckpoint;
 use bridge_core::convert::{HF_DIR, HfModel};
 use bridge_core::{CanonicalTensor, HfConfig, LayoutSpec, Registry};
 use bridge_data::Split;
-use bridge_models::weights::{HfWeights, NativeWeights, native_config};
+use bridge_models::weights::{HfWeights, NativeWeights, load_param, native_config};
 use bridge_models::{
     Decoder, DtypePolicy, Init, ParallelOptions, RandomInit, SegmentedModel, WeightSource,
-    is_correction_bias,
 };
-use bridge_ops::{DType, Ops};
+use bridge_ops::{DType, Ops, Param};
 use bridge_parallel::ParallelContext;
 use bridge_tokenizers::Tokenizer;
 
@@ -21,6 +20,7 @@ use crate::checkpoint::{CONFIG_FILE, CheckpointStore, ZeroSource};
 use crate::config::{LoggingConfig, Platform, PrecisionMode, ResolvedConfig};
 use crate::error::{Error, Result};
 use crate::metrics::{JsonLines, LossPlot, TensorBoard};
+use crate::optimizer::Optimizer;
 use crate::signals::StopFlag;
 use crate::sources::{load_tokenizer, load_training_data};
 use crate::trainer::{Trainer, TrainerOptions};
@@ -51,7 +51,8 @@ pub struct PretrainContext<'a, B: Ops> {
 pub struct PretrainOutcome<B: Ops> {
     /// How it went.
     pub summary: Summary,
-    /// The trained model, as far as this rank holds it.
+    /// The trained model, as far as this rank holds it. With sharded parameters
+    /// (`data_parallel_sharding_strategy = "optim_grads_params"`) no rank holds its weights.
     pub model: Decoder<B>,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
@@ -79,7 +80,13 @@ pub fn pretrain<B: Ops>(
         })?;
     let store = checkpoint_store(config, &tokenizer)?;
     let resuming = store.has_checkpoint()?;
-    let model = build_model::<B>(config, &context, resuming)?;
+    let model = build_model::<B>(config, &context)?;
+    let options = TrainerOptions::from(config);
+    let optimizer = with_source(config, &context, resuming, &mut |source| {
+        let load = &mut |param: &Param<B>| Ok(load_param(param, source)?);
+        let (adamw, data_parallel) = (&options.adamw, &options.data_parallel);
+        Optimizer::with_weights(&model, &context.parallel, adamw, data_parallel, load)
+    })?;
 
     let reports = PathBuf::from(
         config
@@ -114,11 +121,11 @@ pub fn pretrain<B: Ops>(
     }
     callbacks.push(context.callback);
 
-    let options = TrainerOptions::from(config);
-    let mut trainer = Trainer::on_rank(&model, train, &context.parallel, options)?
-        .with_stop(context.stop)
-        .with_callback(&mut callbacks)
-        .with_checkpoints(store)?;
+    let mut trainer =
+        Trainer::with_optimizer(&model, train, &context.parallel, options, optimizer)?
+            .with_stop(context.stop)
+            .with_callback(&mut callbacks)
+            .with_checkpoints(store)?;
     if let Some(valid) = data.get(Split::Valid) {
         trainer = trainer.with_validation(Arc::clone(valid));
     }
@@ -131,47 +138,10 @@ pub fn pretrain<B: Ops>(
     })
 }
 
+/// This rank's part of the model, without weights: they come one by one, each in the dtype that it is trained in.
 fn build_model<B: Ops>(
     config: &ResolvedConfig,
     context: &PretrainContext<'_, B>,
-    resuming: bool,
-) -> Result<Decoder<B>> {
-    let model = match &config.checkpoint.pretrained {
-        // The checkpoint is about to replace every weight.
-        _ if resuming => build_part(config, context, &mut ZeroSource)?,
-        Some(pretrained) => load_pretrained(config, context, pretrained)?,
-        None => {
-            let init = Init {
-                seed: config.train.seed,
-                ..Init::default()
-            };
-            let mut source = RandomInit::new(&init, &config.model.decoder);
-            build_part(config, context, &mut source)?
-        }
-    };
-    if context.platform.precision(config.precision.mode) == PrecisionMode::Bf16Mixed {
-        for param in SegmentedModel::params(&model) {
-            if !is_correction_bias(param.name()) {
-                param.set_value(B::cast(param.value(), DType::BF16));
-            }
-        }
-    }
-    if config.auxiliary_options().mtp == 0.0 {
-        // Without their loss nothing but weight decay would move these.
-        for param in SegmentedModel::params(&model) {
-            if param.name().starts_with("mtp.") {
-                param.set_requires_grad(false);
-            }
-        }
-    }
-    Ok(model)
-}
-
-/// This rank's part of the model.
-fn build_part<B: Ops>(
-    config: &ResolvedConfig,
-    context: &PretrainContext<'_, B>,
-    source: &mut dyn WeightSource<B>,
 ) -> Result<Decoder<B>> {
     let decoder = config.model.decoder.clone();
     let split = config
@@ -185,20 +155,53 @@ fn build_part<B: Ops>(
         pipeline: Some(split),
         ..ParallelOptions::default()
     };
-    Ok(Decoder::build_parallel(
-        decoder,
-        source,
-        &context.parallel,
-        &options,
-    )?)
+    let dtype = match context.platform.precision(config.precision.mode) {
+        PrecisionMode::Bf16Mixed => DType::BF16,
+        _ => DType::F32,
+    };
+    let model = Decoder::without_weights(decoder, dtype, &context.parallel, &options)?;
+    if config.auxiliary_options().mtp == 0.0 {
+        // Without their loss nothing but weight decay would move these.
+        for param in SegmentedModel::params(&model) {
+            if param.name().starts_with("mtp.") {
+                param.set_requires_grad(false);
+            }
+        }
+    }
+    Ok(model)
+}
+
+/// What is done with a source of weights.
+type WithSource<'f, B, R> = &'f mut dyn FnMut(&mut dyn WeightSource<B>) -> Result<R>;
+
+/// Opens what the run's first weights come from.
+fn with_source<B: Ops, R>(
+    config: &ResolvedConfig,
+    context: &PretrainContext<'_, B>,
+    resuming: bool,
+    then: WithSource<'_, B, R>,
+) -> Result<R> {
+    match &config.checkpoint.pretrained {
+        // The checkpoint is about to replace every weight.
+        _ if resuming => then(&mut ZeroSource),
+        Some(pretrained) => with_pretrained(config, context, pretrained, then),
+        None => {
+            let init = Init {
+                seed: config.train.seed,
+                ..Init::default()
+            };
+            then(&mut RandomInit::new(&init, &config.model.decoder))
+        }
+    }
 }
 
 /// Weights from a native checkpoint or a Hugging Face folder.
-fn load_pretrained<B: Ops>(
+fn with_pretrained<B: Ops, R>(
     config: &ResolvedConfig,
     context: &PretrainContext<'_, B>,
     pretrained: &str,
-) -> Result<Decoder<B>> {
+    then: WithSource<'_, B, R>,
+) -> Result<R> {
     let setting = |problem| Error::Setting {
         key: "checkpoint.pretrained",
         problem,
@@ -220,18 +223,13 @@ fn load_pretrained<B: Ops>(
         let checkpoint = NativeCheckpoint::open(path).map_err(bridge_core::Error::from)?;
         let (bridge, _, found) = native_config(&checkpoint, context.registry)?;
         same_weights(&bridge.tensors(&found), checkpoint.dir())?;
-        let mut source = NativeWeights::new(&checkpoint, DtypePolicy::Float32);
-        return build_part(config, context, &mut source);
+        return then(&mut NativeWeights::new(&checkpoint, DtypePolicy::Float32));
     }
     let dir = (context.hf_folder)(pretrained).map_err(setting)?;
     let model = HfModel::open(&dir, context.registry, &LayoutSpec::default())?;
     same_weights(&model.bridge().tensors(model.config()), &dir)?;
     // The arithmetic is the configuration's, which may differ, in the rotary scaling for example.
-    build_part(
-        config,
-        context,
-        &mut HfWeights::new(&model, DtypePolicy::Float32),
-    )
+    then(&mut HfWeights::new(&model, DtypePolicy::Float32))
 }
 
 fn checkpoint_store(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Result<CheckpointStore> {

@@ -224,13 +224,27 @@ impl<'a, B: Ops> Trainer<'a, B> {
         parallel: &Arc<ParallelContext<B>>,
         options: TrainerOptions,
     ) -> Result<Self> {
+        let optimizer = Optimizer::new(model, parallel, &options.adamw, &options.data_parallel)?;
+        Self::with_optimizer(model, train, parallel, options, optimizer)
+    }
+
+    /// As [`on_rank`](Self::on_rank), with an optimizer of the model's weights, made with the same options.
+    ///
+    /// # Errors
+    /// If the ranks' parts do not make up a model.
+    pub fn with_optimizer(
+        model: &'a dyn SegmentedModel<B>,
+        train: Arc<dyn Dataset>,
+        parallel: &Arc<ParallelContext<B>>,
+        options: TrainerOptions,
+        optimizer: Optimizer<B>,
+    ) -> Result<Self> {
         let executor = Executor::new(
             model,
             Arc::clone(parallel),
             options.pipeline_split.clone(),
             options.recompute,
         )?;
-        let optimizer = Optimizer::new(model, parallel, &options.adamw, &options.data_parallel)?;
         Ok(Self {
             optimizer,
             model,

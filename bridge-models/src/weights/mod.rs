@@ -17,7 +17,7 @@ pub use new_folder::write_hf_folder;
 pub use policy::DtypePolicy;
 pub(crate) use policy::held_tensor;
 pub use role::ParamRole;
-pub use source::{ParamBuilder, WeightSource};
+pub use source::{ParamBuilder, WeightSource, load_param};
 
 #[cfg(test)]
 mod tests;

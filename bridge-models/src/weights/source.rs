@@ -10,6 +10,7 @@ use bridge_ops::{DType, Float, FloatDType, GradReduction, Ops, Param, ParamShard
 use bridge_parallel::{ContextParallel, CpCommType, ExpertParallel, ParallelContext, TensorRegion};
 use burn::tensor::{Slice, TensorMetadata};
 
+use crate::auxiliary::is_correction_bias;
 use crate::error::{Error, Result};
 
 /// Gives a model its weights, one at a time, by canonical name.
@@ -41,10 +42,17 @@ pub trait WeightSource<B: Ops> {
 /// Makes a model's parameters from a [`WeightSource`]: whole ones for one rank, or a rank's part of each, as the shard
 /// rules of the model's canonical tensors say. Layers ask for weights by their whole shapes.
 pub struct ParamBuilder<'a, B: Ops> {
-    source: &'a mut dyn WeightSource<B>,
+    source: Source<'a, B>,
     device: B::Device,
     shards: Option<Arc<Shards<B>>>,
     inside: bool,
+}
+
+/// Where values come from.
+enum Source<'a, B: Ops> {
+    Weights(&'a mut dyn WeightSource<B>),
+    /// Nowhere yet: parameters get places alone, for values of this dtype.
+    Later(DType),
 }
 
 /// How a model is divided, and the rank for which it is built.
@@ -58,7 +66,7 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
     /// Whole parameters on `device` from `source`.
     pub fn new(source: &'a mut dyn WeightSource<B>, device: &B::Device) -> Self {
         Self {
-            source,
+            source: Source::Weights(source),
             device: device.clone(),
             shards: None,
             inside: false,
@@ -68,6 +76,26 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
     /// A rank's parts of parameters from `source`, as the rules of `tensors` divide them.
     pub fn parallel(
         source: &'a mut dyn WeightSource<B>,
+        ctx: &Arc<ParallelContext<B>>,
+        tensors: Vec<CanonicalTensor>,
+        cp_comm_type: CpCommType,
+    ) -> Self {
+        Self::on_rank(Source::Weights(source), ctx, tensors, cp_comm_type)
+    }
+
+    /// As [`parallel`](Self::parallel), without values: [`load_param`] brings each of them. They are to be of `dtype`,
+    /// except for what stays in fp32 in any case.
+    pub fn without_values(
+        dtype: DType,
+        ctx: &Arc<ParallelContext<B>>,
+        tensors: Vec<CanonicalTensor>,
+        cp_comm_type: CpCommType,
+    ) -> Self {
+        Self::on_rank(Source::Later(dtype), ctx, tensors, cp_comm_type)
+    }
+
+    fn on_rank(
+        source: Source<'a, B>,
         ctx: &Arc<ParallelContext<B>>,
         tensors: Vec<CanonicalTensor>,
         cp_comm_type: CpCommType,
@@ -93,7 +121,10 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
     /// their gradients are summed over the region's ranks.
     pub fn inside(&mut self) -> ParamBuilder<'_, B> {
         ParamBuilder {
-            source: &mut *self.source,
+            source: match &mut self.source {
+                Source::Weights(source) => Source::Weights(&mut **source),
+                Source::Later(dtype) => Source::Later(*dtype),
+            },
             device: self.device.clone(),
             shards: self.shards.clone(),
             inside: true,
@@ -153,8 +184,16 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
     /// If the source fails, or gives a tensor of another shape, or the weight cannot be divided.
     pub fn param(&mut self, name: &str, shape: &[usize]) -> Result<Param<B>> {
         let Some(shards) = self.shards.clone() else {
-            let value = self.source.weight(name, shape, &self.device)?;
-            return Ok(Param::new(name, checked::<B>(name, value, shape)?));
+            return match &mut self.source {
+                Source::Weights(source) => {
+                    let value = source.weight(name, shape, &self.device)?;
+                    Ok(Param::new(name, checked::<B>(name, value, shape)?))
+                }
+                Source::Later(dtype) => {
+                    let dtype = dtype_in_training(name, *dtype);
+                    Ok(Param::released(name, shape, dtype, &self.device, None))
+                }
+            };
         };
         let Some(rule) = shards.rules.get(name) else {
             return Err(Error::MissingWeight {
@@ -170,30 +209,29 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
                 rank: shards.ctx.rank(),
             });
         };
-        let held: Vec<usize> = slice.ranges.iter().map(Range::len).collect();
-        let value = if held.contains(&0) {
-            None
-        } else {
-            let part = self
-                .source
-                .slice(name, shape, &slice.ranges, &self.device)?;
-            Some(checked::<B>(name, part, &held)?)
+        let shard = ParamShard {
+            global_shape: shape.to_vec(),
+            ranges: slice.ranges,
+            owner: slice.owner,
+            reduction: self.reduction(rule, &shards),
         };
-        let value = match value {
-            Some(value) if held == slice.local_shape => value,
-            part => padded::<B>(part, &slice.local_shape, &self.device),
-        };
-        let reduction = self.reduction(rule, &shards);
-        Ok(Param::sharded(
-            name,
-            value,
-            ParamShard {
-                global_shape: shape.to_vec(),
-                ranges: slice.ranges,
-                owner: slice.owner,
-                reduction,
-            },
-        ))
+        match &mut self.source {
+            Source::Weights(source) => {
+                let local = &slice.local_shape;
+                let value = part_of::<B>(&mut **source, name, &shard, local, &self.device)?;
+                Ok(Param::sharded(name, value, shard))
+            }
+            Source::Later(dtype) => {
+                let (dtype, local) = (dtype_in_training(name, *dtype), &slice.local_shape);
+                Ok(Param::released(
+                    name,
+                    local,
+                    dtype,
+                    &self.device,
+                    Some(shard),
+                ))
+            }
+        }
     }
 
     fn reduction(&self, rule: &ShardRule, shards: &Shards<B>) -> GradReduction {
@@ -219,6 +257,51 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
             }
         }
     }
+}
+
+/// The dtype in which a weight is trained where weights are of `dtype`: the steps of a router's correction bias are too
+/// small for less than fp32.
+fn dtype_in_training(name: &str, dtype: DType) -> DType {
+    if is_correction_bias(name) {
+        DType::F32
+    } else {
+        dtype
+    }
+}
+
+/// Gives a parameter its value from `source`, in the parameter's dtype: all of it, or this rank's part.
+///
+/// # Errors
+/// If the source fails, or gives a tensor of another shape.
+pub fn load_param<B: Ops>(param: &Param<B>, source: &mut dyn WeightSource<B>) -> Result<()> {
+    let (name, shape, device) = (param.name(), param.shape(), param.device());
+    let value = match param.shard() {
+        None => checked::<B>(name, source.weight(name, &shape, &device)?, &shape)?,
+        Some(shard) => part_of::<B>(source, name, shard, &shape, &device)?,
+    };
+    param.set_value(B::cast(value, param.dtype()));
+    Ok(())
+}
+
+/// A rank's part of a weight, of `local_shape`, padding included.
+fn part_of<B: Ops>(
+    source: &mut dyn WeightSource<B>,
+    name: &str,
+    shard: &ParamShard,
+    local_shape: &[usize],
+    device: &B::Device,
+) -> Result<Float<B>> {
+    let held: Vec<usize> = shard.ranges.iter().map(Range::len).collect();
+    let value = if held.contains(&0) {
+        None
+    } else {
+        let part = source.slice(name, &shard.global_shape, &shard.ranges, device)?;
+        Some(checked::<B>(name, part, &held)?)
+    };
+    Ok(match value {
+        Some(value) if held == local_shape => value,
+        part => padded::<B>(part, local_shape, device),
+    })
 }
 
 fn checked<B: Ops>(name: &str, value: Float<B>, expected: &[usize]) -> Result<Float<B>> {

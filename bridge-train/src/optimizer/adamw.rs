@@ -71,7 +71,7 @@ enum Master<B: Ops> {
 }
 
 /// Whether only the lower half is kept of the fp32 weight behind one of `dtype`.
-fn splits<B: Ops>(dtype: DType) -> bool {
+pub(super) fn splits<B: Ops>(dtype: DType) -> bool {
     dtype == DType::BF16 && B::SPLITS_MASTER_WEIGHTS
 }
 

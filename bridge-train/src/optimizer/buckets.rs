@@ -4,6 +4,7 @@ use bridge_ops::{DType, Float, Ops, Param, float_zeros};
 use bridge_parallel::{Axis, ParallelContext};
 use burn::tensor::{FloatDType, Slice};
 
+use super::adamw::splits;
 use super::placement::Placement;
 
 /// Elements that the start of a weight in a bucket is a multiple of, so that its part of a gathered bucket is aligned for
@@ -144,6 +145,15 @@ impl Bucket {
 
 pub(super) fn flat<B: Ops>(x: Float<B>, numel: usize) -> Float<B> {
     B::float_reshape(x, vec![numel].into())
+}
+
+/// fp32 weights as the model computes with them, rounded as [`super::AdamW`] rounds them.
+pub(super) fn model_weights<B: Ops>(masters: Float<B>, dtype: DType) -> Float<B> {
+    if splits::<B>(dtype) {
+        B::split_halves(masters).0
+    } else {
+        to_dtype::<B>(masters, dtype)
+    }
 }
 
 /// Elements `start..start + len` of a vector.

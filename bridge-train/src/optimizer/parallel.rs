@@ -8,14 +8,14 @@ use bridge_ops::{AdamWStep, DType, Float, Ops, Param, float_from_f32, float_zero
 use bridge_parallel::{Axis, ParallelContext, ReduceOp, complete_gradients};
 
 use super::adamw::{AdamW, AdamWOptions};
-use super::buckets::{Bucket, narrow, plan_buckets, to_dtype};
+use super::buckets::{Bucket, model_weights, narrow, plan_buckets};
 use super::grad_norm::{non_finite_gradients, sum_of_squares};
 use super::placement::{Placement, placements};
 use super::reduction::{Reduction, Share};
 use super::sharded::{BucketState, Stretch, non_finite, stretches};
 use super::weights::{Parts, WeightHooks, Weights};
 use crate::agree;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// How data-parallel ranks share the work of the optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,6 +101,32 @@ impl<B: Ops> Optimizer<B> {
         adamw: &AdamWOptions,
         options: &DataParallelOptions,
     ) -> Result<Self> {
+        Self::with_weights(model, parallel, adamw, options, &mut |param| {
+            Err(Error::WeightNotThere {
+                name: param.name().to_owned(),
+            })
+        })
+    }
+
+    /// As [`new`](Self::new) of a model some or all of whose weights are not there yet: `load` brings the value of a
+    /// parameter (see [`load_param`](bridge_models::weights::load_param)). With sharded parameters, no more than a bucket
+    /// of them is there at a time.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), or the first error of `load`.
+    pub fn with_weights(
+        model: &dyn SegmentedModel<B>,
+        parallel: &Arc<ParallelContext<B>>,
+        adamw: &AdamWOptions,
+        options: &DataParallelOptions,
+        load: &mut dyn FnMut(&Param<B>) -> Result<()>,
+    ) -> Result<Self> {
+        let mut load_missing = |param: &Param<B>| -> Result<()> {
+            if param.is_released() {
+                load(param)?;
+            }
+            Ok(())
+        };
         let params: Vec<Param<B>> = model
             .params()
             .into_iter()
@@ -161,10 +187,19 @@ impl<B: Ops> Optimizer<B> {
             },
             parallel,
         );
+        // What is not trained, or not divided, is there from now on.
+        for param in model.params() {
+            if !(sharded && param.requires_grad()) {
+                load_missing(&param)?;
+            }
+        }
         let state = if divided {
             let weights = Weights::new(&buckets, &segments, sharded);
             let mut states = Vec::with_capacity(buckets.len());
             for (index, bucket) in buckets.iter().enumerate() {
+                for slot in &bucket.slots {
+                    load_missing(&params[slot.param])?;
+                }
                 states.push(BucketState::new(
                     bucket,
                     &params,
@@ -495,7 +530,7 @@ impl<B: Ops> Optimizer<B> {
         }
         self.parts_of(|bucket, state| {
             let [weight, ..] = state.parts();
-            vec![("", to_dtype::<B>(weight, bucket.kind.dtype))]
+            vec![("", model_weights::<B>(weight, bucket.kind.dtype))]
         })
     }
 

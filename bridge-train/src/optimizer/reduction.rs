@@ -71,8 +71,9 @@ impl<B: Ops> SegmentHooks for Reduction<'_, B> {
 }
 
 impl<B: Ops> Reduction<'_, B> {
-    /// A segment's backward pass is over for the last micro-batch.
-    fn segment_done(&mut self, segment: usize) {
+    /// A segment's backward pass is over for the last micro-batch. Whoever passes the reduction to the engine as its hooks
+    /// need not tell.
+    pub fn segment_done(&mut self, segment: usize) {
         if !self.overlap {
             return;
         }

@@ -6,7 +6,7 @@ use bridge_ops::{AdamWStep, DType, Float, Ops, Param, float_zeros, to_f32_vec};
 use bridge_parallel::ParallelContext;
 use burn::tensor::TensorMetadata;
 
-use super::buckets::{Bucket, narrow, to_dtype};
+use super::buckets::{Bucket, flat, narrow, to_dtype};
 
 /// This rank's part of a bucket, with its state; all `[len / replicas]` and fp32, except for the mean of gradients.
 pub(super) struct BucketState<B: Ops> {
@@ -54,12 +54,26 @@ impl<B: Ops> BucketState<B> {
     ) -> Self {
         let group = parallel.group(bucket.kind.replicas);
         let share = bucket.len / group.size();
-        let values = bucket.join::<B>(parallel.device(), DType::F32, |param| {
-            Some(to_dtype::<B>(params[param].value(), DType::F32))
-        });
-        let zeros = |dtype| float_zeros::<B>(&[share], dtype, parallel.device());
+        let device = parallel.device();
+        let mut parts = Vec::new();
+        let mut end = 0;
+        for s in stretches(bucket, group.size(), group.rank()) {
+            if s.at > end {
+                parts.push(float_zeros::<B>(&[s.at - end], DType::F32, device));
+            }
+            let param = &params[s.param];
+            let whole = flat::<B>(param.value(), param.numel());
+            let own = narrow::<B>(whole, s.start, s.end - s.start);
+            parts.push(to_dtype::<B>(own, DType::F32));
+            end = s.at + s.end - s.start;
+        }
+        if end < share {
+            parts.push(float_zeros::<B>(&[share - end], DType::F32, device));
+        }
+        let zeros = |dtype| float_zeros::<B>(&[share], dtype, device);
         Self {
-            weight: Some(narrow::<B>(values, group.rank() * share, share)),
+            // A product with one is a buffer of its own, also where the part is a view of a whole weight.
+            weight: Some(B::scale(B::float_cat(parts, 0), 1.0)),
             moments: Some((zeros(exp_avg_dtype), zeros(DType::F32))),
         }
     }

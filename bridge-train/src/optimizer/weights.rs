@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use bridge_ops::{Ops, Param};
 use bridge_parallel::{ParallelContext, Pending};
 
-use super::buckets::{Bucket, to_dtype};
+use super::buckets::{Bucket, model_weights};
 use super::sharded::BucketState;
 use crate::engine::SegmentHooks;
 
@@ -57,7 +57,7 @@ impl<B: Ops> Parts<'_, B> {
         let (bucket, state) = (&self.buckets[index], &self.states[index]);
         let [weight, ..] = state.parts();
         let group = self.parallel.group(bucket.kind.replicas);
-        group.start_all_gather(to_dtype::<B>(weight, bucket.kind.dtype), 0)
+        group.start_all_gather(model_weights::<B>(weight, bucket.kind.dtype), 0)
     }
 
     fn arrived(&self, index: usize, pending: Pending<B>) {
