@@ -66,9 +66,12 @@ fn router_losses_train_alike_at_every_layout() {
         let losses = AuxiliaryOptions { scope, ..LOSSES };
         let expected = run(qwen(), "", losses).trace();
         moved(&expected, 2);
-        for (index, at) in LAYOUTS.iter().enumerate().step_by(every) {
-            let found = run(qwen(), at, losses).distributed(index % 2 == 0).trace();
-            close(&format!("{at}, {scope:?}"), &found, &expected);
+        for at in LAYOUTS.iter().step_by(every) {
+            for distributed in [false, true] {
+                let found = run(qwen(), at, losses).distributed(distributed).trace();
+                let what = format!("{at}, {scope:?}, distributed optimizer {distributed}");
+                close(&what, &found, &expected);
+            }
         }
     }
 }

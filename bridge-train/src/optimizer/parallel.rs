@@ -161,8 +161,9 @@ impl<B: Ops> Optimizer<B> {
             param.set_grad_dtype(adamw.main_grads_dtype);
         }
         let several = !parallel.is_alone();
-        let sharded = options.shard_params && several;
-        let divided = (options.distributed_optimizer && several) || sharded;
+        // One rank in a job of its own has whole weights in any case.
+        let sharded = options.shard_params && parallel.world_size() > 1;
+        let divided = several && (options.distributed_optimizer || options.shard_params);
         if !divided {
             order.retain(|param| parallel.exchanges(placements[*param].replicas));
         }
