@@ -131,6 +131,8 @@ pub(crate) struct Gpu {
     pub(crate) ordinal: usize,
     pub(crate) name: String,
     pub(crate) multiprocessors: usize,
+    /// Bytes of shared memory that a block may ask for.
+    pub(crate) shared_per_block: usize,
     pub(crate) stream: sys::CUstream,
     /// Seed, and how many Philox blocks have been used.
     pub(crate) random: Mutex<(u64, u64)>,
@@ -248,6 +250,10 @@ impl Gpu {
             device,
             sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
         )?;
+        let shared = attribute(
+            device,
+            sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        )?;
         let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: the calls write to locals; the primary context is shared with cuBLASLt, cuDNN and NCCL.
         unsafe {
@@ -263,6 +269,7 @@ impl Gpu {
             ordinal,
             name,
             multiprocessors: usize::try_from(count).unwrap_or(1),
+            shared_per_block: usize::try_from(shared).unwrap_or(0),
             stream,
             random: Mutex::new((0x5eed, 0)),
             context,

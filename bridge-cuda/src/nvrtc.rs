@@ -32,6 +32,7 @@ pub const SOURCES: &[(&str, &str)] = &[
         "attention_generic",
         include_str!("../kernels/attention_generic.cu"),
     ),
+    ("causal_conv1d", include_str!("../kernels/causal_conv1d.cu")),
     ("conv", include_str!("../kernels/conv.cu")),
     ("cross_entropy", include_str!("../kernels/cross_entropy.cu")),
     ("elementwise", include_str!("../kernels/elementwise.cu")),
@@ -40,7 +41,16 @@ pub const SOURCES: &[(&str, &str)] = &[
         "gated_activation",
         include_str!("../kernels/gated_activation.cu"),
     ),
+    (
+        "gated_delta_rule",
+        include_str!("../kernels/gated_delta_rule.cu"),
+    ),
+    (
+        "gated_rms_norm",
+        include_str!("../kernels/gated_rms_norm.cu"),
+    ),
     ("index", include_str!("../kernels/index.cu")),
+    ("l2_norm", include_str!("../kernels/l2_norm.cu")),
     ("layer_norm", include_str!("../kernels/layer_norm.cu")),
     ("matmul_int", include_str!("../kernels/matmul_int.cu")),
     ("random", include_str!("../kernels/random.cu")),
@@ -50,10 +60,16 @@ pub const SOURCES: &[(&str, &str)] = &[
     ("scan", include_str!("../kernels/scan.cu")),
     ("softmax", include_str!("../kernels/softmax.cu")),
     ("sort", include_str!("../kernels/sort.cu")),
+    ("ssd_scan", include_str!("../kernels/ssd_scan.cu")),
+    ("time_step", include_str!("../kernels/time_step.cu")),
 ];
 
 /// What the kernel files include, by name.
-const HEADERS: [(&CStr, &str); 2] = [
+const HEADERS: [(&CStr, &str); 3] = [
+    (
+        c"chunk_tiles.cuh",
+        include_str!("../kernels/chunk_tiles.cuh"),
+    ),
     (c"common.cuh", include_str!("../kernels/common.cuh")),
     (
         c"tensor_core.cuh",

@@ -32,6 +32,28 @@ fn variants(file: &str) -> Vec<Vec<(&'static str, &'static str)>> {
             ("DOCUMENTS", "0"),
         ]
     };
+    let recurrent = |ty, sizes: [(&'static str, &'static str); 2]| {
+        let float = ty == "float";
+        vec![
+            ("TYPE", ty),
+            ("LEN", if float { "32" } else { "64" }),
+            ("STAGES", if float { "1" } else { "2" }),
+            ("ALIGNED", if float { "0" } else { "1" }),
+            ("SLICE", "32"),
+            sizes[0],
+            sizes[1],
+        ]
+    };
+    let team = |ty, vector, team| {
+        vec![
+            ("TYPE", ty),
+            ("WEIGHT", ty),
+            ("GATE_FIRST", vector),
+            ("VECTOR", vector),
+            ("TEAM", team),
+            ("PACKS", "2"),
+        ]
+    };
     match file {
         "adamw" => vec![
             vec![("PARAM", "float"), ("GRAD", "float")],
@@ -47,6 +69,23 @@ fn variants(file: &str) -> Vec<Vec<(&'static str, &'static str)>> {
                 ("DOCUMENTS", "1"),
             ],
         ],
+        "causal_conv1d" => vec![vec![
+            ("TYPE", "bf16"),
+            ("WEIGHT", "float"),
+            ("TAPS", "4"),
+            ("SILU", "1"),
+            ("VECTOR", "4"),
+        ]],
+        "gated_delta_rule" => vec![
+            recurrent("bf16", [("KEY_DIM", "128"), ("VALUE_DIM", "128")]),
+            recurrent("float", [("KEY_DIM", "8"), ("VALUE_DIM", "20")]),
+        ],
+        "ssd_scan" => vec![
+            recurrent("bf16", [("HEAD_DIM", "64"), ("STATE", "128")]),
+            recurrent("float", [("HEAD_DIM", "12"), ("STATE", "16")]),
+        ],
+        "gated_rms_norm" | "l2_norm" => vec![team("bf16", "1", "16"), team("float", "4", "128")],
+        "time_step" => vec![vec![("TYPE", "bf16"), ("WEIGHT", "float")]],
         "cross_entropy" => vec![vec![
             ("TYPE", "bf16"),
             ("INDEX", "i32"),

@@ -139,7 +139,8 @@ fn check<B: Ops>(x: &Float<B>, weight: &Param<B>, bias: Option<&Param<B>>, spec:
     check_documents("causal_conv1d", spec.documents.as_deref(), batch * seq);
 }
 
-pub(crate) fn portable<B: Ops>(
+/// [`Ops::causal_conv1d_forward`] in plain Burn operations.
+pub fn portable<B: Ops>(
     x: Float<B>,
     weight: Float<B>,
     bias: Option<Float<B>>,
@@ -152,7 +153,8 @@ pub(crate) fn portable<B: Ops>(
     to_dtype::<B>(float(y), dtype)
 }
 
-pub(crate) fn portable_backward<B: Ops>(
+/// [`Ops::causal_conv1d_backward`] in plain Burn operations.
+pub fn portable_backward<B: Ops>(
     x: Float<B>,
     weight: Float<B>,
     bias: Option<Float<B>>,

@@ -157,7 +157,8 @@ fn check<B: Ops>(inputs: &DeltaRuleInputs<Float<B>>, spec: &ScanSpec) {
     check_documents(op, spec.documents.as_deref(), v[0] * v[1]);
 }
 
-pub(crate) fn portable<B: Ops>(
+/// [`Ops::gated_delta_rule_forward`] in plain Burn operations.
+pub fn portable<B: Ops>(
     inputs: DeltaRuleInputs<Float<B>>,
     state: Option<Float<B>>,
     scale: f64,
@@ -197,7 +198,8 @@ fn forward<B: Ops>(
     (to_dtype::<B>(float(output), dtype), state)
 }
 
-pub(crate) fn portable_backward<B: Ops>(
+/// [`Ops::gated_delta_rule_backward`] in plain Burn operations.
+pub fn portable_backward<B: Ops>(
     inputs: DeltaRuleInputs<Float<B>>,
     dout: Float<B>,
     scale: f64,

@@ -63,6 +63,17 @@ mod time_step;
 
 pub mod cpu;
 
+/// Portable bodies of kernels of [`Ops`], for an override to fall back to where it does not cover the dtype or the sizes.
+pub mod portable {
+    pub use crate::causal_conv1d::{
+        portable as causal_conv1d, portable_backward as causal_conv1d_backward,
+    };
+    pub use crate::gated_delta_rule::{
+        portable as gated_delta_rule, portable_backward as gated_delta_rule_backward,
+    };
+    pub use crate::ssd_scan::{portable as ssd_scan, portable_backward as ssd_scan_backward};
+}
+
 pub use activation::{Activation, UnknownActivation, activation, gated_activation};
 pub use adamw::{AdamWStep, AdamWTensors};
 pub use attention::{AttentionGrads, AttentionOutput, AttentionRule, AttentionSpec, attention};

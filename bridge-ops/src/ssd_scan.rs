@@ -196,7 +196,8 @@ fn check<B: Ops>(inputs: &SsdInputs<Float<B>>, skip: Option<&Param<B>>, spec: &S
     check_documents("ssd_scan", spec.documents.as_deref(), batch * seq);
 }
 
-pub(crate) fn portable<B: Ops>(
+/// [`Ops::ssd_scan_forward`] in plain Burn operations.
+pub fn portable<B: Ops>(
     inputs: SsdInputs<Float<B>>,
     skip: Option<Float<B>>,
     state: Option<Float<B>>,
@@ -242,7 +243,8 @@ fn forward<B: Ops>(
     (to_dtype::<B>(float(y), dtype), state)
 }
 
-pub(crate) fn portable_backward<B: Ops>(
+/// [`Ops::ssd_scan_backward`] in plain Burn operations.
+pub fn portable_backward<B: Ops>(
     inputs: SsdInputs<Float<B>>,
     skip: Option<Float<B>>,
     dy: Float<B>,

@@ -41,7 +41,7 @@ fn kernel(
 }
 
 /// Packed and aligned for 16-byte packs.
-fn aligned(x: CudaTensor) -> CudaTensor {
+pub(super) fn aligned(x: CudaTensor) -> CudaTensor {
     let x = x.into_packed();
     if x.address().is_multiple_of(16) {
         x

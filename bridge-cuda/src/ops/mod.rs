@@ -5,16 +5,23 @@
 mod activation;
 mod adamw;
 mod attention;
+mod causal_conv1d;
+mod chunks;
 mod cross_entropy;
 mod embedding;
+mod gated_delta_rule;
+mod gated_norm;
 mod linear;
 mod norm;
 mod rotary;
+mod ssd_scan;
+mod time_step;
 
 use bridge_ops::{
-    Activation, AdamWStep, AdamWTensors, AttentionGrads, AttentionOutput, AttentionRule,
-    CrossEntropyOutput, CrossEntropySpec, GradSlot, LossGradRequest, LossGrads, NormSpec, Ops,
-    RotaryDirection, RotaryStyle,
+    Activation, AdamWStep, AdamWTensors, AttentionGrads, AttentionOutput, AttentionRule, ConvGrads,
+    ConvSpec, CrossEntropyOutput, CrossEntropySpec, DeltaRuleInputs, GatedNormGrads, GatedNormSpec,
+    GradSlot, LossGradRequest, LossGrads, NormSpec, Ops, RotaryDirection, RotaryStyle, ScanSpec,
+    SsdGrads, SsdInputs,
 };
 use burn_backend::DType;
 
@@ -271,6 +278,114 @@ impl Ops for Cuda {
 
     fn sum_squares_many(tensors: Vec<CudaTensor>) -> CudaTensor {
         adamw::sum_squares_many(&tensors)
+    }
+
+    fn causal_conv1d_forward(
+        x: CudaTensor,
+        weight: CudaTensor,
+        bias: Option<CudaTensor>,
+        history: Option<CudaTensor>,
+        spec: &ConvSpec,
+    ) -> CudaTensor {
+        causal_conv1d::forward(x, weight, bias, history, spec)
+    }
+
+    fn causal_conv1d_backward(
+        x: CudaTensor,
+        weight: CudaTensor,
+        bias: Option<CudaTensor>,
+        dy: CudaTensor,
+        spec: &ConvSpec,
+    ) -> ConvGrads<Self> {
+        causal_conv1d::backward(x, weight, bias, dy, spec)
+    }
+
+    fn time_step_forward(x: CudaTensor, bias: CudaTensor, min: f64) -> CudaTensor {
+        time_step::step_forward(x, bias, min)
+    }
+
+    fn time_step_backward(
+        x: CudaTensor,
+        bias: CudaTensor,
+        dy: CudaTensor,
+        min: f64,
+    ) -> (CudaTensor, CudaTensor) {
+        time_step::step_backward(x, bias, dy, min)
+    }
+
+    fn log_decay_forward(dt: CudaTensor, a_log: CudaTensor) -> CudaTensor {
+        time_step::decay_forward(dt, a_log)
+    }
+
+    fn log_decay_backward(
+        dt: CudaTensor,
+        a_log: CudaTensor,
+        dy: CudaTensor,
+    ) -> (CudaTensor, CudaTensor) {
+        time_step::decay_backward(dt, a_log, dy)
+    }
+
+    fn ssd_scan_forward(
+        inputs: SsdInputs<CudaTensor>,
+        skip: Option<CudaTensor>,
+        state: Option<CudaTensor>,
+        spec: &ScanSpec,
+    ) -> (CudaTensor, CudaTensor) {
+        ssd_scan::forward(inputs, skip, state, spec)
+    }
+
+    fn ssd_scan_backward(
+        inputs: SsdInputs<CudaTensor>,
+        skip: Option<CudaTensor>,
+        dy: CudaTensor,
+        spec: &ScanSpec,
+    ) -> SsdGrads<Self> {
+        ssd_scan::backward(inputs, skip, dy, spec)
+    }
+
+    fn gated_delta_rule_forward(
+        inputs: DeltaRuleInputs<CudaTensor>,
+        state: Option<CudaTensor>,
+        scale: f64,
+        spec: &ScanSpec,
+    ) -> (CudaTensor, CudaTensor) {
+        gated_delta_rule::forward(inputs, state, scale, spec)
+    }
+
+    fn gated_delta_rule_backward(
+        inputs: DeltaRuleInputs<CudaTensor>,
+        dout: CudaTensor,
+        scale: f64,
+        spec: &ScanSpec,
+    ) -> DeltaRuleInputs<CudaTensor> {
+        gated_delta_rule::backward(inputs, dout, scale, spec)
+    }
+
+    fn gated_rms_norm_forward(
+        x: CudaTensor,
+        gate: CudaTensor,
+        weight: CudaTensor,
+        spec: GatedNormSpec,
+    ) -> CudaTensor {
+        gated_norm::gated_forward(x, gate, weight, spec)
+    }
+
+    fn gated_rms_norm_backward(
+        x: CudaTensor,
+        gate: CudaTensor,
+        weight: CudaTensor,
+        dy: CudaTensor,
+        spec: GatedNormSpec,
+    ) -> GatedNormGrads<Self> {
+        gated_norm::gated_backward(x, gate, weight, dy, spec)
+    }
+
+    fn l2_norm_forward(x: CudaTensor, eps: f64) -> CudaTensor {
+        gated_norm::l2_forward(x, eps)
+    }
+
+    fn l2_norm_backward(x: CudaTensor, dy: CudaTensor, eps: f64) -> CudaTensor {
+        gated_norm::l2_backward(x, dy, eps)
     }
 }
 

@@ -5,6 +5,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod kernels;
+pub(crate) mod recurrent;
 pub(crate) mod tensors;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -54,6 +55,11 @@ impl<B: Ops> Context<B> {
             precision,
             results: Vec::new(),
         }
+    }
+
+    /// The dtype whose precision the inputs have on every backend.
+    pub(crate) fn precision(&self) -> DType {
+        self.precision
     }
 
     /// A float input with the given values.
@@ -242,6 +248,7 @@ pub(crate) fn groups() -> Vec<Group> {
     let mut groups = tensors::groups();
     groups.extend(kernels::groups());
     groups.extend(attention::groups());
+    groups.extend(recurrent::groups());
     groups
 }
 
