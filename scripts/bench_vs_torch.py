@@ -13,8 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = ["llama32_1b:4096:4", "llama32_1b:8192:2", "llama3_8b_4l:8192:1", "qwen3_600m:4096:4"]
-PEER = Path(__file__).with_name("torch_llama_train.py")
+CASES = ["llama32_1b:4096:4", "llama32_1b:8192:2", "llama3_8b_4l:8192:1", "qwen3_600m:4096:4", "nemotron_h_stack:8192:1", "qwen3_next_stack:4096:2"]
+HYBRIDS = ("nemotron_h", "qwen3_next")
+
+
+def peer(shape):
+    """The script that trains a shape in PyTorch."""
+    name = "torch_hybrid_train.py" if shape.startswith(HYBRIDS) else "torch_llama_train.py"
+    return str(Path(__file__).with_name(name))
 
 
 def run(command):
@@ -44,7 +50,7 @@ def main():
         ours_command = [args.bridge, "bench", "train", "--backend", "cuda", *common, *args.option]
         best = [None, None]
         for _ in range(args.rounds):
-            for side, command in enumerate([ours_command, [sys.executable, str(PEER), *common]]):
+            for side, command in enumerate([ours_command, [sys.executable, peer(shape), *common]]):
                 found = run(command)
                 failed |= found is None
                 if found and (best[side] is None or found["tokens_per_s"] > best[side]["tokens_per_s"]):

@@ -10,7 +10,7 @@
 //   entering (S before each chunk), leaving (G after it): [chunks, heads, KF, VF].
 //
 // `prepare` makes T, U and W of each chunk; `states` walks the chunks of a sequence with a slice of S in registers (float) and
-// turns U into V; `output` makes o. Backward: `inside` starts dV, `states_back` walks from the last chunk to the first with G
+// makes V of U; `output` makes o. Backward: `inside` starts dV, `states_back` walks from the last chunk to the first with G
 // and finishes dV, `backward` makes the gradients: a block owns a chunk and the value heads of a key head, one after the other.
 // Nothing is added by atomics: results repeat exactly. Operands of products are rounded to T, sums and T's inversion are float.
 // Source: Yang, Kautz and Hatamizadeh 2024. Launcher: src/ops/gated_delta_rule.rs.
@@ -120,9 +120,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(T* u, T* w, T* inv
     out.put_packed(w + at * LEN * KF);
 }
 
-// ---- The states between chunks, and V in the place of U. grid: (VF / SLICE, heads, sequences). ----
+// ---- The states between chunks, and V from U, whose place it may take. grid: (VF / SLICE, heads, sequences). ----
 
-extern "C" __global__ void __launch_bounds__(THREADS) states(T* entering, float* last_state, T* v_new, const T* w, const T* k, const float* log_decay, const float* first_state, Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS) states(T* entering, float* last_state, T* v_new, const T* u, const T* w, const T* k, const float* log_decay, const float* first_state, Problem p) {
     extern __shared__ __align__(128) char memory[];
     Arena arena = {memory};
     Tile<KF> w_stages = arena.tile<STAGES * LEN, KF>(), k_stages = arena.tile<STAGES * LEN, KF>();
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) states(T* entering, float*
         i64 at = chunk * p.heads + head;
         fetch_packed<LEN, KF>(w_stages.below(stage * LEN), w + at * LEN * KF);
         fetch<LEN, KF>(k_stages.below(stage * LEN), k + (span.start * p.key_heads + key_head_of(p, head)) * KD, p.key_heads * KD, span.len, KD);
-        fetch<LEN, SLICE, true>(u_stages.below(stage * LEN), v_new + at * LEN * VF + slice, VF, LEN, SLICE);
+        fetch<LEN, SLICE, true>(u_stages.below(stage * LEN), u + at * LEN * VF + slice, VF, LEN, SLICE);
         commit();
     };
     Accumulator<KF, SLICE> state;

@@ -173,7 +173,11 @@ pub(crate) fn per_document<B: Ops, const I: usize, const O: usize>(
     let mut rows: [Vec<Float<B>>; O] = std::array::from_fn(|_| Vec::new());
     for row in 0..batch {
         let mut parts: [Vec<Float<B>>; O] = std::array::from_fn(|_| Vec::new());
-        let inside = |offset: &&[usize]| offset[0] < (row + 1) * seq && offset[1] > row * seq;
+        // A document without tokens is nothing.
+        let inside = |offset: &&[usize]| {
+            let (start, end) = (offset[0], offset[1]);
+            start < end && start < (row + 1) * seq && end > row * seq
+        };
         for offsets in documents.windows(2).filter(inside) {
             let (start, end) = (
                 offsets[0].max(row * seq) - row * seq,

@@ -1,5 +1,8 @@
 //! Times of the kernels a training step is made of, as the rate of their floor: TFLOP/s or GB/s.
 
+#[path = "bench_recurrent.rs"]
+mod recurrent;
+
 use bridge_cuda::{
     AttentionPath, Cuda, CudaDevice, CudaTensor, attention_calls, attention_refusals,
     force_attention_path,
@@ -64,6 +67,7 @@ pub(crate) fn run(device: CudaDevice, only: Option<&str>) {
     products(&b);
     attention(&b);
     memory_bound(&b);
+    recurrent::run(&b);
     loss(&b);
     optimizer(&b);
     println!("{:?}", device.memory().expect("the device is open"));

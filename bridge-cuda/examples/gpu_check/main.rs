@@ -1,7 +1,7 @@
 //! Runs every check of the CUDA backend against the CPU backend, one line a group, and with `--bench` times the kernels.
 //!
 //! ```text
-//! gpu_check [--bench] [--only NAME] [--no-check]
+//! gpu_check [--bench] [--only NAME] [--dtype f32|bf16|f16] [--no-check]
 //! ```
 
 #[path = "../../tests/checks/mod.rs"]
@@ -16,10 +16,11 @@ use bridge_cuda::CudaDevice;
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
-    let only = arguments
-        .iter()
-        .position(|argument| argument == "--only")
-        .and_then(|i| arguments.get(i + 1));
+    let value = |flag: &str| {
+        let at = arguments.iter().position(|argument| argument == flag)?;
+        arguments.get(at + 1)
+    };
+    let (only, dtype_wanted) = (value("--only"), value("--dtype"));
 
     print!("{}", bridge_cuda::probe());
     let start = Instant::now();
@@ -41,6 +42,10 @@ fn main() {
                 continue;
             }
             for &dtype in group.dtypes {
+                let name = format!("{dtype:?}");
+                if dtype_wanted.is_some_and(|wanted| !name.eq_ignore_ascii_case(wanted)) {
+                    continue;
+                }
                 let start = Instant::now();
                 let (count, failures) = checks::run(&group, dtype, device);
                 let verdict = if failures.is_empty() { "ok" } else { "FAILED" };

@@ -220,7 +220,7 @@ impl Plan {
         Launch::grid([slices, self.sizes.heads, self.cut.sequences], THREADS)
     }
 
-    /// U (which [`Self::states`] turns into V), W and, if asked for, T of each chunk.
+    /// U, W and, if asked for, T of each chunk.
     fn prepare(
         &self,
         needs: &Needs,
@@ -241,11 +241,12 @@ impl Plan {
         (u, w, inverse)
     }
 
-    /// The state before each chunk, and the last one of each sequence. `v` holds U and becomes V.
+    /// The state before each chunk, and the last one of each sequence. `v` becomes V, and may be `u`.
     fn states(
         &self,
         needs: &Needs,
         v: &CudaTensor,
+        u: &CudaTensor,
         w: &CudaTensor,
         first: Option<&CudaTensor>,
     ) -> (CudaTensor, CudaTensor) {
@@ -261,7 +262,7 @@ impl Plan {
         let shape = self.by_sequence().shared(needs.states);
         // SAFETY: operands as `prepare` made them, each block's slice of V its own; a state for each head of each sequence.
         unsafe {
-            launch!(self.gpu, self.kernel("states"), shape; entering.address(), last.address(), v.address(), w.address(),
+            launch!(self.gpu, self.kernel("states"), shape; entering.address(), last.address(), v.address(), u.address(), w.address(),
                 self.k.address(), self.log_decay.address(), first.map_or(0, CudaTensor::address), self.problem)
             .or_panic();
         }
@@ -285,7 +286,7 @@ pub(super) fn forward(
         .filter(|_| spec.documents.is_none())
         .map(|state| cast(state, DType::F32).into_packed());
     let (v_new, w, _) = plan.prepare(&needs, false);
-    let (entering, last) = plan.states(&needs, &v_new, &w, first.as_ref());
+    let (entering, last) = plan.states(&needs, &v_new, &v_new, &w, first.as_ref());
     let output = CudaTensor::empty(plan.gpu, plan.v.dims(), plan.v.dtype());
     let shape = plan.by_chunk().shared(needs.output);
     // SAFETY: packed operands of the problem's sizes, and what the kernels before left.
@@ -317,9 +318,8 @@ pub(super) fn backward(
     let dout = aligned(cast(dout, dtype));
     let (u, w, inverse) = plan.prepare(&needs, true);
     let inverse = inverse.expect("asked for");
-    // Both U and V are needed, so the walk gets a copy of U.
-    let v_new = u.copied();
-    let (entering, _) = plan.states(&needs, &v_new, &w, None);
+    let v_new = plan.between(plan.length(), plan.sizes.value_dim);
+    let (entering, _) = plan.states(&needs, &v_new, &u, &w, None);
 
     let dv_new = plan.between(plan.length(), plan.sizes.value_dim);
     let leaving = plan.between(plan.sizes.key_dim, plan.sizes.value_dim);

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use bridge_core::config::{Ffn, MlpLayer};
 use bridge_core::{DecoderConfig, HfConfig};
 use bridge_data::Batch;
 use bridge_models::{Decoder, DtypePolicy, Init, RandomInit};
@@ -70,7 +71,8 @@ struct Model {
     /// Hugging Face folder or hub id (org/name[@revision]).
     #[arg(long, value_name = "DIR")]
     hf: Option<String>,
-    /// A shape with fresh weights: tiny, llama3_8b_4l (four layers of it), qwen3_600m, or a named size of `models list`.
+    /// A shape with fresh weights: tiny, llama3_8b_4l (four layers of it), qwen3_600m, nemotron_h_stack,
+    /// qwen3_next_stack (a few layers of each), or a named size of `models list`.
     #[arg(long, value_name = "NAME")]
     shape: Option<String>,
 }
@@ -91,6 +93,9 @@ fn shape(name: &str) -> Result<DecoderConfig> {
         config.num_hidden_layers = config.layers.len();
         Ok(config)
     };
+    if let Some(shape) = hybrid_shape(name) {
+        return shape;
+    }
     match name {
         "llama3_8b_4l" => sized("llama3_8b", 4),
         "qwen3_600m" => sized("qwen3_0_6b", usize::MAX),
@@ -114,11 +119,39 @@ fn shape(name: &str) -> Result<DecoderConfig> {
                 return Err(unknown_name(
                     "shape",
                     name,
-                    presets().chain(["tiny", "llama3_8b_4l", "qwen3_600m"]),
+                    presets()
+                        .chain(["tiny", "llama3_8b_4l", "qwen3_600m"])
+                        .chain(HYBRID_SHAPES),
                 ));
             }
             sized(name, usize::MAX)
         }
+    }
+}
+
+const HYBRID_SHAPES: [&str; 2] = ["nemotron_h_stack", "qwen3_next_stack"];
+
+/// Layers of models with recurrent parts, as many as fit one GPU with their optimizer state.
+fn hybrid_shape(name: &str) -> Option<Result<DecoderConfig>> {
+    let part = |preset: &str, layers: std::ops::Range<usize>| -> Result<DecoderConfig> {
+        let (_, mut config) = bridge_models::families::preset(preset)?;
+        config.layers = config.layers[layers].to_vec();
+        config.num_hidden_layers = config.layers.len();
+        Ok(config)
+    };
+    match name {
+        // The stretch around the first attention: M-M*-M-.
+        "nemotron_h_stack" => Some(part("nemotron_h_8b", 4..11)),
+        // Three delta nets and one attention. The experts of four such layers alone take 103 GB with their optimizer state,
+        // so these layers have the dense MLP of the same config instead.
+        "qwen3_next_stack" => Some(part("qwen3_next_80b_a3b", 0..4).map(|mut config| {
+            for layer in &mut config.layers {
+                layer.ffn = Ffn::Mlp(MlpLayer::default());
+            }
+            config.moe = None;
+            config
+        })),
+        _ => None,
     }
 }
 
