@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(T* u, T* w, T* inv
     out.put_packed(w + at * LEN * KF);
 }
 
-// ---- The states between chunks, and V from U, whose place it may take. grid: (VF / SLICE, heads, sequences). ----
+// ---- The states between chunks, and V from U, whose place it may take. grid: (sequences, heads, VF / SLICE). ----
 
 extern "C" __global__ void __launch_bounds__(THREADS) states(T* entering, float* last_state, T* v_new, const T* u, const T* w, const T* k, const float* log_decay, const float* first_state, Problem p) {
     extern __shared__ __align__(128) char memory[];
@@ -129,8 +129,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) states(T* entering, float*
     Tile<SLICE> u_stages = arena.tile<STAGES * LEN, SLICE>(), weighted = arena.tile<LEN, SLICE>(), s = arena.tile<KF, SLICE>();
     Decays* decays = arena.take<Decays>(2);
 
-    i64 head = blockIdx.y, sequence = blockIdx.z;
-    int slice = blockIdx.x * SLICE;
+    i64 sequence = blockIdx.x, head = blockIdx.y;
+    int slice = blockIdx.z * SLICE;
     i64 begin = first_chunk(p.chunks, sequence), end = first_chunk(p.chunks, sequence + 1);
     i64 state_at = (sequence * p.heads + head) * KD * VD;
     auto request = [&](i64 chunk, int stage) {
@@ -267,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) inside(T* dv_new, const T*
     out.put_packed(dv_new + at * LEN * VF);
 }
 
-// ---- G from the last chunk to the first, and the rest of dV. grid: (VF / SLICE, heads, sequences). ----
+// ---- G from the last chunk to the first, and the rest of dV. grid: (sequences, heads, VF / SLICE). ----
 
 extern "C" __global__ void __launch_bounds__(THREADS) states_back(T* leaving, T* dv_new, const T* w, const T* q, const T* k, const T* dout, const float* log_decay, Problem p) {
     extern __shared__ __align__(128) char memory[];
@@ -277,8 +277,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) states_back(T* leaving, T*
     Tile<SLICE> weighted = arena.tile<LEN, SLICE>(), minus = arena.tile<LEN, SLICE>(), g = arena.tile<KF, SLICE>();
     Decays* decays = arena.take<Decays>(2);
 
-    i64 head = blockIdx.y, sequence = blockIdx.z;
-    int slice = blockIdx.x * SLICE;
+    i64 sequence = blockIdx.x, head = blockIdx.y;
+    int slice = blockIdx.z * SLICE;
     i64 begin = first_chunk(p.chunks, sequence), last = first_chunk(p.chunks, sequence + 1) - 1;
     auto request = [&](i64 chunk, int stage) {
         Span span = span_of(p.chunks, chunk);

@@ -24,7 +24,7 @@ struct Problem {
     i64 heads, groups;
 };
 
-// ---- Forward. grid: (heads, sequences). ----
+// ---- Forward. grid: (sequences, heads). ----
 
 extern "C" __global__ void __launch_bounds__(THREADS) forward(T* y, float* last_state, const T* x, const float* dt, const float* log_decay, const T* b, const T* c, const float* skip, const float* first_state, Problem p) {
     extern __shared__ __align__(128) char memory[];
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(T* y, float* last_
     Tile<LEN> m = arena.tile<LEN, LEN>();
     Decays* decays = arena.take<Decays>(2);
 
-    i64 head = blockIdx.x, sequence = blockIdx.y, group = head / (p.heads / p.groups);
+    i64 sequence = blockIdx.x, head = blockIdx.y, group = head / (p.heads / p.groups);
     i64 begin = first_chunk(p.chunks, sequence), end = first_chunk(p.chunks, sequence + 1);
     i64 state_at = (sequence * p.heads + head) * P * N;
     auto request = [&](i64 chunk, int stage) {
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(T* y, float* last_
     h.each([&](int row, int column, float& value) { if (row < P && column < N) last_state[state_at + row * N + column] = value; });
 }
 
-// ---- The states between chunks. grid: (heads, sequences, 2): H, and G from the end. ----
+// ---- The states between chunks. grid: (sequences, heads, 2): H, and G from the end. ----
 
 extern "C" __global__ void __launch_bounds__(THREADS) states(T* states, const T* x, const T* dy, const float* dt, const float* log_decay, const T* b, const T* c, Problem p) {
     extern __shared__ __align__(128) char memory[];
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) states(T* states, const T*
     Decays* decays = arena.take<Decays>(2);
 
     bool back = blockIdx.z == 1;
-    i64 head = blockIdx.x, sequence = blockIdx.y, group = head / (p.heads / p.groups);
+    i64 sequence = blockIdx.x, head = blockIdx.y, group = head / (p.heads / p.groups);
     i64 begin = first_chunk(p.chunks, sequence), count = first_chunk(p.chunks, sequence + 1) - begin;
     const T* rows = back ? dy : x;
     const T* columns = back ? c : b;

@@ -217,7 +217,7 @@ impl Plan {
     /// One block for each slice of each head's state in each sequence.
     fn by_sequence(&self) -> Launch {
         let slices = filled(self.sizes.value_dim) / self.sizes.slice();
-        Launch::grid([slices, self.sizes.heads, self.cut.sequences], THREADS)
+        Launch::grid([self.cut.sequences, self.sizes.heads, slices], THREADS)
     }
 
     /// U, W and, if asked for, T of each chunk.

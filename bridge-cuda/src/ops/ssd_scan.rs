@@ -164,7 +164,7 @@ pub(super) fn forward(
     let shape = [plan.cut.sequences, plan.heads, plan.head_dim, plan.state];
     let last = CudaTensor::empty(gpu, &shape, DType::F32);
     let [shared, _, _] = shared(dtype, plan.head_dim, plan.state);
-    let shape = Launch::grid([plan.heads, plan.cut.sequences, 1], THREADS).shared(shared);
+    let shape = Launch::grid([plan.cut.sequences, plan.heads, 1], THREADS).shared(shared);
     // SAFETY: packed operands of the problem's sizes; a state for each head of each sequence.
     unsafe {
         launch!(gpu, plan.kernel("forward"), shape; y.address(), last.address(), plan.x.address(), plan.dt.address(),
@@ -210,7 +210,7 @@ pub(super) fn backward(
     };
     let dskip = CudaTensor::empty(gpu, &[count, plan.heads], DType::F32);
     let [_, walk, main] = shared(dtype, plan.head_dim, plan.state);
-    let walk = Launch::grid([plan.heads, plan.cut.sequences, 2], THREADS).shared(walk);
+    let walk = Launch::grid([plan.cut.sequences, plan.heads, 2], THREADS).shared(walk);
     let main = Launch::grid([count, plan.groups, 1], THREADS).shared(main);
     // SAFETY: packed operands and results of the problem's sizes; both states of each head of each chunk.
     unsafe {
