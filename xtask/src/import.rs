@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use bridge_core::LayoutSpec;
 use serde_json::json;
 
 use bridge_core::convert::{ExportOptions, ModelPlace};
@@ -30,9 +29,6 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     let from = args.source.place()?;
     let to = ModelPlace::Native(args.out);
     let registry = bridge_models::registry();
-    let (model, _) = bridge_core::convert::open(&from, &registry, &LayoutSpec::default())?;
-    let family = model.bridge().name();
-    drop(model);
     let started = Instant::now();
     let done = {
         let progress = ConversionProgress::new()?;
@@ -47,13 +43,13 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     report.text(format!(
         "imported {} tensors of {} ({}) into {} in {seconds:.2} s",
         done.tensors,
-        family,
+        done.family,
         bytes(done.bytes),
         done.dir.display()
     ))?;
     report.json(&json!({
         "checkpoint": done.dir,
-        "family": family,
+        "family": done.family,
         "tensors": done.tensors,
         "bytes": done.bytes,
         "seconds": seconds,

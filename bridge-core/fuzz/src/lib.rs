@@ -4,8 +4,10 @@
 //! themselves never panic is the other half of the check.
 
 mod hf_config;
+mod torch;
 
 pub use hf_config::{hf_config, hf_config_seeds};
+pub use torch::{megatron_checkpoint, pickle, pickle_seeds, torch_archive};
 
 use bridge_core::checkpoint::native::{Group, NativeIndex};
 use bridge_core::checkpoint::{Header, Region, TensorSpec};

@@ -7,8 +7,9 @@ use super::export::{ExportOptions, ExportReport, export_opened};
 use super::import::import_opened;
 use super::load::HfModel;
 use super::megatron::write_megatron;
+use super::run_config::config_of_run;
 use super::{HF_DIR, Progress};
-use crate::checkpoint::megatron::iteration_dir;
+use crate::checkpoint::megatron::{RUN_CONFIG_FILE, iteration_dir};
 use crate::checkpoint::native::NativeCheckpoint;
 use crate::config::HfConfig;
 use crate::error::{Error, Result};
@@ -27,7 +28,8 @@ pub enum ModelPlace {
         /// Its folder, or that of one iteration.
         dir: PathBuf,
         /// Folder (or file) of the Hugging Face config of the model and, in a folder, of the files beside its weights.
-        /// Not needed where the checkpoint has an `hf` folder of its own, as those written here have.
+        /// Not needed where the checkpoint has an `hf` folder of its own, as those written here have, or a
+        /// `run_config.yaml`, as those of Megatron-Bridge have.
         hf_config: Option<PathBuf>,
     },
 }
@@ -35,6 +37,8 @@ pub enum ModelPlace {
 /// What a conversion did.
 #[derive(Debug)]
 pub struct ConvertReport {
+    /// Name of the model's family.
+    pub family: &'static str,
     /// The new folder.
     pub dir: PathBuf,
     /// Number of tensors written.
@@ -48,6 +52,7 @@ pub struct ConvertReport {
 impl From<ExportReport> for ConvertReport {
     fn from(done: ExportReport) -> Self {
         Self {
+            family: done.family,
             dir: done.dir,
             tensors: done.tensors,
             bytes: done.bytes,
@@ -71,12 +76,13 @@ pub fn convert(
     if let ModelPlace::Native(dir) = from {
         let weights = NativeCheckpoint::open(dir)?;
         let hf = weights.dir().join(HF_DIR);
+        let config = HfConfig::load(&hf)?;
         return match to {
             ModelPlace::Hf(out) => {
-                Ok(export_opened(&weights, &hf, out, registry, options, progress)?.into())
+                Ok(export_opened(&weights, config, &hf, out, registry, options, progress)?.into())
             }
             ModelPlace::Megatron { dir: out, .. } => {
-                write_megatron(&weights, &hf, out, registry, options, progress)
+                write_megatron(&weights, &config, &hf, out, registry, options, progress)
             }
             ModelPlace::Native(_) => Err(Error::InvalidArgument(
                 "a native checkpoint loads at any layout as it is; there is nothing to convert"
@@ -93,8 +99,10 @@ pub fn convert(
                         .to_owned(),
                 ));
             }
+            let family = model.bridge().name();
             let done = import_opened(model, Some(&hf), out, &options.convert, progress)?;
             Ok(ConvertReport {
+                family,
                 dir: done.dir,
                 tensors: done.plan.tensors.len(),
                 bytes: done.bytes,
@@ -102,10 +110,10 @@ pub fn convert(
             })
         }
         ModelPlace::Hf(out) => {
-            Ok(export_opened(&model, &hf, out, registry, options, progress)?.into())
+            Ok(export_opened(&model, model.hf_config().clone(), &hf, out, registry, options, progress)?.into())
         }
         ModelPlace::Megatron { dir: out, .. } => {
-            write_megatron(&model, &hf, out, registry, options, progress)
+            write_megatron(&model, model.hf_config(), &hf, out, registry, options, progress)
         }
     }
 }
@@ -123,15 +131,9 @@ pub fn open(
     match place {
         ModelPlace::Hf(dir) => Ok((HfModel::open(dir, registry, layout)?, dir.clone())),
         ModelPlace::Megatron { dir, hf_config } => {
-            let hf = match hf_config {
-                Some(path) => path.clone(),
-                None => own_config(dir)?,
-            };
-            let config = HfConfig::load(&hf)?;
-            let folder = if hf.is_file() {
-                hf.parent().map(Path::to_path_buf).unwrap_or_default()
-            } else {
-                hf
+            let (config, folder) = match hf_config {
+                Some(path) => given_config(path)?,
+                None => own_config(dir, registry)?,
             };
             let model = HfModel::open_megatron(dir, config, registry, layout)?;
             Ok((model, folder))
@@ -143,12 +145,35 @@ pub fn open(
     }
 }
 
-/// The folder of the config in a Megatron-Core checkpoint that was written here.
-fn own_config(dir: &Path) -> Result<PathBuf> {
+/// A config that was named, and the folder of the files beside it.
+fn given_config(path: &Path) -> Result<(HfConfig, PathBuf)> {
+    let config = HfConfig::load(path)?;
+    let folder = if path.is_file() {
+        path.parent().map(Path::to_path_buf).unwrap_or_default()
+    } else {
+        path.to_path_buf()
+    };
+    Ok((config, folder))
+}
+
+/// The config that a Megatron-Core checkpoint has of its own, and the folder of the tokenizer beside it: what was written
+/// here has both in one folder, what Megatron-Bridge wrote a `run_config.yaml` and a folder `tokenizer`.
+fn own_config(dir: &Path, registry: &Registry) -> Result<(HfConfig, PathBuf)> {
     let iteration = iteration_dir(dir)?;
     let own = iteration.join(HF_DIR);
     if own.join("config.json").is_file() {
-        return Ok(own);
+        return given_config(&own);
+    }
+    let run_config = iteration.join(RUN_CONFIG_FILE);
+    if run_config.is_file() {
+        let config = config_of_run(&run_config, registry)?;
+        let tokenizer = iteration.join("tokenizer");
+        let folder = if tokenizer.is_dir() {
+            tokenizer
+        } else {
+            iteration
+        };
+        return Ok((config, folder));
     }
     Err(Error::InvalidArgument(format!(
         "{} does not say which model it holds: give the folder of its Hugging Face config.json (and tokenizer) with \

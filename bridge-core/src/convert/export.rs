@@ -40,6 +40,8 @@ pub struct ExportOptions {
 /// What an export did.
 #[derive(Debug)]
 pub struct ExportReport {
+    /// Name of the model's family.
+    pub family: &'static str,
     /// The new folder.
     pub dir: PathBuf,
     /// Number of tensors written.
@@ -71,19 +73,21 @@ pub fn export(
 ) -> Result<ExportReport> {
     let native = NativeCheckpoint::open(native)?;
     let hf = native.dir().join(HF_DIR);
-    export_opened(&native, &hf, out, registry, options, progress)
+    let config = HfConfig::load(&hf)?;
+    export_opened(&native, config, &hf, out, registry, options, progress)
 }
 
-/// Exports canonical weights from anywhere; `hf` is the folder of the config and of the files beside the weights.
+/// Exports canonical weights from anywhere, of the model that `config` describes; `hf` is the folder of the files beside
+/// the weights.
 pub(super) fn export_opened(
     weights: &dyn CanonicalSource,
+    config: HfConfig,
     hf: &Path,
     out: &Path,
     registry: &Registry,
     options: &ExportOptions,
     progress: &dyn Progress,
 ) -> Result<ExportReport> {
-    let config = HfConfig::load(hf)?;
     let bridge = registry.detect(&config)?;
     let typed = bridge.config(&config)?;
     let record = SourceRecord::load(hf)?;
@@ -177,6 +181,7 @@ pub(super) fn export_opened(
         .map(|file| file.name().to_owned())
         .collect();
     Ok(ExportReport {
+        family: bridge.name(),
         dir,
         tensors,
         bytes,

@@ -5,14 +5,14 @@ use std::fs;
 use std::path::Path;
 
 use super::canonical::CanonicalSource;
-use super::companions::{Companions, write_new};
+use super::companions::{Companions, SkippedFile, write_new};
 use super::endpoints::ConvertReport;
 use super::export::{ExportOptions, transfers};
 use super::transfer::{self, Sink, Transfer};
 use super::{HF_DIR, Progress};
 use crate::checkpoint::megatron::{
     MegatronBridge, MegatronForm, MegatronTensor, MegatronWriter, MegatronWriterOptions,
-    extra_states, stacked_dims,
+    RUN_CONFIG_FILE, RunConfig, extra_states, stacked_dims,
 };
 use crate::checkpoint::{RangeReader, TensorSpec};
 use crate::config::HfConfig;
@@ -20,19 +20,20 @@ use crate::error::{Error, Result};
 use crate::plan::plan_export;
 use crate::registry::Registry;
 
-/// Writes a Megatron-Core checkpoint, iteration 0. `hf` is the folder of the config and of the files beside the weights,
-/// which go along into a folder of that name in the iteration's, so that the way back needs nothing else.
+/// Writes a Megatron-Core checkpoint, iteration 0, of the model that `config` describes. `hf` is the folder of the files
+/// beside the weights, which go along into a folder of that name in the iteration's, so that the way back needs nothing
+/// else.
 pub(super) fn write_megatron(
     weights: &dyn CanonicalSource,
+    config: &HfConfig,
     hf: &Path,
     out: &Path,
     registry: &Registry,
     options: &ExportOptions,
     progress: &dyn Progress,
 ) -> Result<ConvertReport> {
-    let config = HfConfig::load(hf)?;
-    let family = registry.detect(&config)?;
-    let typed = family.config(&config)?;
+    let family = registry.detect(config)?;
+    let typed = family.config(config)?;
     let form = MegatronForm::to_write(&typed);
     let bridge = MegatronBridge::new(family, form);
     bridge.check(&typed)?;
@@ -51,7 +52,7 @@ pub(super) fn write_megatron(
         None,
         &HashMap::new(),
     )?;
-    let companions = Companions::find(hf, options.convert.copy_code)?;
+    let mut companions = Companions::find(hf, options.convert.copy_code)?;
     let tensors: Vec<MegatronTensor> = plan
         .headers()
         .map(|header| MegatronTensor {
@@ -60,7 +61,7 @@ pub(super) fn write_megatron(
         })
         .collect();
     let (transfers, _) = transfers(weights, &plan, None)?;
-    let objects = extra_states(&typed, form.layer_names);
+    let objects = extra_states(&typed, form);
     let writer = MegatronWriter::create(
         out,
         tensors,
@@ -76,12 +77,25 @@ pub(super) fn write_megatron(
     fs::create_dir(&beside).map_err(|source| Error::io("create folder", &beside, source))?;
     write_new(beside.join("config.json"), config.raw())?;
     companions.copy(hf, &beside)?;
+    let dtype = plan.headers().next().map(|header| header.dtype);
+    let run_config = RunConfig {
+        model: typed,
+        dtype,
+    };
+    match run_config.to_yaml() {
+        Ok(yaml) => writer.add_file(RUN_CONFIG_FILE, yaml.as_bytes())?,
+        Err(_) => companions.skipped.push(SkippedFile {
+            name: RUN_CONFIG_FILE.to_owned(),
+            reason: "Megatron-Bridge has no keywords that say all of this model's config",
+        }),
+    }
     let bytes = transfers.iter().map(Transfer::bytes).sum();
     progress.begin("write", bytes);
     transfer::run(&transfers, &writer, options.convert.resources(), progress)?;
     let count = transfers.len();
     drop(transfers);
     Ok(ConvertReport {
+        family: family.name(),
         dir: writer.finish()?,
         tensors: count,
         bytes,

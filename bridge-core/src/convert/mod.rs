@@ -15,6 +15,7 @@ mod load;
 mod megatron;
 mod reshard;
 mod roundtrip;
+mod run_config;
 mod source;
 mod source_record;
 mod strided;

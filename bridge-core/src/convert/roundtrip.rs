@@ -112,6 +112,7 @@ pub fn roundtrip(
     let exported = work.path().join("exported");
     export_opened(
         &NativeCheckpoint::open(&cut)?,
+        HfConfig::load(&hf)?,
         &hf,
         &exported,
         registry,

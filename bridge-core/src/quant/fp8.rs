@@ -5,12 +5,23 @@ use half::bf16;
 /// Largest value of E4M3.
 pub(super) const MAX: f32 = 448.0;
 
-/// Writes `code * scale`, rounded to bf16, for each code.
-///
-/// Written so that the compiler turns it into vector instructions: no table, no branch.
-pub(super) fn decode(codes: &[u8], scale: f32, out: &mut [u8]) {
-    for (out, code) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
-        *out = bf16_bits(value(*code) * scale).to_le_bytes();
+/// What each code stands for under one scale, as bf16. A scale serves thousands of codes, and looking them up takes half
+/// the time of computing each, even in vector instructions.
+pub(super) struct Decoder([u16; 256]);
+
+impl Decoder {
+    /// `code * scale`, rounded to bf16, for each code.
+    pub(super) fn new(scale: f32) -> Self {
+        Self(std::array::from_fn(|code| {
+            bf16_bits(value(code as u8) * scale)
+        }))
+    }
+
+    /// Writes the values of `codes`, 2 bytes each.
+    pub(super) fn decode(&self, codes: &[u8], out: &mut [u8]) {
+        for (out, code) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
+            *out = self.0[usize::from(*code)].to_le_bytes();
+        }
     }
 }
 

@@ -66,6 +66,8 @@ impl<'a> DequantizingReader<'a> {
         let mut codes = vec![0; CHUNK.min(out.len() / 2)];
         let mut scales = vec![0; blocks * 4];
         let mut scale_row = None;
+        // Of the blocks in the row of blocks at hand that were met so far.
+        let mut decoders: Vec<Option<fp8::Decoder>> = Vec::new();
         while !out.is_empty() {
             let count = CHUNK.min(out.len() / 2);
             let codes = &mut codes[..count];
@@ -76,13 +78,18 @@ impl<'a> DequantizingReader<'a> {
                 if scale_row != Some(row / rows) {
                     self.scales.read(row / rows * blocks * 4, &mut scales)?;
                     scale_row = Some(row / rows);
+                    decoders.clear();
+                    decoders.resize_with(blocks, || None);
                 }
                 // To the end of the row or of the block, whichever comes first.
                 let run = (cols - col % cols).min(self.cols - col).min(codes.len());
-                let scale = f32::from_le_bytes(scales.as_chunks::<4>().0[col / cols]);
+                let block = col / cols;
+                let decoder = decoders[block].get_or_insert_with(|| {
+                    fp8::Decoder::new(f32::from_le_bytes(scales.as_chunks::<4>().0[block]))
+                });
                 let (now, later) = codes.split_at(run);
                 let (target, rest) = out.split_at_mut(2 * run);
-                fp8::decode(now, scale, target);
+                decoder.decode(now, target);
                 (codes, out, at) = (later, rest, at + run);
             }
         }

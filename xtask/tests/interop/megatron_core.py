@@ -1,56 +1,109 @@
 """Loads a Megatron-Core checkpoint into Megatron-Core's own GPT model on a CPU, and compares its logits with a reference.
 
     megatron_core.py available
-    megatron_core.py check CHECKPOINT HF_DIR [--tp N] [--pp N]
+    megatron_core.py names HF_DIR
+    megatron_core.py check CHECKPOINT HF_DIR [--tp N] [--pp N] [--ep N] [--resave DIR]
 
-CHECKPOINT is an iteration's folder, HF_DIR the Hugging Face folder of the same model with its `oracle.safetensors`. Dense
-models with RMSNorm, SwiGLU and plain rotary embeddings, as Llama 2, Qwen2 and Qwen3; mixtures of experts as Qwen3-MoE.
-Prints the largest difference of the logits.
+CHECKPOINT is an iteration's folder, HF_DIR the Hugging Face folder of the same model with its `oracle.safetensors`.
+`check` prints the largest difference of the logits; with `--resave` Megatron-Core also saves what it has loaded. `names`
+prints the tensors that Megatron-Core asks for, with their shapes. Exit status 3: this version has no such model.
 """
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import warnings
 
 warnings.filterwarnings("ignore")
+UNSUPPORTED = 3
+# Norms whose stored weight w scales by 1 + w, which Megatron-Core's own norms (as against Transformer Engine's) lack.
+UNIT_OFFSET = ("gemma", "nemotron")
 
 
-def build(config, args):
+def accepted(kind, fields):
+    """The fields that this version's configuration class has; those it lacks must be at their neutral value."""
+    import dataclasses
+
+    known = {field.name for field in dataclasses.fields(kind)}
+    missing = {name: value for name, value in fields.items() if name not in known and value}
+    if missing:
+        print(f"this version of Megatron-Core has no {sorted(missing)}", file=sys.stderr)
+        sys.exit(UNSUPPORTED)
+    return {name: value for name, value in fields.items() if name in known}
+
+
+def rope_of(config):
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    return rope
+
+
+def activation(name):
     import torch
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.core import parallel_state as mpu
+    from megatron.core import activations
 
-    experts = config.get("num_experts") or config.get("num_local_experts")
-    extra = {}
-    if experts:
-        extra = dict(
-            num_moe_experts=experts,
-            moe_router_topk=config["num_experts_per_tok"],
-            moe_ffn_hidden_size=config["moe_intermediate_size"],
-            moe_router_pre_softmax=not config.get("norm_topk_prob", False),
-            moe_token_dispatcher_type="allgather",
-            moe_router_load_balancing_type="none",
-        )
-    qkv_bias = config.get("attention_bias", config["model_type"] == "qwen2")
+    return {
+        "silu": torch.nn.functional.silu,
+        "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        "relu2": activations.squared_relu,
+    }[name]
+
+
+def experts_of(config):
+    """Keywords of the mixture of experts, and how many of the first layers are dense."""
+    kind = config["model_type"]
+    experts = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
+    if not experts:
+        return {}
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    sigmoid = kind in ("deepseek_v3", "glm4_moe")
+    fields = dict(
+        num_moe_experts=experts,
+        moe_router_topk=config["num_experts_per_tok"],
+        moe_ffn_hidden_size=width,
+        moe_router_load_balancing_type="none",
+        moe_router_pre_softmax=not config.get("norm_topk_prob", kind == "gpt_oss"),
+        moe_token_dispatcher_type="allgather",
+    )
+    shared = config.get("n_shared_experts")
+    if shared:
+        fields.update(moe_shared_expert_intermediate_size=shared * width)
+    if config.get("first_k_dense_replace") is not None:
+        dense = config["first_k_dense_replace"]
+        fields.update(moe_layer_freq=[int(layer >= dense) for layer in range(config["num_hidden_layers"])])
+    if config.get("routed_scaling_factor"):
+        fields.update(moe_router_topk_scaling_factor=config["routed_scaling_factor"])
+    if config.get("n_group", 1) > 1:
+        fields.update(moe_router_num_groups=config["n_group"], moe_router_group_topk=config["topk_group"])
+    if sigmoid:
+        fields.update(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
+        fields.update(moe_router_pre_softmax=False)
+    return fields
+
+
+def transformer_config(config, args):
+    import torch
+    from megatron.core.transformer import transformer_config as module
+
+    kind = config["model_type"]
     heads = config["num_attention_heads"]
-    transformer = TransformerConfig(
+    rope = rope_of(config)
+    fields = dict(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=config["num_key_value_heads"],
         kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-        normalization="RMSNorm",
-        layernorm_epsilon=config["rms_norm_eps"],
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=qkv_bias,
-        qk_layernorm=config["model_type"].startswith("qwen3"),
+        normalization="LayerNorm" if kind == "nemotron" else "RMSNorm",
+        layernorm_epsilon=config.get("rms_norm_eps") or config.get("norm_eps"),
+        gated_linear_unit=kind != "nemotron",
+        activation_func=activation(config["hidden_act"]),
+        add_bias_linear=kind == "gpt_oss",
+        add_qkv_bias=config.get("attention_bias", kind == "qwen2"),
+        qk_layernorm=kind.startswith("qwen3") or bool(config.get("use_qk_norm")),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cpu_initialization=True,
@@ -58,36 +111,151 @@ def build(config, args):
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
         tensor_model_parallel_size=args.tp,
         pipeline_model_parallel_size=args.pp,
+        expert_model_parallel_size=args.ep,
         pipeline_dtype=torch.float32,
         params_dtype=torch.float32,
-        **extra,
+        **experts_of(config),
     )
-    spec = get_gpt_layer_local_spec(
-        num_experts=experts,
-        moe_grouped_gemm=False,
-        qk_layernorm=transformer.qk_layernorm,
-        normalization="RMSNorm",
+    if config.get("sliding_window") and kind in ("mistral", "gpt_oss"):
+        fields.update(window_size=(config["sliding_window"] - 1, 0))
+    if kind == "gpt_oss":
+        from megatron.core.fusions.fused_bias_geglu import quick_gelu
+
+        fields.update(
+            activation_func=quick_gelu,
+            glu_linear_offset=1.0,
+            activation_func_clamp_value=config["swiglu_limit"],
+            softmax_type="learnable",
+            window_attn_skip_freq=2,
+        )
+    if "kv_lora_rank" not in config:
+        return module.TransformerConfig(**accepted(module.TransformerConfig, fields))
+    yarn = rope.get("rope_type") == "yarn"
+    fields.update(
+        multi_latent_attention=True,
+        qk_layernorm=True,
+        q_lora_rank=config["q_lora_rank"],
+        kv_lora_rank=config["kv_lora_rank"],
+        qk_head_dim=config["qk_nope_head_dim"],
+        qk_pos_emb_head_dim=config["qk_rope_head_dim"],
+        v_head_dim=config["v_head_dim"],
+        rope_type="yarn" if yarn else "rope",
+        rotary_base=rope["rope_theta"],
+        rotary_scaling_factor=rope.get("factor", 1.0),
+        mscale=rope.get("mscale", 1.0),
+        mscale_all_dim=rope.get("mscale_all_dim", 0.0) if yarn else 0.0,
     )
-    if experts:
-        # Training runs use Transformer Engine's layers, which leave the norm before the experts its own name.
-        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    rope = config.get("rope_parameters") or {}
-    theta = config.get("rope_theta") or rope.get("rope_theta", 10000.0)
+    if yarn:
+        fields.update(
+            original_max_position_embeddings=rope["original_max_position_embeddings"],
+            beta_fast=rope["beta_fast"],
+            beta_slow=rope["beta_slow"],
+        )
+    return module.MLATransformerConfig(**accepted(module.MLATransformerConfig, fields))
+
+
+def layer_spec(transformer):
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    layered = isinstance(getattr(transformer, "moe_layer_freq", 1), list)
+    if layered:
+        spec = gpt_layer_specs.get_gpt_decoder_block_spec(
+            transformer, use_transformer_engine=False, normalization=transformer.normalization
+        )
+        layers = spec.layer_specs
+    else:
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(
+            num_experts=transformer.num_moe_experts,
+            moe_grouped_gemm=False,
+            qk_layernorm=transformer.qk_layernorm,
+            multi_latent_attention=transformer.multi_latent_attention,
+            normalization=transformer.normalization,
+        )
+        layers = [spec]
+    for layer in layers:
+        attention = layer.submodules.self_attention.submodules
+        if transformer.multi_latent_attention:
+            attention.core_attention = latent_core_attention(attention.core_attention)
+        if "MoELayer" in str(layer.submodules.mlp):
+            # Training runs use Transformer Engine's layers, which leave the norm before the experts its own name.
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return spec
+
+
+def latent_core_attention(base):
+    """Megatron-Core's own attention takes keys and values of one width only: the same with two, in plain operations."""
+    import torch
+
+    class LatentCoreAttention(base):
+        def __init__(self, *args, k_channels=None, v_channels=None, softmax_scale=None, **kwargs):
+            super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
+            self.latent_scale = softmax_scale
+
+        def forward(self, query, key, value, attention_mask, *_args, **_kwargs):
+            # [seq, batch, heads, width] each.
+            scores = torch.einsum("sbhd,tbhd->bhst", query, key) * self.latent_scale
+            weights = scores.masked_fill(attention_mask, float("-inf")).softmax(-1)
+            mixed = torch.einsum("bhst,tbhd->sbhd", weights, value)
+            return mixed.reshape(*mixed.shape[:2], -1)
+
+    return LatentCoreAttention
+
+
+def build(config, args):
+    from megatron.core import parallel_state as mpu
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    transformer = transformer_config(config, args)
+    rope = rope_of(config)
+    kind = rope.get("rope_type")
+    yarn = kind == "yarn" and not transformer.multi_latent_attention
+    if yarn:
+        transformer.yarn_rotary_scaling_factor = rope["factor"]
+        transformer.yarn_original_max_position_embeddings = rope["original_max_position_embeddings"]
+        transformer.yarn_beta_fast = rope["beta_fast"]
+        transformer.yarn_beta_slow = rope["beta_slow"]
+        transformer.yarn_mscale = None
+        transformer.yarn_mscale_all_dim = None
+        transformer.yarn_correction_range_round_to_int = rope.get("truncate", True)
     vocab = -(-config["vocab_size"] // (16 * args.tp)) * 16 * args.tp
-    return GPTModel(
+    model = GPTModel(
         transformer,
-        spec,
+        layer_spec(transformer),
         vocab_size=vocab,
         max_sequence_length=config["max_position_embeddings"],
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=config.get("tie_word_embeddings", False),
-        position_embedding_type="rope",
-        rotary_base=theta,
+        position_embedding_type="yarn" if yarn else "rope",
+        rotary_base=rope["rope_theta"],
+        rotary_percent=rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)),
         parallel_output=False,
     )
+    if kind == "llama3":
+        # Megatron-Core's constructor takes the factor alone.
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            factor=rope["factor"],
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+            original_max_position_embeddings=rope["original_max_position_embeddings"],
+        )
+    return model
+
+
+def adapt(model, config):
+    """What Megatron-Core leaves to Transformer Engine or to a subclass."""
+    if config["model_type"] in UNIT_OFFSET:
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.data += 1
+    if config["model_type"] == "gemma" and hasattr(model, "embedding"):
+        scale = math.sqrt(config["hidden_size"])
+        model.embedding.register_forward_hook(lambda _module, _inputs, output: output * scale)
 
 
 def forward(model, ids, args):
@@ -111,34 +279,79 @@ def forward(model, ids, args):
     return output
 
 
-def rank_main(rank, args):
+def on_a_cpu():
+    """What asks for the GPU of this process gets the CPU."""
     import torch
-    from megatron.core import dist_checkpointing, tensor_parallel
-    from megatron.core import parallel_state as mpu
-    from safetensors.torch import load_file
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
-    torch.set_num_threads(1)
-    world = args.tp * args.pp
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    mpu.initialize_model_parallel(args.tp, args.pp)
-    # 0.16 names this where Transformer Engine is missing, too.
+    from megatron.core import tensor_parallel
+    from megatron.core.fusions import fused_softmax
     from megatron.core.transformer.moe import moe_utils
 
+    # 0.16 names this where Transformer Engine is missing, too.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    # What asks for the GPU of this process gets the CPU.
+    # Classes of Transformer Engine that are asked after where it is missing.
+    from megatron.core.transformer import multi_latent_attention
+
+    for name in ("TEColumnParallelLinear", "TELinear", "TENorm"):
+        if not isinstance(getattr(multi_latent_attention, name, None), type):
+            setattr(multi_latent_attention, name, type(name, (), {}))
     torch.cuda.current_device = lambda: torch.device("cpu")
     # Without dropout nothing is drawn, and the tracker's states live on a GPU.
     tracker = tensor_parallel.random.get_cuda_rng_tracker()
     type(tracker).fork = lambda *_, **__: contextlib.nullcontext()
 
+    def window_mask(rows, columns, window):
+        distance = torch.arange(columns - rows, columns)[:, None] - torch.arange(columns)[None, :]
+        return (distance < 0) | (distance > window[0])
+
+    for name in ("get_sliding_window_causal_mask",):
+        if hasattr(fused_softmax, name):
+            setattr(fused_softmax, name, window_mask)
+
+
+def collect(state, names):
+    """Keys and global shapes of the tensors in a sharded state dict, and keys of its objects."""
+    for value in state.values() if isinstance(state, dict) else state:
+        if isinstance(value, (dict, list)):
+            collect(value, names)
+        elif hasattr(value, "global_shape"):
+            is_tensor = hasattr(value, "dtype")
+            names[value.key if is_tensor else value.unique_key] = list(value.global_shape) if is_tensor else None
+
+
+def rank_main(rank, args):
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core import parallel_state as mpu
+    from safetensors.torch import load_file
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
+    torch.set_num_threads(1)
+    world = args.tp * args.pp * args.ep
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    mpu.initialize_model_parallel(args.tp, args.pp, expert_model_parallel_size=args.ep)
+    on_a_cpu()
     with open(os.path.join(args.hf, "config.json")) as file:
         config = json.load(file)
     model = build(config, args).eval()
     state = model.sharded_state_dict(prefix="")
+    if args.what == "names":
+        from megatron.core.dist_checkpointing.mapping import apply_factories
+
+        apply_factories(state)
+        names = {}
+        collect(state, names)
+        for name, shape in sorted(names.items()):
+            print(name, json.dumps(shape))
+        return
     loaded = dist_checkpointing.load(state, args.checkpoint)
     model.load_state_dict(loaded, strict=False)
+    if args.resave:
+        if rank == 0:
+            os.makedirs(args.resave)
+        torch.distributed.barrier()
+        dist_checkpointing.save(model.sharded_state_dict(prefix=""), args.resave)
+    adapt(model, config)
 
     reference = load_file(os.path.join(args.hf, "oracle.safetensors"))
     with torch.no_grad():
@@ -161,20 +374,26 @@ def main():
         print(megatron.core.__version__)
         return
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["check"])
-    parser.add_argument("checkpoint")
-    parser.add_argument("hf")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--port", type=int, default=29561)
-    parser.add_argument("--atol", type=float, default=1e-5)
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name in ("names", "check"):
+        command = commands.add_parser(name)
+        if name == "check":
+            command.add_argument("checkpoint")
+        command.add_argument("hf")
+        command.add_argument("--tp", type=int, default=1)
+        command.add_argument("--pp", type=int, default=1)
+        command.add_argument("--ep", type=int, default=1)
+        command.add_argument("--port", type=int, default=29561)
+        command.add_argument("--atol", type=float, default=1e-5)
+        command.add_argument("--resave")
     args = parser.parse_args()
-    if args.tp * args.pp == 1:
+    world = args.tp * args.pp * args.ep
+    if world == 1:
         rank_main(0, args)
         return
     import torch.multiprocessing as mp
 
-    mp.spawn(rank_main, args=(args,), nprocs=args.tp * args.pp)
+    mp.spawn(rank_main, args=(args,), nprocs=world)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,19 @@
 //! The rank layout that wrote a checkpoint shows nowhere but in how its tensors are cut into boxes, so reading needs
 //! no layout: a tensor is what its boxes add up to.
 
+mod extra_states;
+mod layer;
 mod metadata;
 mod reader;
+mod run_config;
 mod weights;
 mod writer;
 
-pub(crate) use reader::iteration_dir;
+pub(crate) use extra_states::{extra_states, stacked_dims};
+pub(crate) use reader::{RUN_CONFIG_FILE, iteration_dir};
 pub use reader::{MegatronCheckpoint, TRACKER_FILE};
+pub use run_config::{MAX_YAML_BYTES, RunConfig};
 pub use weights::{MegatronBridge, MegatronForm, layers_are_alike, megatron_weights};
-pub(crate) use weights::{extra_states, stacked_dims};
 pub use writer::{MegatronTensor, MegatronWriter, MegatronWriterOptions};
 
 #[cfg(test)]

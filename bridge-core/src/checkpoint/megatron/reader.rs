@@ -20,7 +20,7 @@ pub const TRACKER_FILE: &str = "latest_checkpointed_iteration.txt";
 const METADATA_FILE: &str = ".metadata";
 const FORMAT_FILE: &str = "metadata.json";
 /// Where Megatron-Bridge keeps the model's config.
-pub(super) const RUN_CONFIG_FILE: &str = "run_config.yaml";
+pub(crate) const RUN_CONFIG_FILE: &str = "run_config.yaml";
 /// Beginnings of the keys of what is no model weight: optimizer state, random number generators, schedules.
 const STATE_KEYS: [&str; 5] = [
     "optimizer.",
@@ -62,23 +62,50 @@ impl MegatronCheckpoint {
             problem,
         };
         let reader = FileReader::open(&path)?;
-        let limits = Limits::METADATA;
-        if reader.len() > limits.bytes as u64 {
+        let limit = Limits::METADATA.bytes;
+        if reader.len() > limit as u64 {
             return Err(refused(format!(
-                "it has {} bytes, more than the {} that are read",
+                "it has {} bytes, more than the {limit} that are read",
                 reader.len(),
-                limits.bytes
             )));
         }
         let mut bytes = vec![0; reader.len() as usize];
         reader.read_exact_at(0, &mut bytes)?;
-        let pickle = Pickle::parse(bytes, limits).map_err(refused)?;
-        let metadata = metadata::decode(&pickle).map_err(refused)?;
-        drop(pickle);
-        Self::from_metadata(dir, metadata)
+        Self::from_files(&dir, bytes, |names| {
+            let paths = names.into_iter().map(|name| {
+                let path = dir.join(&name);
+                (name, path)
+            });
+            open_files(paths.collect())
+        })
     }
 
-    fn from_metadata(dir: PathBuf, metadata: Metadata) -> Result<Self> {
+    /// Opens the checkpoint that `metadata`, the bytes of its `.metadata`, describes, wherever its files come from:
+    /// `open` is given their names, each a plain file name, and returns each with its bytes, in the same order. `place`
+    /// is what to call it in messages.
+    ///
+    /// # Errors
+    /// As [`MegatronCheckpoint::open`].
+    pub fn from_files(
+        place: &Path,
+        metadata: Vec<u8>,
+        open: impl FnOnce(Vec<String>) -> Result<Vec<(String, Box<dyn RangeReader>)>>,
+    ) -> Result<Self> {
+        let refused = |problem: String| CheckpointError::Megatron {
+            path: place.join(METADATA_FILE),
+            problem,
+        };
+        let pickle = Pickle::parse(metadata, Limits::METADATA).map_err(refused)?;
+        let metadata = metadata::decode(&pickle).map_err(refused)?;
+        drop(pickle);
+        Self::from_metadata(place.to_path_buf(), metadata, open)
+    }
+
+    fn from_metadata(
+        dir: PathBuf,
+        metadata: Metadata,
+        open: impl FnOnce(Vec<String>) -> Result<Vec<(String, Box<dyn RangeReader>)>>,
+    ) -> Result<Self> {
         let refused = |problem: String| CheckpointError::Megatron {
             path: dir.clone(),
             problem,
@@ -111,17 +138,22 @@ impl MegatronCheckpoint {
                 quote(&blob.file)
             )));
         }
+        let everything = blobs.clone().map(|(_, blob)| blob);
+        if let Some((first, second)) = overlapping(everything.chain(metadata.objects.values())) {
+            return Err(refused(format!(
+                "what begins at byte {} and at byte {} of {} overlaps",
+                first.offset, second.offset, first.file
+            )));
+        }
         let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
         for (_, blob) in blobs {
             let next = numbers.len();
             numbers.entry(&blob.file).or_insert(next);
         }
-        let mut paths: Vec<_> = numbers.iter().collect();
-        paths.sort_by_key(|(_, number)| **number);
-        let paths = paths
-            .into_iter()
-            .map(|(name, _)| ((*name).to_owned(), dir.join(name)));
-        let files = open_files(paths.collect())?;
+        let mut names: Vec<_> = numbers.iter().collect();
+        names.sort_by_key(|(_, number)| **number);
+        let names = names.into_iter().map(|(name, _)| (*name).to_owned());
+        let files = open(names.collect())?;
         let tensors: Vec<Result<StoredTensor>> = model
             .par_iter()
             .map(|tensor| {
@@ -307,6 +339,14 @@ fn open_box(
         ));
     }
     Ok((tensor.strides, tensor.offset))
+}
+
+/// Two ranges that share bytes, which no writer makes: a small file could claim to be a large one with them.
+fn overlapping<'a>(blobs: impl Iterator<Item = &'a Blob>) -> Option<(&'a Blob, &'a Blob)> {
+    let mut blobs: Vec<_> = blobs.filter(|blob| blob.len > 0).collect();
+    blobs.sort_unstable_by_key(|blob| (&blob.file, blob.offset));
+    let mut pairs = blobs.windows(2).map(|pair| (pair[0], pair[1]));
+    pairs.find(|(a, b)| a.file == b.file && a.offset.saturating_add(a.len) > b.offset)
 }
 
 /// A file name within the folder.

@@ -202,4 +202,21 @@ fn damage_is_an_error_that_names_the_file() {
         &|dir| std::fs::write(dir.join("metadata.json"), r#"{"sharded_backend": "zarr"}"#).unwrap(),
         "`zarr`",
     );
+    // The second box of a tensor lies where the first one does.
+    check(
+        &|dir| {
+            let path = dir.join(".metadata");
+            let bytes = std::fs::read(&path).unwrap();
+            let field = b"X\x06\0\0\0offsetM".as_slice();
+            let places: Vec<usize> = (0..bytes.len() - field.len())
+                .filter(|at| bytes[*at..].starts_with(field))
+                .map(|at| at + field.len())
+                .collect();
+            let mut bytes = bytes.clone();
+            let (first, second) = (places[1], places[2]);
+            bytes.copy_within(first..first + 2, second);
+            std::fs::write(path, bytes).unwrap();
+        },
+        "overlaps",
+    );
 }

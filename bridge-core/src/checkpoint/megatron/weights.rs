@@ -1,13 +1,14 @@
-//! How canonical tensors lie in a checkpoint of Megatron-Core's GPT model: one table for all families, since canonical
-//! names are the same in all of them.
+//! How canonical tensors lie in a checkpoint of Megatron-Core's models: one table for all families, since canonical names
+//! are the same in all of them.
 
 use serde_json::{Map, Value};
 
+use super::layer::Layer;
 use super::reader::MegatronCheckpoint;
 use crate::bridge::{CanonicalTensor, ModelBridge};
 use crate::config::{DecoderConfig, Ffn, HfConfig, LayerConfig, Mixer};
 use crate::error::{Error, Problems, Result};
-use crate::mapping::{Fused, WeightMap};
+use crate::mapping::WeightMap;
 
 /// What may differ between checkpoints of one model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +19,12 @@ pub struct MegatronForm {
     /// Whether the norm before a mixture of experts is called `pre_mlp_layernorm`, as Transformer Engine's layers have
     /// it, and not `mlp.linear_fc1.layer_norm`, as Megatron-Core's own have it.
     pub pre_mlp_norm: bool,
+    /// The same for the norm before a dense MLP, which Megatron-Core's own layers with latent attention call so, and
+    /// Transformer Engine's do not.
+    pub pre_dense_norm: bool,
+    /// Whether the norm of a layer with a state space belongs to the projection after it, as Transformer Engine's layers
+    /// have it.
+    pub fused_mixer_norm: bool,
     /// Whether the norms of latent attention belong to the projection after them, as Transformer Engine's layers have
     /// it.
     pub fused_latent_norms: bool,
@@ -31,6 +38,8 @@ impl MegatronForm {
         Self {
             layer_names: !layers_are_alike(config),
             pre_mlp_norm: true,
+            pre_dense_norm: false,
+            fused_mixer_norm: true,
             fused_latent_norms: true,
             mtp_layer: "mtp_model_layer",
         }
@@ -42,9 +51,18 @@ impl MegatronForm {
             let mut tensors = checkpoint.store().tensors().iter();
             tensors.any(|tensor| tensor.name.contains(part))
         };
+        let pre_dense_norm = checkpoint.store().tensors().iter().any(|tensor| {
+            let layer = tensor.name.strip_suffix(".pre_mlp_layernorm.weight");
+            layer.is_some_and(|layer| {
+                let dense = format!("{layer}.mlp.linear_fc1.weight");
+                checkpoint.store().get(&dense).is_some()
+            })
+        });
         Self {
             layer_names: checkpoint.has_layer_names(),
             pre_mlp_norm: has(".pre_mlp_layernorm."),
+            pre_dense_norm,
+            fused_mixer_norm: !has(".mixer.") || has(".mixer.in_proj.layer_norm_"),
             fused_latent_norms: !has(".self_attention.kv_layernorm."),
             mtp_layer: if has(".transformer_layer.") {
                 "transformer_layer"
@@ -67,7 +85,7 @@ impl<'a> MegatronBridge<'a> {
         Self { family, form }
     }
 
-    /// Checks that Megatron-Core's GPT model can hold the model.
+    /// Checks that a model of Megatron-Core can hold the weights.
     ///
     /// # Errors
     /// [`Error::Plan`] with everything that it cannot.
@@ -77,7 +95,7 @@ impl<'a> MegatronBridge<'a> {
             return Ok(());
         }
         let what = format!(
-            "a checkpoint of Megatron-Core's GPT model cannot hold this {} model",
+            "a Megatron-Core checkpoint cannot hold this {} model",
             self.family.name()
         );
         Err(Error::Plan { what, problems })
@@ -110,7 +128,8 @@ impl ModelBridge for MegatronBridge<'_> {
     }
 }
 
-/// Whether every layer is like every other, so that Megatron-Core stacks them.
+/// Whether every layer is like every other, so that Megatron-Core stacks them. A model of layers with one part each is
+/// built by its hybrid model, which never does.
 pub fn layers_are_alike(config: &DecoderConfig) -> bool {
     let heads = |layer: &LayerConfig| match &layer.mixer {
         Mixer::Attention(own) => own.num_key_value_heads,
@@ -122,40 +141,56 @@ pub fn layers_are_alike(config: &DecoderConfig) -> bool {
             && heads(a) == heads(b)
     };
     let width = |layer: usize| config.mlp_intermediate_size(layer);
-    config
-        .layers
-        .windows(2)
-        .enumerate()
-        .all(|(index, pair)| alike(&pair[0], &pair[1]) && width(index) == width(index + 1))
+    let pairs = config.layers.windows(2).enumerate();
+    !is_hybrid(config)
+        && pairs.into_iter().all(|(index, pair)| {
+            alike(&pair[0], &pair[1]) && width(index) == width(index + 1)
+        })
 }
 
-/// What keeps Megatron-Core's GPT model from holding a model, in words.
+/// Whether it is Megatron-Core's hybrid model that has such layers, and not its GPT model: layers of one part each, some
+/// of them state spaces.
+pub(super) fn is_hybrid(config: &DecoderConfig) -> bool {
+    let mut layers = config.layers.iter();
+    layers.any(|layer| layer.mixer == Mixer::Mamba2)
+}
+
+/// What keeps Megatron-Core's models from holding a model, in words.
 fn unsupported(config: &DecoderConfig) -> Problems {
     let mut problems = Problems::new();
+    let hybrid = is_hybrid(config);
     for (index, layer) in config.layers.iter().enumerate() {
-        if !matches!(layer.mixer, Mixer::Attention(_)) {
+        if hybrid && layer.mixer != Mixer::None && layer.ffn != Ffn::None {
             problems.push(format!(
-                "layer {index} mixes tokens by {:?}, which its GPT model has no layer for",
-                layer.mixer
+                "layer {index} has two parts, but a layer of its hybrid model, which alone has state spaces, has one"
             ));
         }
-        if !matches!(layer.ffn, Ffn::Mlp(_) | Ffn::Moe) {
+        if layer.mixer == Mixer::GatedDeltaNet {
             problems.push(format!(
-                "layer {index} has {:?} in place of an MLP, which its GPT model has no layer for",
-                layer.ffn
+                "layer {index} is a gated delta net, of whose last norm it stores the weight less one: written so, the \
+                 weight could not be had back bit for bit"
             ));
         }
     }
-    if config
-        .moe
-        .as_ref()
-        .is_some_and(|moe| moe.expert_projection_bias)
-    {
+    if config.mamba2.as_ref().is_some_and(|mamba2| mamba2.proj_bias) {
         problems.push(
-            "its experts have biases, whose place in a Megatron-Core checkpoint is not known here",
+            "its state spaces have biases on their projections, which Megatron-Core keeps in an order that depends on \
+             the number of ranks that wrote it",
         );
     }
+    if config.mamba2.as_ref().is_some_and(|mamba2| !mamba2.conv_bias) {
+        problems.push("its state spaces have convolutions without biases, and Megatron-Core's have them");
+    }
     problems
+}
+
+/// What the norm after the last layer is called.
+pub(super) fn final_norm(config: &DecoderConfig) -> &'static str {
+    if is_hybrid(config) {
+        "final_norm"
+    } else {
+        "final_layernorm"
+    }
 }
 
 /// The weight map between canonical tensors and a Megatron-Core checkpoint.
@@ -168,7 +203,10 @@ pub fn megatron_weights(config: &DecoderConfig, form: MegatronForm) -> WeightMap
             "embedding.weight",
             config.tie_word_embeddings,
         )
-        .copy("final_norm.{leaf}", "decoder.final_layernorm.{leaf}");
+        .copy(
+            "final_norm.{leaf}",
+            &format!("decoder.{}.{{leaf}}", final_norm(config)),
+        );
     if form.layer_names {
         for (index, layer) in config.layers.iter().enumerate() {
             let (own, theirs) = (format!("layers.{index}"), format!("decoder.layers.{index}"));
@@ -192,272 +230,4 @@ pub fn megatron_weights(config: &DecoderConfig, form: MegatronForm) -> WeightMap
     let layer = config.mtp_layer();
     let theirs = format!("mtp.layers.{{l}}.{}", form.mtp_layer);
     Layer::new(config, &layer, form, "mtp.{l}.layer", &theirs, false).add_to(map)
-}
-
-/// One layer, or all of them where they are stacked.
-struct Layer<'a> {
-    config: &'a DecoderConfig,
-    layer: &'a LayerConfig,
-    form: MegatronForm,
-    /// What canonical and foreign names begin with.
-    own: &'a str,
-    theirs: &'a str,
-    stacked: bool,
-}
-
-impl<'a> Layer<'a> {
-    fn new(
-        config: &'a DecoderConfig,
-        layer: &'a LayerConfig,
-        form: MegatronForm,
-        own: &'a str,
-        theirs: &'a str,
-        stacked: bool,
-    ) -> Self {
-        Self {
-            config,
-            layer,
-            form,
-            own,
-            theirs,
-            stacked,
-        }
-    }
-
-    /// A renamed tensor.
-    fn one(&self, map: WeightMap, own: &str, theirs: &str) -> WeightMap {
-        let (own, theirs) = (
-            format!("{}.{own}", self.own),
-            format!("{}.{theirs}", self.theirs),
-        );
-        if self.stacked {
-            map.fuse(Fused::new(&theirs, &[&own]))
-        } else {
-            map.copy(&own, &theirs)
-        }
-    }
-
-    /// Tensors that lie in one, along `dim` and in turns of `groups`.
-    fn fused(
-        &self,
-        map: WeightMap,
-        parts: &[String],
-        theirs: &str,
-        dim: usize,
-        groups: usize,
-    ) -> WeightMap {
-        let parts: Vec<String> = parts.iter().map(|p| format!("{}.{p}", self.own)).collect();
-        let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
-        let theirs = format!("{}.{theirs}", self.theirs);
-        map.fuse(Fused::new(&theirs, &parts).dim(dim).groups(groups))
-    }
-
-    fn add_to(&self, mut map: WeightMap) -> WeightMap {
-        for leaf in ["weight", "bias"] {
-            map = self.attention(map, leaf);
-            map = self.one(
-                map,
-                &format!("attention_output_norm.{leaf}"),
-                &format!("self_attention.linear_proj.post_layernorm.{leaf}"),
-            );
-            map = self.one(
-                map,
-                &format!("mlp_output_norm.{leaf}"),
-                &format!("mlp.linear_fc2.post_layernorm.{leaf}"),
-            );
-            let separate = self.layer.ffn == Ffn::Moe && self.form.pre_mlp_norm;
-            let norm = if separate {
-                format!("pre_mlp_layernorm.{leaf}")
-            } else {
-                format!("mlp.linear_fc1.layer_norm_{leaf}")
-            };
-            map = self.one(map, &format!("mlp_norm.{leaf}"), &norm);
-            map = match self.layer.ffn {
-                Ffn::Moe => self.experts(map, leaf),
-                _ => self.mlp(map, "mlp", "mlp", leaf),
-            };
-        }
-        self.one(
-            map,
-            "attention.sinks",
-            "self_attention.core_attention.softmax_offset",
-        )
-    }
-
-    fn attention(&self, mut map: WeightMap, leaf: &str) -> WeightMap {
-        map = self.one(
-            map,
-            &format!("attention.o_proj.{leaf}"),
-            &format!("self_attention.linear_proj.{leaf}"),
-        );
-        if self.config.mla.is_some() {
-            return self.latent_attention(map, leaf);
-        }
-        map = self.one(
-            map,
-            &format!("input_norm.{leaf}"),
-            &format!("self_attention.linear_qkv.layer_norm_{leaf}"),
-        );
-        for head in ["q", "k"] {
-            map = self.one(
-                map,
-                &format!("attention.{head}_norm.{leaf}"),
-                &format!("self_attention.{head}_layernorm.{leaf}"),
-            );
-        }
-        let names: &[&str] = if self.config.attention_output_gate {
-            &["q", "gate", "k", "v"]
-        } else {
-            &["q", "k", "v"]
-        };
-        let parts: Vec<String> = names
-            .iter()
-            .map(|name| format!("attention.{name}_proj.{leaf}"))
-            .collect();
-        let own_heads = match &self.layer.mixer {
-            Mixer::Attention(own) => own.num_key_value_heads,
-            _ => None,
-        };
-        // A turn holds the query heads of one group, then its key and value head.
-        let groups = own_heads.unwrap_or(self.config.num_key_value_heads);
-        let theirs = format!("self_attention.linear_qkv.{leaf}");
-        self.fused(map, &parts, &theirs, 0, groups)
-    }
-
-    fn latent_attention(&self, mut map: WeightMap, leaf: &str) -> WeightMap {
-        map = self.one(
-            map,
-            &format!("input_norm.{leaf}"),
-            &format!("input_layernorm.{leaf}"),
-        );
-        for (own, theirs) in [
-            ("q_proj", "linear_q_proj"),
-            ("q_a_proj", "linear_q_down_proj"),
-            ("q_b_proj", "linear_q_up_proj"),
-            ("kv_a_proj", "linear_kv_down_proj"),
-            ("kv_b_proj", "linear_kv_up_proj"),
-        ] {
-            map = self.one(
-                map,
-                &format!("attention.{own}.{leaf}"),
-                &format!("self_attention.{theirs}.{leaf}"),
-            );
-        }
-        for part in ["q", "kv"] {
-            let theirs = if self.form.fused_latent_norms {
-                format!("self_attention.linear_{part}_up_proj.layer_norm_{leaf}")
-            } else {
-                format!("self_attention.{part}_layernorm.{leaf}")
-            };
-            map = self.one(map, &format!("attention.{part}_a_norm.{leaf}"), &theirs);
-        }
-        map
-    }
-
-    fn mlp(&self, mut map: WeightMap, own: &str, theirs: &str, leaf: &str) -> WeightMap {
-        let up = format!("{own}.up_proj.{leaf}");
-        let first = format!("{theirs}.linear_fc1.{leaf}");
-        map = if self.config.gated_mlp {
-            let gate = format!("{own}.gate_proj.{leaf}");
-            self.fused(map, &[gate, up], &first, 0, 1)
-        } else {
-            self.one(map, &up, &first)
-        };
-        let down = format!("{own}.down_proj.{leaf}");
-        self.one(map, &down, &format!("{theirs}.linear_fc2.{leaf}"))
-    }
-
-    fn experts(&self, mut map: WeightMap, leaf: &str) -> WeightMap {
-        map = self.one(
-            map,
-            &format!("mlp.router.{leaf}"),
-            &format!("mlp.router.{leaf}"),
-        );
-        if leaf == "weight" {
-            map = self.one(map, "mlp.router.correction_bias", "mlp.router.expert_bias");
-            map = self.one(
-                map,
-                "mlp.shared_expert_gate.weight",
-                "mlp.shared_experts.gate_weight",
-            );
-            // [experts, rows, columns] on both sides: rows are along dim 1.
-            let up = "mlp.experts.up_proj.weight".to_owned();
-            let first = "mlp.experts.experts.linear_fc1.weight";
-            map = if self.config.gated_mlp {
-                let gate = "mlp.experts.gate_proj.weight".to_owned();
-                self.fused(map, &[gate, up], first, 1, 1)
-            } else {
-                self.one(map, &up, first)
-            };
-            map = self.one(
-                map,
-                "mlp.experts.down_proj.weight",
-                "mlp.experts.experts.linear_fc2.weight",
-            );
-        }
-        self.mlp(map, "mlp.shared_expert", "mlp.shared_experts", leaf)
-    }
-}
-
-/// The keys of the `_extra_state` objects, which hold nothing, and without which Megatron-Core does not load: one for
-/// each linear layer, and those that Transformer Engine's layers ask for besides.
-pub(crate) fn extra_states(config: &DecoderConfig, layer_names: bool) -> Vec<String> {
-    let count = config.layers.len();
-    let mut keys = Vec::new();
-    for (index, layer) in config.layers.iter().enumerate() {
-        let (prefix, at, of) = if layer_names {
-            (format!("decoder.layers.{index}"), 0, 1)
-        } else {
-            ("decoder.layers".to_owned(), index, count)
-        };
-        let mut push = |part: &str| {
-            keys.push(format!("{prefix}.{part}._extra_state/shard_{at}_{of}"));
-        };
-        push("self_attention.linear_proj");
-        push("self_attention.core_attention");
-        match &config.mla {
-            None => push("self_attention.linear_qkv"),
-            Some(mla) => {
-                push("self_attention.linear_kv_down_proj");
-                push("self_attention.linear_kv_up_proj");
-                if mla.q_lora_rank.is_some() {
-                    push("self_attention.linear_q_down_proj");
-                    push("self_attention.linear_q_up_proj");
-                } else {
-                    push("self_attention.linear_q_proj");
-                }
-            }
-        }
-        match (&layer.ffn, &config.moe) {
-            (Ffn::Moe, Some(moe)) => {
-                if moe.shared_intermediate_size.is_some() {
-                    push("mlp.shared_experts.linear_fc1");
-                    push("mlp.shared_experts.linear_fc2");
-                }
-                for linear in ["linear_fc1", "linear_fc2"] {
-                    for expert in 0..moe.num_experts {
-                        let shard = if layer_names {
-                            format!("shard_{expert}_{}", moe.num_experts)
-                        } else {
-                            format!("shard_{at}.{expert}_{of}.{}", moe.num_experts)
-                        };
-                        keys.push(format!(
-                            "{prefix}.mlp.experts.experts.{linear}._extra_state/{shard}"
-                        ));
-                    }
-                }
-            }
-            _ => {
-                push("mlp.linear_fc1");
-                push("mlp.linear_fc2");
-            }
-        }
-    }
-    keys
-}
-
-/// How many leading dims of a tensor count layers or experts.
-pub(crate) fn stacked_dims(name: &str, layer_names: bool) -> usize {
-    let layers = usize::from(!layer_names && name.starts_with("decoder.layers."));
-    layers + usize::from(name.contains(".mlp.experts.experts."))
 }

@@ -53,7 +53,17 @@ impl TorchWeights {
     }
 
     fn open_all(place: &Path, paths: Vec<(String, PathBuf)>) -> Result<BlockStore> {
-        let files = open_files(paths)?;
+        Self::from_files(place, open_files(paths)?)
+    }
+
+    /// Opens state dicts that are files of names `files[..].0` at `place`, wherever their bytes come from.
+    ///
+    /// # Errors
+    /// As [`TorchWeights::open`].
+    pub fn from_files(
+        place: &Path,
+        files: Vec<(String, Box<dyn RangeReader>)>,
+    ) -> Result<BlockStore> {
         let mut tensors: Vec<StoredTensor> = Vec::new();
         let mut holders: HashMap<String, usize> = HashMap::new();
         let mut problems = Problems::new();
