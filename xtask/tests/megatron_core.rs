@@ -1,79 +1,191 @@
-//! The checkpoints that we write for Megatron-Core are models for it: it loads them at any layout and computes the same.
+//! The checkpoints that we write for Megatron-Core are models for it: it loads them at any layout and computes the same, and
+//! what it saves of them is what we wrote.
 //!
-//! Needs a Python with megatron-core and torch: `python3`, or what `BRIDGE_TEST_PYTHON` names. Without one the test says so
-//! and passes, since nothing of this workspace depends on Python.
+//! Needs a Python with megatron-core and torch: `python3`, or what `BRIDGE_TEST_PYTHON` names. `BRIDGE_TEST_MEGATRON` may
+//! list folders with other versions of megatron-core (`pip install --no-deps --target DIR megatron-core==...`), divided as
+//! in `PATH`, which are tried as well. Without any the test says so and passes, since nothing of this workspace depends on
+//! Python.
 
 mod support;
 
-use std::path::Path;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use bridge_core::checkpoint::Checkpoint;
+use serde_json::Value;
 use support::{arg, fixture, xtask};
 
-fn script(arguments: &[&str]) -> std::io::Result<Output> {
-    let python = std::env::var_os("BRIDGE_TEST_PYTHON").unwrap_or_else(|| "python3".into());
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/megatron_core.py");
-    Command::new(python).arg(script).args(arguments).output()
+/// What the logits may differ by: the same numbers, added in another order.
+const LOGITS: f64 = 1e-5;
+
+/// A version of Megatron-Core: the folder to find it in, if it is not Python's own.
+struct Version(Option<OsString>);
+
+impl Version {
+    fn script(&self, arguments: &[&str]) -> std::io::Result<Output> {
+        let python = std::env::var_os("BRIDGE_TEST_PYTHON").unwrap_or_else(|| "python3".into());
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/megatron_core.py");
+        let mut command = Command::new(python);
+        if let Some(folder) = &self.0 {
+            command.env("PYTHONPATH", folder);
+        }
+        command.arg(script).args(arguments).output()
+    }
+
+    /// Its number, or why it cannot be imported.
+    fn number(&self) -> Result<String, String> {
+        match self.script(&["available"]) {
+            Ok(output) if output.status.success() => {
+                Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+            }
+            Ok(output) => {
+                let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                Err(said.lines().last().unwrap_or_default().to_owned())
+            }
+            Err(error) => Err(error.to_string()),
+        }
+    }
 }
 
-/// Whether Megatron-Core can be imported; says so if not.
-fn megatron_core_is_there() -> bool {
-    let missing = match script(&["available"]) {
-        Ok(output) if output.status.success() => return true,
-        Ok(output) => String::from_utf8_lossy(&output.stderr)
-            .lines()
-            .last()
-            .unwrap_or_default()
-            .to_owned(),
-        Err(error) => error.to_string(),
-    };
-    eprintln!("skipped: no Python with megatron-core ({missing}); name one in BRIDGE_TEST_PYTHON");
-    false
+/// The versions that can be imported; says which cannot.
+fn versions() -> Vec<(String, Version)> {
+    let listed = std::env::var_os("BRIDGE_TEST_MEGATRON").unwrap_or_default();
+    let folders = std::env::split_paths(&listed).map(PathBuf::into_os_string);
+    let folders = folders.filter(|folder| !folder.is_empty()).map(Some);
+    let mut found = Vec::new();
+    for version in std::iter::once(None).chain(folders).map(Version) {
+        match version.number() {
+            Ok(number) => found.push((number, version)),
+            Err(reason) => eprintln!(
+                "skipped: no megatron-core in {:?} ({reason}); name a Python with it in BRIDGE_TEST_PYTHON, or \
+                 folders with it in BRIDGE_TEST_MEGATRON",
+                version.0
+            ),
+        }
+    }
+    found
 }
+
+/// Layouts, and the families that are loaded at each. Megatron-Core ties the embeddings of pipeline stages on a GPU only.
+/// Gemma 2 and 3, OLMoE and the hybrids need parts of Megatron-Bridge, of Transformer Engine or of a GPU.
+const CASES: [(&[&str], &[&str]); 5] = [
+    (
+        &[],
+        &[
+            "llama2",
+            "llama3_2",
+            "qwen2",
+            "qwen3",
+            "mistral",
+            "gemma",
+            "nemotron",
+            "qwen3_moe",
+            "glm4_moe",
+            "gpt_oss",
+            "deepseek_v2",
+            "deepseek_v2_lite",
+            "deepseek_v3",
+            "moonlight",
+        ],
+    ),
+    (
+        &["--tp", "2"],
+        &["llama3_2", "qwen3", "qwen3_moe", "deepseek_v3"],
+    ),
+    (&["--pp", "2"], &["gpt_oss"]),
+    (&["--pp", "3"], &["llama2"]),
+    (&["--ep", "2"], &["qwen3_moe", "deepseek_v3", "gpt_oss"]),
+];
 
 #[test]
 fn megatron_core_computes_the_same_with_what_is_written_for_it() {
-    if !megatron_core_is_there() {
-        return;
-    }
     let work = tempfile::tempdir().expect("a temporary folder");
-    for (port, (family, layout)) in [
-        ("llama2", ["--tp", "1", "--pp", "1"]),
-        ("llama2", ["--tp", "2", "--pp", "1"]),
-        ("llama2", ["--tp", "1", "--pp", "3"]),
-        // Tied: Megatron-Core ties stages on a GPU only.
-        ("qwen2", ["--tp", "1", "--pp", "1"]),
-        ("qwen3", ["--tp", "2", "--pp", "1"]),
-        ("qwen3_moe", ["--tp", "1", "--pp", "1"]),
-        ("qwen3_moe", ["--tp", "2", "--pp", "1"]),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let (hf, checkpoint) = (fixture(family), work.path().join(family));
-        if !checkpoint.exists() {
-            xtask(&format!(
-                "convert --from hf:{} --to megatron:{}",
-                arg(&hf),
-                arg(&checkpoint)
-            ))
-            .ok();
+    let mut port = 29_600 + std::process::id() as usize % 2000;
+    for (number, version) in versions() {
+        for (layout, families) in CASES {
+            let mut models = Vec::new();
+            for family in families {
+                let (hf, checkpoint) = (fixture(family), work.path().join(family));
+                if !checkpoint.exists() {
+                    let (from, to) = (arg(&hf), arg(&checkpoint));
+                    xtask(&format!("convert --from hf:{from} --to megatron:{to}")).ok();
+                }
+                let saved = format!("{family}-{number}{}", layout.concat());
+                models.push(format!(
+                    "{},{},{}",
+                    checkpoint.join("iter_0000000").display(),
+                    hf.display(),
+                    work.path().join(saved).display()
+                ));
+            }
+            port += 1;
+            let port = port.to_string();
+            let mut arguments = vec!["check", "--port", &port];
+            arguments.extend(layout);
+            arguments.extend(models.iter().map(String::as_str));
+            let output = version.script(&arguments).expect("it started before");
+            let (said, errors) = (
+                String::from_utf8_lossy(&output.stdout),
+                String::from_utf8_lossy(&output.stderr),
+            );
+            assert!(
+                output.status.success(),
+                "{number} {layout:?}: {said} {errors}"
+            );
+            let results: Vec<Value> = said
+                .lines()
+                .filter_map(|line| serde_json::from_str(line).ok())
+                .collect();
+            assert_eq!(
+                results.len(),
+                families.len(),
+                "{number} {layout:?}: {said} {errors}"
+            );
+            for (result, (family, model)) in results.iter().zip(families.iter().zip(&models)) {
+                if let Some(reason) = result["unsupported"].as_str() {
+                    eprintln!("skipped: {family} with megatron-core {number} ({reason})");
+                    continue;
+                }
+                let difference = result["logits_max_abs_diff"].as_f64();
+                let difference = difference.unwrap_or(f64::INFINITY);
+                eprintln!(
+                    "megatron-core {number}, {family} {layout:?}: logits differ by {difference:.1e}"
+                );
+                assert!(
+                    difference <= LOGITS,
+                    "{number} {family} {layout:?}: {difference}"
+                );
+                let saved = model.rsplit(',').next().unwrap_or_default();
+                same_again(Path::new(saved), &fixture(family));
+            }
         }
-        let iteration = checkpoint.join("iter_0000000");
-        let port = (29_600 + port + std::process::id() as usize % 2000).to_string();
-        let mut arguments = vec![
-            "check",
-            iteration.to_str().expect("a plain path"),
-            hf.to_str().expect("a plain path"),
-            "--port",
-            &port,
-        ];
-        arguments.extend(layout);
-        let output = script(&arguments).expect("it started before");
+    }
+}
+
+/// What Megatron-Core saved converts to the Hugging Face model that it came from, bit for bit.
+#[track_caller]
+fn same_again(saved: &Path, hf: &Path) {
+    let back = saved.with_extension("back");
+    xtask(&format!(
+        "convert --from megatron:{} --hf-config {} --to hf:{}",
+        arg(saved),
+        arg(hf),
+        arg(&back)
+    ))
+    .ok();
+    let (found, expected) = (
+        Checkpoint::open(&back).expect("a checkpoint"),
+        Checkpoint::open(hf).expect("a checkpoint"),
+    );
+    assert_eq!(found.tensors().len(), expected.tensors().len());
+    for info in expected.tensors() {
+        let own = found.tensor(&info.name).expect("the same names");
         assert!(
-            output.status.success(),
-            "{family} {layout:?}: {}",
-            String::from_utf8_lossy(&output.stderr)
+            found.read(own).expect("bytes") == expected.read(info).expect("bytes"),
+            "tensor {} of {} differs",
+            info.name,
+            hf.display()
         );
     }
 }

@@ -89,8 +89,10 @@ fn main() -> ExitCode {
         Some("safetensors_header") => (headers(), bridge_core_fuzz::safetensors_header),
         Some("native_index") => (indexes(), bridge_core_fuzz::native_index),
         Some("hf_config") => (bridge_core_fuzz::hf_config_seeds(), bridge_core_fuzz::hf_config),
+        Some("run_config") => (bridge_core_fuzz::run_config_seeds(), bridge_core_fuzz::run_config),
+        Some("pickle") => (bridge_core_fuzz::pickle_seeds(), bridge_core_fuzz::pickle),
         _ => {
-            eprintln!("usage: without_engine safetensors_header|native_index|hf_config [RUNS] [SEED]");
+            eprintln!("usage: without_engine safetensors_header|native_index|hf_config|run_config|pickle [RUNS] [SEED]");
             return ExitCode::from(2);
         }
     };

@@ -4,9 +4,11 @@
 //! themselves never panic is the other half of the check.
 
 mod hf_config;
+mod run_config;
 mod torch;
 
 pub use hf_config::{hf_config, hf_config_seeds};
+pub use run_config::{run_config, run_config_seeds};
 pub use torch::{megatron_checkpoint, pickle, pickle_seeds, torch_archive};
 
 use bridge_core::checkpoint::native::{Group, NativeIndex};

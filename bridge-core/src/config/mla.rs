@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{RopeConfig, RopeScaling};
 use crate::error::Problems;
 
 /// Sizes of multi-head latent attention. A head's query and key are `qk_nope_head_dim` elements without and
@@ -29,6 +30,29 @@ impl MlaConfig {
     /// Elements of a query or key: the model's `head_dim`.
     pub fn qk_head_dim(&self) -> usize {
         self.qk_nope_head_dim.saturating_add(self.qk_rope_head_dim)
+    }
+
+    /// Factor on q.k before softmax where it is not 1 / sqrt(head width): it grows with YaRN's `mscale_all_dim`.
+    /// Source: `yarn_apply_mscale` of transformers; Megatron-Core's `MultiLatentAttention` computes the same.
+    pub fn attention_scale(&self, rope: &RopeConfig) -> Option<f64> {
+        let RopeScaling::Yarn {
+            factor,
+            mscale_all_dim: Some(all_dim),
+            ..
+        } = rope.scaling
+        else {
+            return None;
+        };
+        if all_dim == 0.0 {
+            return None;
+        }
+        let mscale = if factor > 1.0 {
+            0.1 * all_dim * factor.ln() + 1.0
+        } else {
+            1.0
+        };
+        let plain = (self.qk_head_dim() as f64).powf(-0.5);
+        Some(plain * mscale * mscale)
     }
 
     pub(super) fn problems(&self, head_dim: usize, problems: &mut Problems) {

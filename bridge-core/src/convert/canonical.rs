@@ -66,6 +66,17 @@ impl CanonicalSource for HfModel {
         target: &View,
     ) -> Result<Vec<Segment<'a>>> {
         let (_, dtype) = self.tensor(name)?;
+        // A tensor that lies in the source as it is here is read from there, by whatever view.
+        if let Some((reader, base, shift)) = self.stored_as_is(name)? {
+            let (shape, strides) = (canonical.shape().to_vec(), canonical.strides().to_vec());
+            return Ok(vec![Segment {
+                target: target.clone(),
+                source: View::from_parts(shape, strides, canonical.offset() + shift),
+                dtype,
+                reader,
+                base,
+            }]);
+        }
         let reader = CanonicalReader {
             model: self,
             name: name.to_owned(),

@@ -109,12 +109,25 @@ pub fn convert(
                 skipped_files: done.skipped_files,
             })
         }
-        ModelPlace::Hf(out) => {
-            Ok(export_opened(&model, model.hf_config().clone(), &hf, out, registry, options, progress)?.into())
-        }
-        ModelPlace::Megatron { dir: out, .. } => {
-            write_megatron(&model, model.hf_config(), &hf, out, registry, options, progress)
-        }
+        ModelPlace::Hf(out) => Ok(export_opened(
+            &model,
+            model.hf_config().clone(),
+            &hf,
+            out,
+            registry,
+            options,
+            progress,
+        )?
+        .into()),
+        ModelPlace::Megatron { dir: out, .. } => write_megatron(
+            &model,
+            model.hf_config(),
+            &hf,
+            out,
+            registry,
+            options,
+            progress,
+        ),
     }
 }
 

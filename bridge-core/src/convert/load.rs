@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::source::Source;
+use super::strided::Paired;
 use super::transfer::{Resources, Segment, SegmentReader, Transfer};
 use crate::bridge::ModelBridge;
 use crate::checkpoint::megatron::{MegatronBridge, MegatronCheckpoint, MegatronForm};
@@ -171,6 +172,30 @@ impl HfModel {
         self.transfer(index, &whole, 0).read_range(range, out)
     }
 
+    /// Where canonical tensor `name` lies in the source row by row, as one stretch of its own type: from what it is read,
+    /// the byte that elements are counted from there, and the number of its first element. `None` if it does not.
+    ///
+    /// # Errors
+    /// If the model has no such tensor.
+    pub(super) fn stored_as_is(
+        &self,
+        name: &str,
+    ) -> Result<Option<(SegmentReader<'_>, u64, usize)>> {
+        let index = self.index(name)?;
+        let tensor = &self.plan.tensors[index];
+        let whole: Vec<Range<usize>> = tensor.shape.iter().map(|extent| 0..*extent).collect();
+        let mut segments = self.transfer(index, &whole, 0).segments;
+        let (Some(segment), true) = (segments.pop(), segments.is_empty()) else {
+            return Ok(None);
+        };
+        let paired = Paired::new(&ViewPair {
+            near: segment.target,
+            far: segment.source,
+        });
+        let as_is = paired.is_run() && paired.near_offset == 0 && segment.dtype == tensor.dtype;
+        Ok(as_is.then_some((segment.reader, segment.base, paired.far_offset)))
+    }
+
     fn index(&self, name: &str) -> Result<usize> {
         self.by_name.get(name).copied().ok_or_else(|| {
             let known = self
@@ -259,17 +284,20 @@ impl HfModel {
                 near: near.clone(),
                 far: far.clone(),
             };
-            segments.extend(
-                pair.within(&tensor.shape, region)
-                    .into_iter()
-                    .map(|part| Segment {
-                        target: part.near,
-                        source: part.far,
-                        dtype,
-                        reader: reader.clone(),
-                        base,
-                    }),
-            );
+            let name = &self.plan.mapping.foreign[foreign].name;
+            for part in pair.within(&tensor.shape, region) {
+                let (source, reader, base) = match self.source.within_block(name, &part.far) {
+                    Some((file, base, view)) => (view, file.into(), base),
+                    None => (part.far, reader.clone(), base),
+                };
+                segments.push(Segment {
+                    target: part.near,
+                    source,
+                    dtype,
+                    reader,
+                    base,
+                });
+            }
         }
         Transfer {
             tensor: target,

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::bridge::ModelBridge;
-use crate::checkpoint::megatron::{MAX_YAML_BYTES, RunConfig};
+use crate::checkpoint::megatron::{MAX_YAML_BYTES, RunConfig, differences};
 use crate::checkpoint::{FileReader, RangeReader};
 use crate::config::{DecoderConfig, HfConfig};
 use crate::dtype::DType;
@@ -37,17 +37,32 @@ pub(super) fn config_of_run(path: &Path, registry: &Registry) -> Result<HfConfig
     let mut bytes = vec![0; reader.len() as usize];
     reader.read_exact_at(0, &mut bytes)?;
     let run = RunConfig::parse(&bytes).map_err(refused)?;
-    let found = registry.iter().find_map(|family| says(family, &run));
-    found.ok_or_else(|| {
-        one(
-            "no Hugging Face family here has a config that says the same; give the model's own with --hf-config"
-                .to_owned(),
-        )
-    })
+    let mut nearest: Option<(&str, Vec<String>)> = None;
+    for family in registry.iter() {
+        let Some((config, differences)) = said_by(family, &run) else {
+            continue;
+        };
+        if differences.is_empty() {
+            return Ok(config);
+        }
+        if nearest
+            .as_ref()
+            .is_none_or(|(_, least)| differences.len() < least.len())
+        {
+            nearest = Some((family.name(), differences));
+        }
+    }
+    let nearest = nearest.map(|(family, differences)| {
+        format!(" (nearest is {family}, where {})", differences.join("; "))
+    });
+    Err(one(format!(
+        "no Hugging Face family here has a config that says the same{}; give the model's own with --hf-config",
+        nearest.unwrap_or_default()
+    )))
 }
 
-/// The config in which `family` says just what `run` says, if it can.
-fn says(family: &dyn ModelBridge, run: &RunConfig) -> Option<HfConfig> {
+/// The config in which `family` says what `run` says, and in what that is something else; `None` if it has none.
+fn said_by(family: &dyn ModelBridge, run: &RunConfig) -> Option<(HfConfig, Vec<String>)> {
     let mut keys = family.hf_config(&run.model).ok()?;
     let dtype = match run.dtype {
         Some(DType::BF16) => Some("bfloat16"),
@@ -65,7 +80,10 @@ fn says(family: &dyn ModelBridge, run: &RunConfig) -> Option<HfConfig> {
         eos_token_ids: Vec::new(),
         ..again
     };
-    (without_tokens == run.model).then_some(config)
+    let differences = differences(&without_tokens, &run.model).into_iter();
+    let differences = differences
+        .map(|(key, found, expected)| format!("{key} would be {found}, and is {expected}"));
+    Some((config, differences.collect()))
 }
 
 fn parsed(mut keys: Map<String, Value>) -> Option<HfConfig> {

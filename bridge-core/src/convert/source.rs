@@ -5,7 +5,8 @@ use std::sync::Arc;
 use super::strided::{self, Paired};
 use super::transfer::SegmentReader;
 use crate::checkpoint::{
-    BlockStore, Checkpoint, CheckpointError, RangeReader, Region, StoredTensor, TensorInfo,
+    BlockStore, Checkpoint, CheckpointError, RangeReader, Region, StoredBlock, StoredTensor,
+    TensorInfo,
 };
 use crate::dtype::DType;
 use crate::mapping::{View, ViewPair};
@@ -78,10 +79,55 @@ impl Source {
             }
             Source::Blocks(store) => {
                 let tensor = store.get(name)?;
-                let reader = BlockReader { store, tensor };
+                let reader = BlockReader::new(store, tensor);
                 Some((SegmentReader::Computed(Arc::new(reader)), tensor.dtype, 0))
             }
         }
+    }
+
+    /// The elements that `view` shows of a tensor in blocks, as they lie in the file of the one block that holds all of
+    /// them, if there is one and it is stored row by row: the file, the byte that element 0 of the new view lies at,
+    /// and the view. Such elements can be copied without passing through memory.
+    pub(super) fn within_block(
+        &self,
+        name: &str,
+        view: &View,
+    ) -> Option<(&dyn RangeReader, u64, View)> {
+        let Source::Blocks(store) = self else {
+            return None;
+        };
+        let tensor = store.get(name)?;
+        let dims = view.shape().iter().zip(view.strides());
+        let last = view.offset() + dims.map(|(n, s)| n.saturating_sub(1) * s).sum::<usize>();
+        let whole = View::whole(&tensor.shape);
+        tensor.blocks.iter().find_map(|block| {
+            let start = flat(&block.region.offset, whole.strides());
+            let numel: usize = block.region.shape.iter().product();
+            if view.offset() < start || last >= start + numel {
+                return None;
+            }
+            // One stretch of the tensor, and stored as one: dims of extent 1, then at most one that is cut, then whole
+            // ones.
+            let own = View::whole(&block.region.shape);
+            let dims = block.region.shape.iter().zip(&tensor.shape);
+            let mut dims = dims.skip_while(|(own, _)| **own == 1).skip(1);
+            let in_order = own.strides() == block.strides
+                || block
+                    .region
+                    .shape
+                    .iter()
+                    .zip(own.strides().iter().zip(&block.strides))
+                    .all(|(extent, (a, b))| *extent == 1 || a == b);
+            if !in_order || !dims.all(|(own, all)| own == all) {
+                return None;
+            }
+            let shifted = View::from_parts(
+                view.shape().to_vec(),
+                view.strides().to_vec(),
+                view.offset() - start,
+            );
+            Some((store.reader(block), block.offset, shifted))
+        })
     }
 
     /// Where a tensor's bytes begin: its file and the offset in it.
@@ -102,12 +148,67 @@ impl Source {
 struct BlockReader<'a> {
     store: &'a BlockStore,
     tensor: &'a StoredTensor,
+    /// The blocks with elements, by the number of the first one.
+    spans: Vec<Span>,
+}
+
+/// Where a block lies in its tensor, whose elements are counted row by row.
+struct Span {
+    block: usize,
+    first: usize,
+    /// The largest last element of this block and of all before it.
+    reach: usize,
+}
+
+/// The number of the element at `offset`.
+fn flat(offset: &[usize], strides: &[usize]) -> usize {
+    offset
+        .iter()
+        .zip(strides)
+        .map(|(at, stride)| at * stride)
+        .sum()
 }
 
 /// Most bytes that are read together with what lies between the wanted ones.
 const SPAN_BYTES: usize = 16 << 20;
 
-impl BlockReader<'_> {
+impl<'a> BlockReader<'a> {
+    fn new(store: &'a BlockStore, tensor: &'a StoredTensor) -> Self {
+        let whole = View::whole(&tensor.shape);
+        let blocks = tensor.blocks.iter().enumerate();
+        let blocks = blocks.filter(|(_, block)| !block.region.is_empty());
+        let mut spans: Vec<Span> = blocks
+            .map(|(index, block)| {
+                let first = flat(&block.region.offset, whole.strides());
+                let extent: Vec<usize> = block.region.shape.iter().map(|n| n - 1).collect();
+                Span {
+                    block: index,
+                    first,
+                    reach: first + flat(&extent, whole.strides()),
+                }
+            })
+            .collect();
+        spans.sort_unstable_by_key(|span| span.first);
+        let mut reach = 0;
+        for span in &mut spans {
+            reach = reach.max(span.reach);
+            span.reach = reach;
+        }
+        Self {
+            store,
+            tensor,
+            spans,
+        }
+    }
+
+    /// The blocks that may hold elements `start..end`.
+    fn blocks(&self, start: usize, end: usize) -> impl Iterator<Item = &StoredBlock> {
+        let from = self.spans.partition_point(|span| span.reach < start);
+        let to = self.spans.partition_point(|span| span.first < end);
+        let spans = self.spans.get(from..to).unwrap_or_default();
+        spans.iter().map(|span| &self.tensor.blocks[span.block])
+    }
+
     /// Fills `out` with elements from number `start` on.
     fn read_elements(&self, start: u64, out: &mut [u8]) -> Result<(), CheckpointError> {
         let size = self.tensor.dtype.bytes().unwrap_or(1);
@@ -116,7 +217,7 @@ impl BlockReader<'_> {
         let strides = View::whole(shape).strides().to_vec();
         let mut scratch = Vec::new();
         for stretch in Region::of_flat_range(shape, start, end) {
-            for block in &self.tensor.blocks {
+            for block in self.blocks(start as usize, end as usize) {
                 let Some(part) = stretch.intersect(&block.region) else {
                     continue;
                 };
@@ -189,7 +290,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::checkpoint::{MemoryReader, StoredBlock};
+    use crate::checkpoint::MemoryReader;
 
     proptest! {
         /// Blocks in any order, some of them transposed, read by any range of bytes.

@@ -197,7 +197,8 @@ fn changed_blocks_get_a_scale_of_their_own_and_stay_close() {
                 QuantScheme::Fp8Block { cols, .. } => {
                     for (i, pair) in bytes.as_chunks_mut::<2>().0.iter_mut().enumerate() {
                         let scale = band.scales.as_chunks::<4>().0[i % 64 / cols];
-                        fp8::Decoder::new(f32::from_le_bytes(scale)).decode(&band.codes[i..=i], pair);
+                        fp8::Decoder::new(f32::from_le_bytes(scale))
+                            .decode(&band.codes[i..=i], pair);
                     }
                 }
                 QuantScheme::Mxfp4 => mxfp4::decode(&band.codes, &band.scales, &mut bytes),

@@ -2,7 +2,7 @@
 
 use bridge_core::DecoderConfig;
 use bridge_core::config::{
-    ConfigReader, Ffn, GroupScoring, LayerConfig, MlaConfig, MoeConfig, RopeScaling, RouterGroups,
+    ConfigReader, Ffn, GroupScoring, LayerConfig, MlaConfig, MoeConfig, RouterGroups,
 };
 use serde_json::{Value, json};
 
@@ -278,27 +278,13 @@ pub(super) fn mla(config: &mut DecoderConfig) -> &mut MlaConfig {
     })
 }
 
-/// Draws the consequences of the sizes of latent attention: the width of a head, and the scale of scores, which grows
-/// with YaRN's `mscale_all_dim` (`yarn_apply_mscale` of transformers).
+/// Draws the consequences of the sizes of latent attention: the width of a head, and the scale of scores.
+
 pub(super) fn settle_mla(config: &mut DecoderConfig) {
     let Some(mla) = &config.mla else { return };
     config.head_dim = mla.qk_head_dim();
-    config.attention_scale = None;
-    if let Some(RopeScaling::Yarn {
-        factor,
-        mscale_all_dim: Some(all_dim),
-        ..
-    }) = config.rope.as_ref().map(|rope| &rope.scaling)
-        && *all_dim != 0.0
-    {
-        let mscale = if *factor > 1.0 {
-            0.1 * all_dim * factor.ln() + 1.0
-        } else {
-            1.0
-        };
-        let plain = (config.head_dim as f64).powf(-0.5);
-        config.attention_scale = Some(plain * mscale * mscale);
-    }
+    let rope = config.rope.as_ref();
+    config.attention_scale = rope.and_then(|rope| mla.attention_scale(rope));
 }
 
 /// `q_lora_rank`: null where queries have no latent vector; 1536 where absent.

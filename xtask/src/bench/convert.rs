@@ -1,11 +1,11 @@
-//! `bench convert`: import and export against a plain copy of the same bytes.
+//! `bench convert`: a conversion there and back against a plain copy of the same bytes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use bridge_core::convert::{ExportOptions, export, import};
+use bridge_core::convert::{ExportOptions, ModelPlace, convert};
 use serde_json::{Value, json};
 
 use super::{memory, rounded, synthetic};
@@ -14,12 +14,14 @@ use crate::failure::{Blame, Failure, Result};
 use crate::flags::{byte_size, hugging_face_folder};
 use crate::report::Report;
 
-/// Times import and export, with peak memory, beside `cp` of the same bytes.
+/// Times import to a native or Megatron-Core checkpoint, and export from it, with peak memory, beside `cp` of the same
+/// bytes.
 ///
 /// The kernel is asked to finish writing before each phase, so that no phase pays for the one before.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:\n  \
     cargo xtask bench convert --synthetic 8GB --dir /data/scratch\n  \
+    cargo xtask bench convert --synthetic 8GB --megatron --dir /data/scratch\n  \
     cargo xtask bench convert --hf HuggingFaceTB/SmolLM2-135M-Instruct")]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -27,6 +29,9 @@ pub(crate) struct Args {
     /// Make the projections of the synthetic checkpoint FP8 in blocks, as DeepSeek-V3 is published.
     #[arg(long, requires = "synthetic")]
     fp8: bool,
+    /// Convert to a Megatron-Core checkpoint and back, in place of a native one.
+    #[arg(long)]
+    megatron: bool,
     /// Where to work; needs room for three more copies [default: the system's temporary folder].
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -59,27 +64,35 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         ),
     };
     let bytes = folder_bytes(&source)?;
-    let (native, back, copy) = (
-        scratch.0.join("native"),
+    let (there, back, copy) = (
+        scratch.0.join("there"),
         scratch.0.join("back"),
         scratch.0.join("copy"),
     );
+    let there = if args.megatron {
+        ModelPlace::Megatron {
+            dir: there,
+            hf_config: None,
+        }
+    } else {
+        ModelPlace::Native(there)
+    };
     let registry = bridge_models::registry();
 
     let cp_before = copy_time(&source, &copy)?;
     let progress = ConversionProgress::new()?;
-    let (import_s, import_peak) = phase(|| {
-        let _: () = drop(import(&source, &native, &registry, &options(), &progress)?);
-        Ok(())
-    })?;
-    let (export_s, export_peak) = phase(|| {
-        let how = ExportOptions {
-            convert: options(),
-            ..ExportOptions::default()
-        };
-        let _: () = drop(export(&native, &back, &registry, &how, &progress)?);
-        Ok(())
-    })?;
+    let how = ExportOptions {
+        convert: options(),
+        ..ExportOptions::default()
+    };
+    let run = |from: &ModelPlace, to: &ModelPlace| {
+        phase(|| {
+            convert(from, to, &registry, &how, &progress)?;
+            Ok(())
+        })
+    };
+    let (import_s, import_peak) = run(&ModelPlace::Hf(source.clone()), &there)?;
+    let (export_s, export_peak) = run(&there, &ModelPlace::Hf(back))?;
     drop(progress);
     let cp_after = copy_time(&source, &copy)?;
     let cp_s = cp_before.zip(cp_after).map(|(a, b)| (a + b) / 2.0);
@@ -88,6 +101,7 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         "bench": "convert",
         "bytes": bytes,
         "fp8": args.fp8,
+        "megatron": args.megatron,
         "threads": options().threads,
         "synthetic_s": made.map(|s| rounded(s, 2)),
         "cp_s": cp_s.map(|s| rounded(s, 3)),

@@ -1,12 +1,12 @@
-"""Loads a Megatron-Core checkpoint into Megatron-Core's own GPT model on a CPU, and compares its logits with a reference.
+"""Loads Megatron-Core checkpoints into Megatron-Core's own GPT model on a CPU, and compares its logits with references.
 
     megatron_core.py available
     megatron_core.py names HF_DIR
-    megatron_core.py check CHECKPOINT HF_DIR [--tp N] [--pp N] [--ep N] [--resave DIR]
+    megatron_core.py check [--tp N] [--pp N] [--ep N] CHECKPOINT,HF_DIR[,RESAVE_DIR] ...
 
-CHECKPOINT is an iteration's folder, HF_DIR the Hugging Face folder of the same model with its `oracle.safetensors`.
-`check` prints the largest difference of the logits; with `--resave` Megatron-Core also saves what it has loaded. `names`
-prints the tensors that Megatron-Core asks for, with their shapes. Exit status 3: this version has no such model.
+CHECKPOINT is an iteration's folder, HF_DIR the Hugging Face folder of the same model with its `oracle.safetensors`. `check`
+prints a line of JSON for each model: the largest difference of the logits, or why this version has no such model. Into
+RESAVE_DIR Megatron-Core saves what it has loaded. `names` prints the tensors that it asks for, with their shapes.
 """
 import argparse
 import contextlib
@@ -17,9 +17,12 @@ import sys
 import warnings
 
 warnings.filterwarnings("ignore")
-UNSUPPORTED = 3
 # Norms whose stored weight w scales by 1 + w, which Megatron-Core's own norms (as against Transformer Engine's) lack.
 UNIT_OFFSET = ("gemma", "nemotron")
+
+
+class Unsupported(Exception):
+    """This version of Megatron-Core has no such model."""
 
 
 def accepted(kind, fields):
@@ -29,8 +32,7 @@ def accepted(kind, fields):
     known = {field.name for field in dataclasses.fields(kind)}
     missing = {name: value for name, value in fields.items() if name not in known and value}
     if missing:
-        print(f"this version of Megatron-Core has no {sorted(missing)}", file=sys.stderr)
-        sys.exit(UNSUPPORTED)
+        raise Unsupported(f"its configuration has no {', '.join(sorted(missing))}")
     return {name: value for name, value in fields.items() if name in known}
 
 
@@ -42,12 +44,11 @@ def rope_of(config):
 
 def activation(name):
     import torch
-    from megatron.core import activations
 
     return {
         "silu": torch.nn.functional.silu,
         "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-        "relu2": activations.squared_relu,
+        "relu2": lambda x: torch.relu(x).square(),
     }[name]
 
 
@@ -179,9 +180,16 @@ def layer_spec(transformer):
         attention = layer.submodules.self_attention.submodules
         if transformer.multi_latent_attention:
             attention.core_attention = latent_core_attention(attention.core_attention)
+        # Names as in training runs, which use Transformer Engine's layers: norms belong to the projection after them,
+        # but for those before experts and before latent attention.
+        renamed = layer.submodules.sharded_state_dict_keys_map
         if "MoELayer" in str(layer.submodules.mlp):
-            # Training runs use Transformer Engine's layers, which leave the norm before the experts its own name.
-            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+            renamed.pop("pre_mlp_layernorm.", None)
+        else:
+            renamed["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        if transformer.multi_latent_attention:
+            for part in ("q", "kv"):
+                renamed[f"self_attention.{part}_layernorm."] = f"self_attention.linear_{part}_up_proj.layer_norm_"
     return spec
 
 
@@ -296,6 +304,7 @@ def on_a_cpu():
         if not isinstance(getattr(multi_latent_attention, name, None), type):
             setattr(multi_latent_attention, name, type(name, (), {}))
     torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda *_: None
     # Without dropout nothing is drawn, and the tracker's states live on a GPU.
     tracker = tensor_parallel.random.get_cuda_rng_tracker()
     type(tracker).fork = lambda *_, **__: contextlib.nullcontext()
@@ -319,11 +328,37 @@ def collect(state, names):
             names[value.key if is_tensor else value.unique_key] = list(value.global_shape) if is_tensor else None
 
 
-def rank_main(rank, args):
+def check(rank, args, checkpoint, hf, resave):
     import torch
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as mpu
     from safetensors.torch import load_file
+
+    with open(os.path.join(hf, "config.json")) as file:
+        config = json.load(file)
+    model = build(config, args).eval()
+    state = model.sharded_state_dict(prefix="")
+    loaded = dist_checkpointing.load(state, checkpoint)
+    model.load_state_dict(loaded, strict=False)
+    if resave:
+        if rank == 0:
+            os.makedirs(resave)
+        torch.distributed.barrier()
+        dist_checkpointing.save(model.sharded_state_dict(prefix=""), resave)
+    adapt(model, config)
+
+    reference = load_file(os.path.join(hf, "oracle.safetensors"))
+    with torch.no_grad():
+        logits = forward(model, reference["input_ids"], args)
+    if logits is None or mpu.get_tensor_model_parallel_rank() != 0:
+        return None
+    expected = reference["logits"]
+    return (logits[..., : expected.shape[-1]] - expected).abs().max().item()
+
+
+def rank_main(rank, args):
+    import torch
+    from megatron.core import parallel_state as mpu
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
     torch.set_num_threads(1)
@@ -331,39 +366,28 @@ def rank_main(rank, args):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     mpu.initialize_model_parallel(args.tp, args.pp, expert_model_parallel_size=args.ep)
     on_a_cpu()
-    with open(os.path.join(args.hf, "config.json")) as file:
-        config = json.load(file)
-    model = build(config, args).eval()
-    state = model.sharded_state_dict(prefix="")
     if args.what == "names":
         from megatron.core.dist_checkpointing.mapping import apply_factories
 
+        with open(os.path.join(args.hf, "config.json")) as file:
+            state = build(json.load(file), args).sharded_state_dict(prefix="")
         apply_factories(state)
         names = {}
         collect(state, names)
         for name, shape in sorted(names.items()):
             print(name, json.dumps(shape))
         return
-    loaded = dist_checkpointing.load(state, args.checkpoint)
-    model.load_state_dict(loaded, strict=False)
-    if args.resave:
-        if rank == 0:
-            os.makedirs(args.resave)
+    for model in args.models:
+        checkpoint, hf, resave = (model.split(",") + [None])[:3]
+        try:
+            difference = check(rank, args, checkpoint, hf, resave)
+        except Unsupported as reason:
+            if rank == 0:
+                print(json.dumps({"hf": hf, "unsupported": str(reason)}), flush=True)
+            continue
+        if difference is not None:
+            print(json.dumps({"hf": hf, "logits_max_abs_diff": difference}), flush=True)
         torch.distributed.barrier()
-        dist_checkpointing.save(model.sharded_state_dict(prefix=""), args.resave)
-    adapt(model, config)
-
-    reference = load_file(os.path.join(args.hf, "oracle.safetensors"))
-    with torch.no_grad():
-        logits = forward(model, reference["input_ids"], args)
-    if logits is not None and mpu.get_tensor_model_parallel_rank() == 0:
-        expected = reference["logits"]
-        found = logits[..., : expected.shape[-1]]
-        difference = (found - expected).abs().max().item()
-        print(json.dumps({"logits_max_abs_diff": difference}), flush=True)
-        if not difference <= args.atol:
-            sys.exit(f"logits differ by {difference}, allowed {args.atol}")
-    torch.distributed.barrier()
 
 
 def main():
@@ -377,15 +401,12 @@ def main():
     commands = parser.add_subparsers(dest="what", required=True)
     for name in ("names", "check"):
         command = commands.add_parser(name)
-        if name == "check":
-            command.add_argument("checkpoint")
-        command.add_argument("hf")
         command.add_argument("--tp", type=int, default=1)
         command.add_argument("--pp", type=int, default=1)
         command.add_argument("--ep", type=int, default=1)
         command.add_argument("--port", type=int, default=29561)
-        command.add_argument("--atol", type=float, default=1e-5)
-        command.add_argument("--resave")
+    commands.choices["names"].add_argument("hf")
+    commands.choices["check"].add_argument("models", nargs="+", metavar="CHECKPOINT,HF_DIR[,RESAVE_DIR]")
     args = parser.parse_args()
     world = args.tp * args.pp * args.ep
     if world == 1:

@@ -26,7 +26,8 @@ pub(crate) fn extra_states(config: &DecoderConfig, form: MegatronForm) -> Vec<St
         keys.layer(config, &config.mtp_layer(), &place);
     }
     keys.push(&Place::alone("decoder".to_owned()), &[final_norm(config)]);
-    keys.0.push("output_layer._extra_state/shard_0_1".to_owned());
+    keys.0
+        .push("output_layer._extra_state/shard_0_1".to_owned());
     keys.0
 }
 
@@ -119,7 +120,10 @@ impl Keys {
         if moe.shared_intermediate_size.is_some() {
             self.push(
                 place,
-                &["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"],
+                &[
+                    "mlp.shared_experts.linear_fc1",
+                    "mlp.shared_experts.linear_fc2",
+                ],
             );
         }
         let (prefix, count) = (&place.prefix, moe.num_experts);

@@ -65,7 +65,9 @@ impl<'a> Layer<'a> {
     pub(super) fn add_to(&self, mut map: WeightMap) -> WeightMap {
         for leaf in ["weight", "bias"] {
             map = match self.layer.mixer {
-                Mixer::Attention(_) if self.config.mla.is_some() => self.latent_attention(map, leaf),
+                Mixer::Attention(_) if self.config.mla.is_some() => {
+                    self.latent_attention(map, leaf)
+                }
                 Mixer::Attention(_) => self.attention(map, leaf),
                 Mixer::Mamba2 => self.mamba(map, leaf),
                 Mixer::Linear => self.one(
@@ -139,7 +141,10 @@ impl<'a> Layer<'a> {
                 format!("mamba.{own}_conv.{leaf}"),
                 format!("mixer.conv1d.{leaf}.{theirs}"),
             );
-            map = match (own.starts_with("mamba.z") || own.starts_with("mamba.dt"), leaf) {
+            map = match (
+                own.starts_with("mamba.z") || own.starts_with("mamba.dt"),
+                leaf,
+            ) {
                 (true, _) => map,
                 (false, "weight") => map.map(
                     &format!("{}.{own}", self.own),

@@ -21,8 +21,9 @@ mod weights;
 mod writer;
 
 pub(crate) use extra_states::{extra_states, stacked_dims};
-pub(crate) use reader::{RUN_CONFIG_FILE, iteration_dir};
 pub use reader::{MegatronCheckpoint, TRACKER_FILE};
+pub(crate) use reader::{RUN_CONFIG_FILE, iteration_dir};
+pub(crate) use run_config::differences;
 pub use run_config::{MAX_YAML_BYTES, RunConfig};
 pub use weights::{MegatronBridge, MegatronForm, layers_are_alike, megatron_weights};
 pub use writer::{MegatronTensor, MegatronWriter, MegatronWriterOptions};

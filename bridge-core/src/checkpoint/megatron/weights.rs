@@ -143,9 +143,9 @@ pub fn layers_are_alike(config: &DecoderConfig) -> bool {
     let width = |layer: usize| config.mlp_intermediate_size(layer);
     let pairs = config.layers.windows(2).enumerate();
     !is_hybrid(config)
-        && pairs.into_iter().all(|(index, pair)| {
-            alike(&pair[0], &pair[1]) && width(index) == width(index + 1)
-        })
+        && pairs
+            .into_iter()
+            .all(|(index, pair)| alike(&pair[0], &pair[1]) && width(index) == width(index + 1))
 }
 
 /// Whether it is Megatron-Core's hybrid model that has such layers, and not its GPT model: layers of one part each, some
@@ -172,14 +172,24 @@ fn unsupported(config: &DecoderConfig) -> Problems {
             ));
         }
     }
-    if config.mamba2.as_ref().is_some_and(|mamba2| mamba2.proj_bias) {
+    if config
+        .mamba2
+        .as_ref()
+        .is_some_and(|mamba2| mamba2.proj_bias)
+    {
         problems.push(
             "its state spaces have biases on their projections, which Megatron-Core keeps in an order that depends on \
              the number of ranks that wrote it",
         );
     }
-    if config.mamba2.as_ref().is_some_and(|mamba2| !mamba2.conv_bias) {
-        problems.push("its state spaces have convolutions without biases, and Megatron-Core's have them");
+    if config
+        .mamba2
+        .as_ref()
+        .is_some_and(|mamba2| !mamba2.conv_bias)
+    {
+        problems.push(
+            "its state spaces have convolutions without biases, and Megatron-Core's have them",
+        );
     }
     problems
 }

@@ -27,7 +27,10 @@ pub(super) fn decoder(exchange: &mut dyn Exchange, config: &mut DecoderConfig) {
     exchange.size("vocab_size", &mut config.vocab_size);
     exchange.size("seq_length", &mut config.max_position_embeddings);
     exchange.number("layernorm_epsilon", &mut config.norm.eps);
-    exchange.flag("layernorm_zero_centered_gamma", &mut config.norm.unit_offset);
+    exchange.flag(
+        "layernorm_zero_centered_gamma",
+        &mut config.norm.unit_offset,
+    );
     exchange.flag("gated_linear_unit", &mut config.gated_mlp);
     exchange.flag(
         "share_embeddings_and_output_weights",

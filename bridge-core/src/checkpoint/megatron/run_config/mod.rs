@@ -9,6 +9,7 @@ mod model;
 mod yaml;
 
 pub use model::RunConfig;
+pub(crate) use model::differences;
 pub use yaml::MAX_YAML_BYTES;
 
 #[cfg(test)]

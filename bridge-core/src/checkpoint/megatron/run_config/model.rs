@@ -31,7 +31,8 @@ const HYBRID: &str = "megatron.bridge.models.hybrid.hybrid_provider.HybridModelP
 /// Classes that set defaults alone, which their files spell out.
 const SAME_AS_GPT: [&str; 1] =
     ["megatron.bridge.models.mistral.mistral_provider.MistralModelProvider"];
-const SAME_AS_HYBRID: [&str; 1] = ["megatron.bridge.models.mamba.mamba_provider.MambaModelProvider"];
+const SAME_AS_HYBRID: [&str; 1] =
+    ["megatron.bridge.models.mamba.mamba_provider.MambaModelProvider"];
 /// Norms of queries and keys over their whole width.
 const FULL_WIDTH_SPECS: [&str; 2] = [
     "megatron.bridge.models.olmoe.olmoe_provider.olmoe_layer_spec",
@@ -175,14 +176,24 @@ fn read(reader: &mut Reader<'_>) -> RunConfig {
         Some(_) => reader.wrong("transformer_layer_spec", "a spec that is known here"),
     }
     if reader.value("experimental_attention_variant").is_some() {
-        reader.wrong("experimental_attention_variant", "nothing: no such layers are read");
+        reader.wrong(
+            "experimental_attention_variant",
+            "nothing: no such layers are read",
+        );
     }
     if reader.value("moe_latent_size").is_some() {
-        reader.wrong("moe_latent_size", "nothing: experts in a latent space are not read");
+        reader.wrong(
+            "moe_latent_size",
+            "nothing: experts in a latent space are not read",
+        );
     }
     read_rope(reader, &mut config, &target);
+    if let (Some(mla), Some(rope)) = (&config.mla, &config.rope) {
+        // Megatron-Core computes it, and passes over the keyword.
+        config.attention_scale = mla.attention_scale(rope);
+    }
     if reader.value("num_moe_experts").is_some() {
-        config.moe = Some(read_experts(reader, &config, hybrid));
+        config.moe = Some(read_experts(reader, &mut config, bias));
     }
     if gemma {
         config.embedding_scale = Some((config.hidden_size as f64).sqrt());
@@ -215,7 +226,9 @@ fn read(reader: &mut Reader<'_>) -> RunConfig {
 }
 
 fn activation(reader: &mut Reader<'_>) -> Activation {
-    let name = reader.name("activation_func").unwrap_or("torch.nn.functional.gelu");
+    let name = reader
+        .name("activation_func")
+        .unwrap_or("torch.nn.functional.gelu");
     let found = ACTIVATIONS.iter().find(|(known, _)| *known == name);
     match found {
         Some((_, activation)) => *activation,
@@ -287,6 +300,9 @@ fn read_rope(reader: &mut Reader<'_>, config: &mut DecoderConfig, target: &str) 
                 rope.scaling = RopeScaling::Linear { factor };
             }
         }
+        // Models of latent attention without scaling are stretched by nothing.
+        "yarn"
+            if config.mla.is_some() && reader.number_of("rotary_scaling_factor") == Some(1.0) => {}
         "yarn" => {
             // Latent attention has keywords of its own, without the prefix and with other defaults.
             let (prefix, factor, mscale) = match config.mla {
@@ -312,13 +328,15 @@ fn read_rope(reader: &mut Reader<'_>, config: &mut DecoderConfig, target: &str) 
     config.rope = Some(rope);
 }
 
-fn read_experts(reader: &mut Reader<'_>, config: &DecoderConfig, hybrid: bool) -> MoeConfig {
+fn read_experts(reader: &mut Reader<'_>, config: &mut DecoderConfig, bias: bool) -> MoeConfig {
     let mut moe = MoeConfig::plain();
     moe.num_experts_per_tok = 2;
     moe.intermediate_size = config.intermediate_size;
     fields::experts(reader, &mut moe);
-    moe.expert_projection_bias = config.mlp_bias;
-    moe.router.bias = config.mlp_bias;
+    moe.expert_projection_bias = bias;
+    moe.router.bias = bias;
+    // Dense layers beside such experts are not known.
+    config.mlp_bias = false;
     moe.router.score = match reader.name("moe_router_score_function") {
         None | Some("softmax") => RouterScoring::Softmax,
         Some("sigmoid") => RouterScoring::Sigmoid,
@@ -336,8 +354,7 @@ fn read_experts(reader: &mut Reader<'_>, config: &DecoderConfig, hybrid: bool) -
             RouterScoring::Softmax => GroupScoring::Max,
             RouterScoring::Sigmoid => GroupScoring::SumOfTopTwo,
         };
-        let one = n_group <= 1 && (hybrid || moe.router.score == RouterScoring::Softmax);
-        moe.router.groups = (!one).then_some(RouterGroups {
+        moe.router.groups = (n_group != 1).then_some(RouterGroups {
             n_group,
             topk_group,
             score,
@@ -348,6 +365,8 @@ fn read_experts(reader: &mut Reader<'_>, config: &DecoderConfig, hybrid: bool) -
             alpha: QUICK_GELU_GAIN,
             limit,
         });
+        // It is what quick GELU, clamped, makes of a gated unit.
+        config.activation = Activation::Silu;
     }
     moe
 }
@@ -358,7 +377,9 @@ fn read_layers(reader: &mut Reader<'_>, config: &mut DecoderConfig, target: &str
     if count > crate::config::MAX_LAYERS {
         return reader.wrong("num_layers", "a number of layers");
     }
-    let experts = flags(reader, "moe_layer_freq", count, |every, index| index % every == 0);
+    let experts = flags(reader, "moe_layer_freq", count, |every, index| {
+        index % every == 0
+    });
     let window = match reader.value("window_size") {
         None => None,
         // [tokens before the own one, tokens after it], or the number of tokens in all.
@@ -374,7 +395,9 @@ fn read_layers(reader: &mut Reader<'_>, config: &mut DecoderConfig, target: &str
     let windowed: Vec<bool> = match target {
         GEMMA2 => (0..count).map(|index| index % 2 == 0).collect(),
         GEMMA3 => {
-            let pattern = reader.value("interleaved_attn_pattern").and_then(Value::as_array);
+            let pattern = reader
+                .value("interleaved_attn_pattern")
+                .and_then(Value::as_array);
             let pattern = pattern.map(|pattern| pattern.iter().filter_map(Value::as_u64).sum());
             let period = pattern.filter(|sum| *sum > 0).unwrap_or(6) as usize;
             (1..=count).map(|number| number % period != 0).collect()
@@ -390,7 +413,11 @@ fn read_layers(reader: &mut Reader<'_>, config: &mut DecoderConfig, target: &str
             LayerConfig {
                 mixer: Mixer::Attention(AttentionLayer {
                     window: own,
-                    rope: if local { LayerRope::Local } else { LayerRope::Global },
+                    rope: if local {
+                        LayerRope::Local
+                    } else {
+                        LayerRope::Global
+                    },
                     num_key_value_heads: None,
                 }),
                 ffn: if config.moe.is_some() && experts[index] {
@@ -412,9 +439,10 @@ fn flags(
 ) -> Vec<bool> {
     match reader.value(key) {
         None => vec![true; count],
-        Some(Value::Array(list)) if list.len() == count => {
-            list.iter().map(|flag| flag.as_u64() == Some(1) || flag == &Value::Bool(true)).collect()
-        }
+        Some(Value::Array(list)) if list.len() == count => list
+            .iter()
+            .map(|flag| flag.as_u64() == Some(1) || flag == &Value::Bool(true))
+            .collect(),
         Some(Value::Number(every)) if every.as_u64().is_some_and(|every| every > 0) => {
             let every = every.as_u64().unwrap_or(1) as usize;
             (0..count).map(|index| at(every, index)).collect()
@@ -433,8 +461,11 @@ const PATTERN: [(char, fn() -> LayerConfig); 4] = [
         ffn: Ffn::None,
     }),
     ('*', || LayerConfig {
+        mixer: Mixer::Attention(AttentionLayer {
+            rope: LayerRope::None,
+            ..AttentionLayer::default()
+        }),
         ffn: Ffn::None,
-        ..LayerConfig::dense()
     }),
     ('-', || LayerConfig {
         mixer: Mixer::None,
@@ -484,7 +515,10 @@ fn write(config: &DecoderConfig, dtype: Option<DType>) -> Result<Map<String, Val
     let mut config = config.clone();
     let mut problems = Problems::new();
     let mut writer = Writer(Map::new());
-    let hybrid = config.layers.iter().any(|layer| layer.mixer == Mixer::Mamba2);
+    let hybrid = config
+        .layers
+        .iter()
+        .any(|layer| layer.mixer == Mixer::Mamba2);
     let target = match &config {
         _ if hybrid => HYBRID,
         config if config.mla.is_some() => LATENT,
@@ -500,7 +534,9 @@ fn write(config: &DecoderConfig, dtype: Option<DType>) -> Result<Map<String, Val
         NormKind::LayerNorm => "LayerNorm",
     };
     writer.set("normalization", norm);
-    let activation = ACTIVATIONS.iter().find(|(_, known)| *known == config.activation);
+    let activation = ACTIVATIONS
+        .iter()
+        .find(|(_, known)| *known == config.activation);
     let clamp = config.moe.as_ref().and_then(|moe| moe.clamped_swiglu);
     let activation = match (clamp, activation) {
         (Some(_), _) => QUICK_GELU,
@@ -510,13 +546,28 @@ fn write(config: &DecoderConfig, dtype: Option<DType>) -> Result<Map<String, Val
             ""
         }
     };
-    writer.set("activation_func", json!({"_target_": activation, "_call_": false}));
-    writer.set("add_bias_linear", config.mlp_bias);
-    writer.set("add_qkv_bias", config.attention_bias && !config.mlp_bias);
-    writer.set("qk_layernorm", config.qk_norm.is_some() || config.mla.is_some());
-    let softmax = if config.attention_sinks { "learnable" } else { "vanilla" };
+    writer.set(
+        "activation_func",
+        json!({"_target_": activation, "_call_": false}),
+    );
+    let experts = config.moe.as_ref();
+    let bias = config.mlp_bias || experts.is_some_and(|moe| moe.expert_projection_bias);
+    writer.set("add_bias_linear", bias);
+    writer.set("add_qkv_bias", config.attention_bias && !bias);
+    writer.set(
+        "qk_layernorm",
+        config.qk_norm.is_some() || config.mla.is_some(),
+    );
+    let softmax = if config.attention_sinks {
+        "learnable"
+    } else {
+        "vanilla"
+    };
     writer.set("softmax_type", softmax);
-    if let (Some(scale), false) = (config.attention_scale, target == GEMMA2) {
+    if let Some(scale) = config
+        .attention_scale
+        .filter(|_| target != GEMMA2 && target != LATENT)
+    {
         writer.set("softmax_scale", scale);
     }
     if let Some(mla) = &mut config.mla {
@@ -531,7 +582,13 @@ fn write(config: &DecoderConfig, dtype: Option<DType>) -> Result<Map<String, Val
         for (key, value) in [
             ("attn_logit_softcapping", config.attention_softcap),
             ("final_logit_softcapping", config.final_logit_softcap),
-            ("query_pre_attn_scalar", config.attention_scale.map(|scale| scale.powi(-2))),
+            (
+                "query_pre_attn_scalar",
+                config
+                    .attention_scale
+                    // The rounding undoes that of the square root.
+                    .map(|scale| (scale.powi(-2) * 1e6).round() / 1e6),
+            ),
         ] {
             writer.set(key, value);
         }
@@ -582,8 +639,8 @@ fn write(config: &DecoderConfig, dtype: Option<DType>) -> Result<Map<String, Val
     Err(problems)
 }
 
-/// The fields in which two configs differ.
-fn differences(a: &DecoderConfig, b: &DecoderConfig) -> Vec<(String, Value, Value)> {
+/// The fields in which two configs differ, with the value of each.
+pub(crate) fn differences(a: &DecoderConfig, b: &DecoderConfig) -> Vec<(String, Value, Value)> {
     let fields = |config| match serde_json::to_value(config) {
         Ok(Value::Object(fields)) => fields,
         _ => Map::new(),
@@ -591,15 +648,11 @@ fn differences(a: &DecoderConfig, b: &DecoderConfig) -> Vec<(String, Value, Valu
     let (a, b) = (fields(a), fields(b));
     let of = |fields: &Map<String, Value>, key: &str| fields.get(key).cloned().unwrap_or_default();
     let keys = b.keys().filter(|key| a.get(*key) != b.get(*key));
-    keys.map(|key| (key.clone(), of(&a, key), of(&b, key))).collect()
+    keys.map(|key| (key.clone(), of(&a, key), of(&b, key)))
+        .collect()
 }
 
-fn write_rope(
-    writer: &mut Writer,
-    config: &DecoderConfig,
-    target: &str,
-    problems: &mut Problems,
-) {
+fn write_rope(writer: &mut Writer, config: &DecoderConfig, target: &str, problems: &mut Problems) {
     let Some(rope) = &config.rope else {
         return writer.set("position_embedding_type", "none");
     };
@@ -638,10 +691,20 @@ fn write_rope(
             _,
         ) => {
             let prefix = if latent { "" } else { "yarn_" };
-            writer.set(if latent { "rope_type" } else { "position_embedding_type" }, "yarn");
+            writer.set(
+                if latent {
+                    "rope_type"
+                } else {
+                    "position_embedding_type"
+                },
+                "yarn",
+            );
             let mut set = |key: &str, value: Value| writer.set(&format!("{prefix}{key}"), value);
             set("rotary_scaling_factor", json!(factor));
-            set("original_max_position_embeddings", json!(original_max_position_embeddings));
+            set(
+                "original_max_position_embeddings",
+                json!(original_max_position_embeddings),
+            );
             set("beta_fast", json!(beta_fast));
             set("beta_slow", json!(beta_slow));
             set("mscale", json!(mscale));
@@ -681,7 +744,8 @@ fn write_experts(writer: &mut Writer, config: &DecoderConfig, moe: &MoeConfig) {
 }
 
 fn write_layers(writer: &mut Writer, config: &DecoderConfig, target: &str) {
-    let of = |test: &dyn Fn(&LayerConfig) -> bool| config.layers.iter().map(test).collect::<Vec<_>>();
+    let of =
+        |test: &dyn Fn(&LayerConfig) -> bool| config.layers.iter().map(test).collect::<Vec<_>>();
     let experts = of(&|layer| layer.ffn == Ffn::Moe);
     if config.moe.is_some() && experts.contains(&false) {
         let flags: Vec<u8> = experts.iter().map(|flag| u8::from(*flag)).collect();
@@ -697,7 +761,10 @@ fn write_layers(writer: &mut Writer, config: &DecoderConfig, target: &str) {
     };
     if target == GEMMA3 {
         writer.set("window_size", window);
-        let full = config.layers.iter().position(|layer| window_of(layer).is_none());
+        let full = config
+            .layers
+            .iter()
+            .position(|layer| window_of(layer).is_none());
         writer.set("interleaved_attn_pattern", json!([full.unwrap_or(5), 1]));
         return;
     }

@@ -35,7 +35,10 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Value, String> {
         let took = builder.take(event);
         took.map_err(|problem| format!("{problem}, at line {line}"))?;
     }
-    builder.document.map(|node| node.value).ok_or_else(|| "it is empty".to_owned())
+    builder
+        .document
+        .map(|node| node.value)
+        .ok_or_else(|| "it is empty".to_owned())
 }
 
 /// A value with what it counts for.
@@ -194,7 +197,10 @@ impl Builder {
 }
 
 fn refused_tag(tag: &Tag) -> String {
-    format!("tag {} is not one that is read", quote(&format!("{}{}", tag.handle, tag.suffix)))
+    format!(
+        "tag {} is not one that is read",
+        quote(&format!("{}{}", tag.handle, tag.suffix))
+    )
 }
 
 /// What a scalar stands for: where it is in no quotes, null, a flag or a finite number if it is spelt like one.
@@ -218,7 +224,10 @@ fn scalar_value(text: &str, style: ScalarStyle) -> Value {
     if let Ok(number) = text.parse::<i64>() {
         return number.into();
     }
-    let number = text.parse::<f64>().ok().and_then(serde_json::Number::from_f64);
+    let number = text
+        .parse::<f64>()
+        .ok()
+        .and_then(serde_json::Number::from_f64);
     number.map_or_else(|| text.into(), Value::Number)
 }
 
@@ -233,7 +242,12 @@ fn block(value: &Value, indent: usize, out: &mut String) {
     match value {
         Value::Object(map) if !map.is_empty() => {
             for (key, value) in map {
-                push_line(indent, &format!("{}:", scalar(&Value::from(key.as_str()))), value, out);
+                push_line(
+                    indent,
+                    &format!("{}:", scalar(&Value::from(key.as_str()))),
+                    value,
+                    out,
+                );
             }
         }
         Value::Array(items) if !items.is_empty() => {
@@ -275,7 +289,11 @@ fn scalar(value: &Value) -> String {
             match text.split_once('e') {
                 Some((digits, exponent)) => {
                     let point = if digits.contains('.') { "" } else { ".0" };
-                    let sign = if exponent.starts_with('-') { "" } else { "+" };
+                    let sign = if exponent.starts_with(['-', '+']) {
+                        ""
+                    } else {
+                        "+"
+                    };
                     format!("{digits}{point}e{sign}{exponent}")
                 }
                 None => text,
@@ -288,7 +306,9 @@ fn scalar(value: &Value) -> String {
 
 fn is_plain(text: &str) -> bool {
     let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.');
-    let reserved = ["y", "n", "yes", "no", "on", "off", "true", "false", "null", "inf", "nan"];
+    let reserved = [
+        "y", "n", "yes", "no", "on", "off", "true", "false", "null", "inf", "nan",
+    ];
     text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
         && text.chars().all(word)
         && !reserved.contains(&text.to_ascii_lowercase().as_str())
