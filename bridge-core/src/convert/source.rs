@@ -333,6 +333,23 @@ mod tests {
             reader.read_exact_at(from as u64, &mut found).unwrap();
             prop_assert_eq!(&found, &whole[from..to]);
             prop_assert!(reader.read_exact_at(whole.len() as u64, &mut [0]).is_err());
+            // Some rows, seen across: found in the file where one block in order holds them.
+            let (first, last) = (cut / 2, (cut / 2 + 1 + from % 3).min(rows));
+            let view = View::whole(&[rows, cols, depth]).slice(0, first..last).unwrap();
+            let view = view.transpose(1, 2).unwrap();
+            let found = source.within_block("t", &view);
+            let in_one = [(0, cut), (cut, rows)].map(|(start, end)| first >= start && last <= end);
+            // Blocks were made in the order of `transposed`: the one from `cut` on comes first.
+            if (in_one[0] && !transposed[1]) || (in_one[1] && !transposed[0]) {
+                prop_assert!(found.is_some());
+            }
+            if let Some((reader, base, own)) = found {
+                for (here, there) in view.offsets().zip(own.offsets()) {
+                    let mut bytes = [0; 2];
+                    reader.read_exact_at(base + 2 * there as u64, &mut bytes).unwrap();
+                    prop_assert_eq!(bytes, element(here));
+                }
+            }
         }
     }
 }

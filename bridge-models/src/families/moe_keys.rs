@@ -279,7 +279,6 @@ pub(super) fn mla(config: &mut DecoderConfig) -> &mut MlaConfig {
 }
 
 /// Draws the consequences of the sizes of latent attention: the width of a head, and the scale of scores.
-
 pub(super) fn settle_mla(config: &mut DecoderConfig) {
     let Some(mla) = &config.mla else { return };
     config.head_dim = mla.qk_head_dim();
