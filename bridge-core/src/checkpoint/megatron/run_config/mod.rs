@@ -6,6 +6,8 @@
 
 mod fields;
 mod model;
+mod read;
+mod write;
 mod yaml;
 
 pub use model::RunConfig;
