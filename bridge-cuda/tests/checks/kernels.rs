@@ -50,9 +50,17 @@ fn linear<B: Ops>(c: &mut Context<B>) {
             B::linear_accumulate_weight_grad(x.clone(), dy.clone(), GradSlot::Sum(first.clone())),
         );
         let junk = c.float32(seed + 40, &[out, shape[2]]);
+        let narrow = GradSlot::Stale(B::cast(junk.clone(), c.dtype));
         c.push(
             "dw over stale",
-            B::linear_accumulate_weight_grad(x, dy.clone(), GradSlot::Stale(junk)),
+            B::linear_accumulate_weight_grad(x.clone(), dy.clone(), GradSlot::Stale(junk)),
+        );
+        let narrow = B::linear_accumulate_weight_grad(x.clone(), dy.clone(), narrow);
+        assert_eq!(narrow.dtype(), c.dtype);
+        c.push("narrow dw", narrow.clone());
+        c.push(
+            "narrow dw added",
+            B::linear_accumulate_weight_grad(x, dy.clone(), GradSlot::Sum(narrow)),
         );
         c.push("dw unchanged", first);
         let sum = B::linear_accumulate_bias_grad(dy.clone(), GradSlot::Empty);
@@ -75,7 +83,14 @@ fn embedding<B: Ops>(c: &mut Context<B>) {
         c.push("gradient", sum.clone());
         c.push(
             "gradient added",
-            B::embedding_accumulate_grad(ids, dy, vocab, GradSlot::Sum(sum)),
+            B::embedding_accumulate_grad(ids.clone(), dy.clone(), vocab, GradSlot::Sum(sum)),
+        );
+        let narrow = GradSlot::Stale(c.float(seed + 3, &[vocab, hidden]));
+        let narrow = B::embedding_accumulate_grad(ids.clone(), dy.clone(), vocab, narrow);
+        assert_eq!(narrow.dtype(), dtype);
+        c.push(
+            "narrow gradient added",
+            B::embedding_accumulate_grad(ids, dy, vocab, GradSlot::Sum(narrow)),
         );
     }
 }
@@ -278,7 +293,7 @@ fn adamw_many<B: Ops>(c: &mut Context<B>) {
     };
     // One larger than a block's share; some that no vector fits in.
     let shapes = [vec![300, 257], vec![7], vec![2], vec![64, 128]];
-    for halves in [false, true] {
+    for (halves, kept) in [(false, DType::F32), (true, DType::F32), (true, DType::BF16)] {
         let tensors = (0u64..)
             .zip(&shapes)
             .map(|(i, shape)| {
@@ -293,8 +308,8 @@ fn adamw_many<B: Ops>(c: &mut Context<B>) {
                 };
                 AdamWTensors {
                     master,
-                    grad: Some(c.float32(280 + i, shape)),
-                    m: c.float32(300 + i, shape),
+                    grad: Some(B::cast(c.float32(280 + i, shape), kept)),
+                    m: B::cast(c.float32(300 + i, shape), kept),
                     v: B::mul(v.clone(), v),
                     copy,
                 }
@@ -311,16 +326,26 @@ fn adamw_many<B: Ops>(c: &mut Context<B>) {
                 tensors.master
             };
             c.push("weight", weight);
-            c.push("m", tensors.m);
-            c.push("v", tensors.v);
+            assert_eq!(tensors.m.dtype(), kept);
+            if kept == DType::F32 {
+                c.push("m", tensors.m);
+                c.push("v", tensors.v);
+            } else {
+                // As with the copy: what matters is that a rounded mean is near.
+                let m = B::scale(B::cast(tensors.m, DType::F32), 1e-3);
+                c.push("m and v", B::add(m, tensors.v));
+            }
         }
     }
     let grads: Vec<_> = (0u64..)
         .zip(&shapes)
         .map(|(i, s)| c.float32(310 + i, s))
         .collect();
+    let narrow = grads.iter().map(|x| B::cast(x.clone(), DType::BF16));
+    let narrow = B::sum_squares_many(narrow.collect());
     let sums = B::sum_squares_many(grads);
     c.push("norm", B::float_sum(sums));
+    c.push("norm of narrow numbers", B::float_sum(narrow));
 }
 
 fn adamw<B: Ops>(c: &mut Context<B>) {
