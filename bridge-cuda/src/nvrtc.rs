@@ -53,6 +53,7 @@ pub const SOURCES: &[(&str, &str)] = &[
     ("l2_norm", include_str!("../kernels/l2_norm.cu")),
     ("layer_norm", include_str!("../kernels/layer_norm.cu")),
     ("matmul_int", include_str!("../kernels/matmul_int.cu")),
+    ("normal_region", include_str!("../kernels/normal_region.cu")),
     ("random", include_str!("../kernels/random.cu")),
     ("reduce", include_str!("../kernels/reduce.cu")),
     ("rms_norm", include_str!("../kernels/rms_norm.cu")),

@@ -4,7 +4,7 @@ use crate::device::Argument;
 use crate::tensor::CudaTensor;
 
 /// Most dimensions, after merging, that kernels on strided operands take.
-const MAX_RANK: usize = 8;
+pub(crate) const MAX_RANK: usize = 8;
 /// Most operands.
 const MAX_VIEWS: usize = 4;
 

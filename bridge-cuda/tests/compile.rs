@@ -56,8 +56,8 @@ fn variants(file: &str) -> Vec<Vec<(&'static str, &'static str)>> {
     };
     match file {
         "adamw" => vec![
-            vec![("PARAM", "float"), ("GRAD", "float")],
-            vec![("PARAM", "bf16"), ("GRAD", "bf16")],
+            vec![("PARAM", "float"), ("GRAD", "float"), ("MEAN", "float")],
+            vec![("PARAM", "bf16"), ("GRAD", "bf16"), ("MEAN", "bf16")],
         ],
         "attention" => vec![
             attention("64"),

@@ -8,8 +8,8 @@ use crate::primitive::{Float, to_dtype, to_f32};
 /// The buffer that a kernel adds a weight gradient to, in the state the kernel finds it.
 ///
 /// It is fp32, and so is what a kernel returns. Only kernels that say so are given a narrower one (see
-/// [`Param::set_grad_dtype`](crate::Param::set_grad_dtype)): they sum in fp32 all the same, round once, and return a
-/// gradient of the buffer's dtype.
+/// [`Param::set_grad_dtype`](crate::Param::set_grad_dtype)): they sum in fp32 all the same, round what they add up, and
+/// return a gradient of the buffer's dtype.
 ///
 /// A training step clears the gradients of the step before it. Keeping the buffers and overwriting them, rather than
 /// freeing and allocating them anew, matters on a CPU: fresh memory costs a page fault per 4 KiB.
@@ -39,13 +39,16 @@ impl<B: Ops> GradSlot<B> {
     pub fn rounded_once(self, kernel: impl FnOnce(Self) -> Float<B>) -> Float<B> {
         match self.dtype() {
             DType::F32 => kernel(self),
-            dtype => to_dtype::<B>(
-                kernel(match self {
-                    Self::Sum(sum) => Self::Sum(to_f32::<B>(sum)),
-                    Self::Empty | Self::Stale(_) => Self::Empty,
-                }),
-                dtype,
-            ),
+            dtype => to_dtype::<B>(kernel(self.widened()), dtype),
+        }
+    }
+
+    /// The slot for an fp32 sum that goes on from what is here.
+    pub fn widened(self) -> Self {
+        match self {
+            Self::Sum(sum) => Self::Sum(to_f32::<B>(sum)),
+            Self::Stale(buffer) if buffer.dtype() == DType::F32 => Self::Stale(buffer),
+            Self::Empty | Self::Stale(_) => Self::Empty,
         }
     }
 

@@ -62,6 +62,7 @@ mod tape;
 mod time_step;
 
 pub mod cpu;
+pub mod random;
 
 /// Portable bodies of kernels of [`Ops`], for an override to fall back to where it does not cover the dtype or the sizes.
 pub mod portable {

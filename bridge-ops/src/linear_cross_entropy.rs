@@ -30,7 +30,7 @@ use crate::tape::{Tape, Var};
 pub struct LossGradRequest<B: Ops> {
     /// Whether the input's gradient is wanted.
     pub input: bool,
-    /// Where the weight's gradient goes, if it is wanted.
+    /// Where the weight's gradient goes, if it is wanted, of any dtype.
     pub weight: Option<GradSlot<B>>,
 }
 
@@ -39,7 +39,7 @@ pub struct LossGradRequest<B: Ops> {
 pub struct LossGrads<B: Ops> {
     /// [tokens, h] in the dtype of the input.
     pub input: Option<Float<B>>,
-    /// [vocab, h] fp32, what the slot held included.
+    /// [vocab, h] in the slot's dtype, what the slot held included.
     pub weight: Option<Float<B>>,
 }
 
@@ -134,7 +134,7 @@ fn with_slot<B: Ops, R>(
         return (result, grads.input);
     }
     let mut outcome = None;
-    param.accumulate_with(|slot| {
+    param.accumulate_in_dtype_with(|slot| {
         let (result, grads) = kernel(LossGradRequest {
             input,
             weight: Some(slot),
@@ -253,7 +253,8 @@ fn by_piece<B: Ops>(
     request: LossGradRequest<B>,
 ) -> (Option<CrossEntropyOutput<B>>, LossGrads<B>) {
     let dtype = x.dtype();
-    let mut slot = request.weight;
+    let kept = request.weight.as_ref().map_or(DType::F32, GradSlot::dtype);
+    let mut slot = request.weight.map(GradSlot::widened);
     let (mut dx, mut loss, mut lse) = (Vec::new(), Vec::new(), Vec::new());
     for piece in pieces(dims(&x)[0], dims(&weight)[0]) {
         let x = rows::<B>(&x, piece.clone());
@@ -289,10 +290,10 @@ fn by_piece<B: Ops>(
             .input
             .then(|| to_dtype::<B>(joined::<B, 2>(dx), dtype)),
         weight: slot.map(|slot| match slot {
-            GradSlot::Sum(grad) => grad,
+            GradSlot::Sum(grad) => to_dtype::<B>(grad, kept),
             GradSlot::Empty | GradSlot::Stale(_) => {
                 let device = B::float_device(&weight);
-                B::float_zeros(weight.shape(), &device, DType::F32.into())
+                B::float_zeros(weight.shape(), &device, kept.into())
             }
         }),
     };

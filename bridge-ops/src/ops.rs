@@ -1,5 +1,7 @@
 //! The kernel trait. Maths, gradients and tests of each method are in the file named after it.
 
+use std::ops::Range;
+
 use burn_backend::{Backend, DType};
 
 use crate::activation::{self, Activation};
@@ -22,6 +24,7 @@ use crate::moe::{
     ExpertOffsets, RouterOutput, RouterSpec, SortedExperts, grouped_linear, permute, router,
 };
 use crate::primitive::{self, Float, Int};
+use crate::random;
 use crate::reduce;
 use crate::rms_norm::{self, NormSpec};
 use crate::rotary::{self, RotaryDirection, RotaryStyle};
@@ -437,6 +440,19 @@ pub trait Ops: Backend {
     /// Converts to another float dtype, rounding to nearest even.
     fn cast(x: Float<Self>, dtype: DType) -> Float<Self> {
         primitive::to_dtype::<Self>(x, dtype)
+    }
+
+    /// The part within `ranges` (one per dimension) of a tensor of `shape` whose elements are, in row-major order, the
+    /// [normal sequence](crate::random::normal) of `key` with deviation `std`; fp32. A device that draws the numbers
+    /// itself may round some differently in the last bit.
+    fn normal_region(
+        key: u64,
+        std: f64,
+        shape: &[usize],
+        ranges: &[Range<usize>],
+        device: &Self::Device,
+    ) -> Float<Self> {
+        random::portable_normal_region::<Self>(key, std, shape, ranges, device)
     }
 
     /// The sum of the squares of all elements, `[1]` fp32.

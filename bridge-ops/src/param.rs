@@ -304,8 +304,9 @@ impl<B: Ops> Param<B> {
     }
 
     /// Keeps the gradient in `dtype` from now on, fp32 or narrower. Each micro-batch's part is summed in fp32 and the new
-    /// sum rounded once, so that a step of one micro-batch rounds once in all. A gradient already in the slot is
-    /// converted.
+    /// sum rounded once, so that a step of one micro-batch rounds once in all; only the fused
+    /// [head and loss](crate::linear_cross_entropy) may round for each piece of its tokens. A gradient already in the slot
+    /// is converted.
     pub fn set_grad_dtype(&self, dtype: DType) {
         let mut state = self.state();
         state.grad_dtype = dtype;

@@ -233,6 +233,7 @@ pub(super) fn linear_grads(
     let dx = request
         .input
         .then(|| CudaTensor::empty(x.gpu(), &[tokens, hidden], x.dtype()));
+    let kept = request.weight.as_ref().map_or(DType::F32, GradSlot::dtype);
     let mut slot = request.weight.map(|slot| {
         let (sum, accumulate) = open_slot(slot, &x, &[vocab, hidden]);
         if accumulate {
@@ -278,7 +279,7 @@ pub(super) fn linear_grads(
             GradSlot::Sum(sum) => sum,
             // No tokens, so nothing was written.
             GradSlot::Stale(_) | GradSlot::Empty => {
-                CudaTensor::zeros(x.gpu(), &[vocab, hidden], DType::F32)
+                CudaTensor::zeros(x.gpu(), &[vocab, hidden], kept)
             }
         }),
     };

@@ -13,9 +13,12 @@ mod gated_delta_rule;
 mod gated_norm;
 mod linear;
 mod norm;
+mod random;
 mod rotary;
 mod ssd_scan;
 mod time_step;
+
+use std::ops::Range;
 
 use bridge_ops::{
     Activation, AdamWStep, AdamWTensors, AttentionGrads, AttentionOutput, AttentionRule, ConvGrads,
@@ -26,7 +29,9 @@ use bridge_ops::{
 use burn_backend::DType;
 
 use crate::backend::Cuda;
+use crate::device::Gpu;
 use crate::elementwise::cast;
+use crate::error::OrPanic;
 use crate::tensor::CudaTensor;
 
 pub use attention::{
@@ -245,6 +250,16 @@ impl Ops for Cuda {
 
     fn cast(x: CudaTensor, dtype: DType) -> CudaTensor {
         cast(x, dtype)
+    }
+
+    fn normal_region(
+        key: u64,
+        std: f64,
+        shape: &[usize],
+        ranges: &[Range<usize>],
+        device: &Self::Device,
+    ) -> CudaTensor {
+        random::normal_region(Gpu::get(device.ordinal).or_panic(), key, std, shape, ranges)
     }
 
     fn sum_squares(x: CudaTensor) -> CudaTensor {

@@ -22,6 +22,7 @@ pub(crate) fn groups() -> Vec<Group> {
         group!(linear_cross_entropy, FLOATS),
         group!(adamw_many, &[DType::F32]),
         group!(adamw, &[DType::F32]),
+        group!(normal_region, &[DType::F32]),
         group!(sum_squares, FLOATS),
     ]
 }
@@ -362,6 +363,17 @@ fn adamw<B: Ops>(c: &mut Context<B>) {
         c.push("param", param);
         c.push("m", m);
         c.push("v", v);
+    }
+}
+
+fn normal_region<B: Ops>(c: &mut Context<B>) {
+    for (key, shape, ranges) in [
+        (1, vec![300, 41], vec![0..300, 0..41]),
+        (2, vec![7, 30, 11], vec![2..5, 1..30, 3..4]),
+        (3, vec![5], vec![3..3]),
+    ] {
+        let part = B::normal_region(key, 0.3, &shape, &ranges, &c.device);
+        c.push("normal", part);
     }
 }
 

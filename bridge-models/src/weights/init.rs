@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use bridge_ops::{Float, Ops, float_from_vec};
-use rayon::prelude::*;
+use bridge_ops::{Float, Ops, float_from_vec, random};
 use serde::{Deserialize, Serialize};
 
 use super::{ParamRole, WeightSource};
@@ -81,8 +80,10 @@ impl RandomInit {
                 let step = 0.001 * 100f64.powf(u);
                 step + (-(-step).exp_m1()).ln()
             }),
-            ParamRole::Embedding | ParamRole::Matrix => normal(self.key(name), self.std, range),
-            ParamRole::OutputProjection => normal(self.key(name), self.output_std, range),
+            role @ (ParamRole::Embedding | ParamRole::Matrix | ParamRole::OutputProjection) => {
+                let std = self.deviation(role).unwrap_or(self.std);
+                random::normal(self.key(name), std, range)
+            }
         }
     }
 
@@ -95,34 +96,17 @@ impl RandomInit {
     ) -> Vec<f32> {
         let key = self.key(name);
         range
-            .map(|index| f(uniform(key, index as u64)) as f32)
+            .map(|index| f(random::uniform(key, index as u64)) as f32)
             .collect()
     }
 
-    /// The elements of a weight within `ranges`, one per dimension, in row-major order.
-    fn region(&self, name: &str, shape: &[usize], ranges: &[Range<usize>]) -> Vec<f32> {
-        // Dimensions from `split` on are whole, so what lies in one index of the dimensions before is one run.
-        let whole = |dim: &usize| ranges[*dim] == (0..shape[*dim]);
-        let split = shape.len() - (0..shape.len()).rev().take_while(whole).count();
-        let Some(cut) = split.checked_sub(1) else {
-            return self.elements(name, shape, 0..shape.iter().product());
-        };
-        let inner: usize = shape[split..].iter().product();
-        let outer = ranges[..cut].iter().map(Range::len).product::<usize>();
-        let mut values = Vec::with_capacity(ranges.iter().map(Range::len).product());
-        for index in 0..outer {
-            // The index of this run in the dimensions before `cut`, from the last one up.
-            let (mut rest, mut row, mut stride) = (index, 0, 1);
-            for dim in (0..cut).rev() {
-                row += (ranges[dim].start + rest % ranges[dim].len()) * stride;
-                rest /= ranges[dim].len();
-                stride *= shape[dim];
-            }
-            let start = (row * shape[cut] + ranges[cut].start) * inner;
-            let run = start..start + ranges[cut].len() * inner;
-            values.extend(self.elements(name, shape, run));
+    /// The standard deviation of the weight called `name`, if it is normal.
+    fn deviation(&self, role: ParamRole) -> Option<f64> {
+        match role {
+            ParamRole::Embedding | ParamRole::Matrix => Some(self.std),
+            ParamRole::OutputProjection => Some(self.output_std),
+            _ => None,
         }
-        values
     }
 
     fn key(&self, name: &str) -> u64 {
@@ -130,14 +114,14 @@ impl RandomInit {
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
         });
-        mix(hash ^ mix(self.seed))
+        random::mix(hash ^ random::mix(self.seed))
     }
 }
 
 impl<B: Ops> WeightSource<B> for RandomInit {
     fn weight(&mut self, name: &str, shape: &[usize], device: &B::Device) -> Result<Float<B>> {
-        let values = self.elements(name, shape, 0..shape.iter().product());
-        Ok(float_from_vec::<B>(values, shape, device))
+        let whole: Vec<Range<usize>> = shape.iter().map(|extent| 0..*extent).collect();
+        WeightSource::<B>::slice(self, name, shape, &whole, device)
     }
 
     fn slice(
@@ -147,57 +131,16 @@ impl<B: Ops> WeightSource<B> for RandomInit {
         ranges: &[Range<usize>],
         device: &B::Device,
     ) -> Result<Float<B>> {
+        if let Some(std) = self.deviation(ParamRole::of(name, shape)) {
+            // Where the device can draw them, nothing is sent to it.
+            return Ok(B::normal_region(self.key(name), std, shape, ranges, device));
+        }
         let held: Vec<usize> = ranges.iter().map(Range::len).collect();
-        let values = self.region(name, shape, ranges);
+        let values = (random::runs(shape, ranges).into_iter())
+            .flat_map(|run| self.elements(name, shape, run))
+            .collect();
         Ok(float_from_vec::<B>(values, &held, device))
     }
-}
-
-/// Numbers `range` of the normal sequence with `key`: number `i` comes from the pair `i / 2` of uniform numbers by
-/// the method of Box and Muller, the cosine for even `i` and the sine for odd.
-fn normal(key: u64, std: f64, range: std::ops::Range<usize>) -> Vec<f32> {
-    // Whole pairs are computed in parallel; a range that cuts a pair takes its half.
-    const CHUNK: usize = 1 << 14;
-    let first = range.start & !1;
-    let mut values = vec![0.0f32; range.end - first];
-    values
-        .par_chunks_mut(CHUNK)
-        .enumerate()
-        .for_each(|(chunk, values)| {
-            let pair = (first + chunk * CHUNK) / 2;
-            for (index, out) in values.chunks_mut(2).enumerate() {
-                let (cos, sin) = normal_pair(key, (pair + index) as u64);
-                out[0] = (cos * std) as f32;
-                if let Some(odd) = out.get_mut(1) {
-                    *odd = (sin * std) as f32;
-                }
-            }
-        });
-    values.drain(..range.start - first);
-    values
-}
-
-fn normal_pair(key: u64, pair: u64) -> (f64, f64) {
-    // The first is kept off zero for the logarithm.
-    let radius = (-2.0 * (1.0 - uniform(key, 2 * pair)).ln()).sqrt();
-    let (sin, cos) = (std::f64::consts::TAU * uniform(key, 2 * pair + 1)).sin_cos();
-    (radius * cos, radius * sin)
-}
-
-/// Number `counter` of the uniform sequence with `key`: 53 random bits in 0..1.
-fn uniform(key: u64, counter: u64) -> f64 {
-    (mix(key.wrapping_add(counter.wrapping_mul(GOLDEN))) >> 11) as f64 / (1u64 << 53) as f64
-}
-
-/// Increment of SplitMix64: 2^64 divided by the golden ratio.
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-
-/// The output function of SplitMix64 (Steele, Lea and Flood 2014).
-fn mix(state: u64) -> u64 {
-    let z = state.wrapping_add(GOLDEN);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]
@@ -221,32 +164,6 @@ mod tests {
         let whole = init(7).elements(name, &shape, 0..80 * 48);
         for range in [0..1, 1..2, 3..1000, 17..18, 1000..3840, 3839..3840, 5..5] {
             assert_eq!(init(7).elements(name, &shape, range.clone()), whole[range]);
-        }
-    }
-
-    #[test]
-    fn any_region_of_a_weight_equals_that_region_of_the_whole() {
-        let (name, shape) = ("layers.0.mlp.experts.up_proj.weight", [3, 5, 7]);
-        let whole = init(7).elements(name, &shape, 0..105);
-        for ranges in [
-            [0..3, 0..5, 0..7],
-            [1..3, 0..5, 0..7],
-            [0..3, 2..4, 0..7],
-            [0..2, 1..5, 3..6],
-        ] {
-            let mut expected = Vec::new();
-            for i in ranges[0].clone() {
-                for j in ranges[1].clone() {
-                    for k in ranges[2].clone() {
-                        expected.push(whole[(i * 5 + j) * 7 + k]);
-                    }
-                }
-            }
-            assert_eq!(
-                init(7).region(name, &shape, &ranges),
-                expected,
-                "{ranges:?}"
-            );
         }
     }
 
