@@ -123,7 +123,37 @@ impl Inner {
         ranks.sort_unstable();
         ranks.dedup();
         let host = HostGroup::new(Arc::clone(&self.job.link), &name, &ranks)?;
-        Channel::new(Arc::clone(&self.job), &host)
+        let channel = Channel::new(Arc::clone(&self.job), &host)?;
+        if ranks.len() == 2 {
+            self.connect(&channel, host.global_rank() == from, from, to)?;
+        }
+        Ok(channel)
+    }
+
+    /// Sends one number over a new channel, on both its ends. NCCL connects two ranks at their first message, for which
+    /// both must call; from then on neither a send nor a receive waits for the other rank's call, and ranks that both
+    /// send before they receive cannot block each other.
+    fn connect(&self, channel: &Channel, sends: bool, from: usize, to: usize) -> Result<()> {
+        let number = self.zeros(&[1], DType::F32);
+        let place = |rank: usize| c_int::from(rank != channel.ranks[0]);
+        let (address, float) = (address_mut(&number), nccl_dtype(DType::F32));
+        let queued = channel.run("connect", On::Side, Some(number), |api, comm, stream| {
+            // SAFETY: a tensor of one element, which the channel keeps until the call is done.
+            unsafe {
+                if sends {
+                    (api.send)(address, 1, float, place(to), comm, stream)
+                } else {
+                    (api.recv)(address, 1, float, place(from), comm, stream)
+                }
+            }
+        });
+        match queued {
+            Some(_) => Ok(()),
+            None => Err(self
+                .host
+                .health()
+                .expect_err("a call is not queued only after a failure")),
+        }
     }
 
     fn zeros(&self, shape: &[usize], dtype: DType) -> CudaTensor {
