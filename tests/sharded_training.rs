@@ -27,6 +27,8 @@ enum Mode {
     State,
     /// The same, with weights gathered during the next forward pass.
     Overlapped,
+    /// Gradients and state in parts.
+    Gradients,
     /// Weights, gradients and state in parts.
     Everything,
 }
@@ -34,6 +36,7 @@ enum Mode {
 fn run(config: DecoderConfig, at: &str, mode: Mode) -> Run {
     let mut run = Run::of(config, at).distributed(mode != Mode::Whole);
     run.options.data_parallel.overlap_param_gather = mode == Mode::Overlapped;
+    run.options.data_parallel.shard_grads = mode == Mode::Gradients;
     run.options.data_parallel.shard_params = mode == Mode::Everything;
     run.options.auxiliary = AuxiliaryOptions {
         balance: 0.02,
@@ -100,6 +103,20 @@ fn a_dense_model_with_divided_weights_trains_as_on_one_rank() {
             "pp2 vpp2 dp2",
             "tp2 pp2 dp2",
         ],
+    );
+}
+
+#[test]
+fn divided_gradients_train_as_on_one_rank() {
+    check(
+        dense,
+        &[Mode::Gradients],
+        &["dp4", "tp2 sp dp2", "tp4 dp2", "pp2 vpp2 dp2"],
+    );
+    check(
+        experts,
+        &[Mode::Gradients],
+        &["tp2 ep2 etp2 dp2", "pp3 dp2"],
     );
 }
 
@@ -193,6 +210,7 @@ fn a_run_saved_in_one_mode_continues_in_any_other() {
         (("", Mode::Whole), ("dp4", Mode::Everything)),
         (("ep2 dp4", Mode::Everything), ("tp2 dp2", Mode::Overlapped)),
         (("tp2 dp2", Mode::Overlapped), ("pp3 dp2", Mode::Everything)),
+        (("dp2", Mode::Gradients), ("dp4", Mode::Everything)),
     ] {
         let dir = tempfile::tempdir().expect("a folder");
         let part = |at: &str, mode| Run {

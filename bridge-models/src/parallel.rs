@@ -44,7 +44,9 @@ pub fn check_layout(
     }
     if layout.cp > 1 && config.num_mtp_layers > 0 {
         return refused(
-            "multi-token prediction needs the tokens after each chunk, which other ranks have; use cp=1".to_owned(),
+            "multi-token prediction needs the tokens after each chunk, which other ranks have; use cp=1, or train without its \
+             modules (model.num_nextn_predict_layers=0)"
+                .to_owned(),
         );
     }
     if let Some(mamba2) = &config.mamba2

@@ -113,6 +113,7 @@ impl From<&ResolvedConfig> for TrainerOptions {
             data_parallel: DataParallelOptions {
                 distributed_optimizer: config.parallel.shards_optimizer(),
                 overlap_param_gather: config.parallel.overlap_param_gather,
+                shard_grads: config.parallel.shards_grads(),
                 shard_params: config.parallel.shards_params(),
                 overlap_grad_reduce: config.parallel.overlap_grad_reduce,
                 bucket_size: config.parallel.ddp_bucket_size,

@@ -180,6 +180,7 @@ fn memory_spec(config: &ResolvedConfig) -> Result<MemorySpec> {
             RecomputeGranularity::Full => Recompute::Full,
         },
         distributed_optimizer: divides,
+        shard_grads: parallel.shards_grads(),
         shard_params: parallel.shards_params(),
         bucket_size: parallel.ddp_bucket_size,
         split: Some(split.map_err(Failure::input)?),

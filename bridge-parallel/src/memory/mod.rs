@@ -87,6 +87,8 @@ pub struct MemorySpec {
     pub recompute: Recompute,
     /// Whether data-parallel ranks divide the optimizer's state among them.
     pub distributed_optimizer: bool,
+    /// Whether they divide gradients as well (ZeRO-2).
+    pub shard_grads: bool,
     /// Whether they divide weights and gradients as well, and hold whole ones of the segments at work alone (ZeRO-3).
     pub shard_params: bool,
     /// Gradient elements that are summed together over data-parallel ranks.
@@ -98,7 +100,12 @@ pub struct MemorySpec {
 impl MemorySpec {
     /// Whether data-parallel ranks divide the optimizer's state, with or without the rest.
     fn divides_state(&self) -> bool {
-        self.distributed_optimizer || self.shard_params
+        self.distributed_optimizer || self.divides_gradients()
+    }
+
+    /// Whether they divide gradients, with or without weights.
+    fn divides_gradients(&self) -> bool {
+        self.shard_grads || self.shard_params
     }
 }
 
@@ -206,7 +213,7 @@ fn one_stage(
         false => 0,
     };
     let backward_end = held + gradients + bucket.max(hidden as u64);
-    if spec.shard_params {
+    if spec.divides_gradients() {
         // A segment's gradients go as they come: there is no moment with more than what every moment needs.
         return RankMemory {
             weights,
@@ -288,7 +295,7 @@ impl State {
             } else {
                 1
             };
-            if spec.shard_params {
+            if spec.divides_gradients() {
                 let (first, last) = (0, num_layers + 1);
                 let users = match tensor.place {
                     Place::First => [Some(first), None],
@@ -299,15 +306,17 @@ impl State {
                 for segment in users.into_iter().flatten() {
                     segments[segment] += count;
                 }
-                // The fp32 weights of this rank's part are the optimizer's, or the weights themselves.
-                let own = if bytes.master > 0 { 0 } else { bytes.weight };
-                rank.weights += (count * own).div_ceil(share);
                 // Sums over micro-batches are kept in fp32.
                 rank.gradients += (count * 4).div_ceil(share);
             } else {
-                rank.weights += count * bytes.weight;
                 rank.gradients += count * bytes.gradient;
             }
+            rank.weights += match (spec.shard_params, bytes.master) {
+                (false, _) => count * bytes.weight,
+                // The fp32 weights of this rank's part are the weights themselves, or the optimizer's.
+                (true, 0) => (count * bytes.weight).div_ceil(share),
+                (true, _) => 0,
+            };
             rank.optimizer += (count * (bytes.master + bytes.moments)).div_ceil(share);
             if matches!(tensor.place, Place::Last | Place::FirstAndLast)
                 && matches!(tensor.shard, ShardRule::Vocab { .. })
@@ -315,12 +324,14 @@ impl State {
                 rank.head_gradient = count * bytes.gradient;
             }
         }
-        if spec.shard_params {
+        if spec.divides_gradients() {
             let pairs = segments.windows(2).map(|pair| pair.iter().sum::<u64>());
             let two = pairs.max().unwrap_or(0);
             // The gradient of one while that of the one before it travels.
-            rank.weights += two * bytes.weight;
             rank.gradients += two * 4;
+            if spec.shard_params {
+                rank.weights += two * bytes.weight;
+            }
         }
         Ok(Self {
             rank,

@@ -12,6 +12,7 @@ fn spec() -> MemorySpec {
         state: StateBytes::bf16(false),
         recompute: Recompute::None,
         distributed_optimizer: false,
+        shard_grads: false,
         shard_params: false,
         bucket_size: 0,
         split: None,
@@ -322,6 +323,18 @@ fn divided_weights_are_whole_for_two_segments_at_most() {
     assert_eq!(
         found.peak,
         found.weights + found.gradients + found.optimizer + found.activations
+    );
+    // Gradients alone.
+    let grads = MemorySpec {
+        shard_params: false,
+        shard_grads: true,
+        ..sharded.clone()
+    };
+    let grads = memory(layout, &grads)[0];
+    assert_eq!(grads.weights, 2 * n);
+    assert_eq!(
+        (grads.gradients, grads.optimizer),
+        (found.gradients, found.optimizer)
     );
     // In fp32 the parts of the weights are nobody else's.
     let fp32 = MemorySpec {

@@ -473,7 +473,15 @@ impl ParallelConfig {
             || self.data_parallel_sharding_strategy != ShardingStrategy::NoShard
     }
 
-    /// Whether they divide weights and gradients as well.
+    /// Whether they divide gradients as well.
+    pub fn shards_grads(&self) -> bool {
+        matches!(
+            self.data_parallel_sharding_strategy,
+            ShardingStrategy::OptimGrads | ShardingStrategy::OptimGradsParams
+        )
+    }
+
+    /// Whether they divide weights as well.
     pub fn shards_params(&self) -> bool {
         self.data_parallel_sharding_strategy == ShardingStrategy::OptimGradsParams
     }

@@ -189,6 +189,8 @@ choice! {
         NoShard = "no_shard",
         /// The optimizer's state (ZeRO-1).
         Optim = "optim",
+        /// Optimizer's state and gradients (ZeRO-2).
+        OptimGrads = "optim_grads",
         /// Optimizer's state, gradients and weights (ZeRO-3).
         OptimGradsParams = "optim_grads_params",
     }
@@ -218,8 +220,8 @@ section! {
         pipeline_model_parallel_layout: Option<String> = None,
         /// Each data-parallel rank keeps a part of the optimizer's state (and of the fp32 weights) rather than all of it.
         use_distributed_optimizer: bool = false,
-        /// What data-parallel ranks divide: no_shard, optim (the same as use_distributed_optimizer) or optim_grads_params,
-        /// with which a rank has whole weights only of the layers at work.
+        /// What data-parallel ranks divide: no_shard, optim (the same as use_distributed_optimizer), optim_grads, or
+        /// optim_grads_params, with which a rank has whole weights only of the layers at work.
         data_parallel_sharding_strategy: ShardingStrategy = ShardingStrategy::NoShard,
         /// With use_distributed_optimizer, new weights are gathered while the next forward pass is at work.
         overlap_param_gather: bool = true,

@@ -4,11 +4,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bridge_models::SegmentedModel;
-use bridge_ops::{AdamWStep, DType, Float, Ops, Param, float_from_f32, float_zeros};
+use bridge_ops::{AdamWStep, Float, Ops, Param, float_zeros};
 use bridge_parallel::{Axis, ParallelContext, ReduceOp, complete_gradients};
 
 use super::adamw::{AdamW, AdamWOptions};
-use super::buckets::{Bucket, model_weights, narrow, plan_buckets};
+use super::buckets::{Bucket, plan_buckets};
 use super::grad_norm::{non_finite_gradients, sum_of_squares};
 use super::placement::{Placement, placements};
 use super::reduction::{Reduction, Share};
@@ -25,6 +25,9 @@ pub struct DataParallelOptions {
     /// With the distributed optimizer: whether new weights are gathered while the next forward pass is at work. Until it
     /// has passed, or [`Optimizer::gather_weights`] was called, a weight may have its old value.
     pub overlap_param_gather: bool,
+    /// Whether ranks divide gradients as well: each keeps its part of the sums, which are made after every backward pass
+    /// (ZeRO-2). Includes the distributed optimizer.
+    pub shard_grads: bool,
     /// Whether ranks divide weights and gradients as well, and have whole ones only of the segments at work (ZeRO-3).
     /// Includes the distributed optimizer.
     pub shard_params: bool,
@@ -41,6 +44,7 @@ impl Default for DataParallelOptions {
         Self {
             distributed_optimizer: false,
             overlap_param_gather: false,
+            shard_grads: false,
             shard_params: false,
             overlap_grad_reduce: true,
             bucket_size: 40_000_000,
@@ -53,21 +57,22 @@ impl Default for DataParallelOptions {
 /// A rank that belongs to no job runs [`AdamW`] and nothing else. In a job, gradients are summed in buckets over the ranks that hold
 /// the same weights, and the state is kept whole on each of them or divided among them.
 pub struct Optimizer<B: Ops> {
-    parallel: Arc<ParallelContext<B>>,
-    params: Vec<Param<B>>,
-    placements: Vec<Placement>,
-    buckets: Vec<Bucket>,
+    pub(super) parallel: Arc<ParallelContext<B>>,
+    pub(super) params: Vec<Param<B>>,
+    pub(super) placements: Vec<Placement>,
+    pub(super) buckets: Vec<Bucket>,
     /// By segment, the weights that it uses.
     segments: Vec<Vec<usize>>,
     overlap: bool,
-    state: State<B>,
+    pub(super) state: State<B>,
 }
 
-enum State<B: Ops> {
+pub(super) enum State<B: Ops> {
     Whole(AdamW<B>),
     Divided {
         buckets: Vec<BucketState<B>>,
         weights: Weights<B>,
+        share: Share,
         overlap_param_gather: bool,
         options: AdamWOptions,
         steps: u64,
@@ -78,16 +83,6 @@ enum State<B: Ops> {
 pub struct Gradients<B: Ops> {
     /// This rank's part of each bucket, where the state is divided. Else the gradients are in the weights' slots.
     parts: Vec<Float<B>>,
-}
-
-/// A part of a weight's optimizer state that this rank keeps.
-pub struct StatePart<B: Ops> {
-    /// The weight.
-    pub param: Param<B>,
-    /// The state's name and values, fp32: all of the weight's elements, or a vector of `start..end`.
-    pub values: Vec<(&'static str, Float<B>)>,
-    /// Which of the weight's elements here, in row-major order.
-    pub elements: std::ops::Range<usize>,
 }
 
 impl<B: Ops> Optimizer<B> {
@@ -163,7 +158,8 @@ impl<B: Ops> Optimizer<B> {
         let several = !parallel.is_alone();
         // One rank in a job of its own has whole weights in any case.
         let sharded = options.shard_params && parallel.world_size() > 1;
-        let divided = several && (options.distributed_optimizer || options.shard_params);
+        let shard_grads = options.shard_grads || options.shard_params;
+        let divided = several && (options.distributed_optimizer || shard_grads);
         if !divided {
             order.retain(|param| parallel.exchanges(placements[*param].replicas));
         }
@@ -174,9 +170,9 @@ impl<B: Ops> Optimizer<B> {
             &decayed,
             &order,
             options.bucket_size,
-            // Sharded weights come and go with the segments that use them, and their gradients are completed in parts.
+            // What is sharded comes and goes with the segments that use it, and its gradients are completed in parts.
             |param| {
-                sharded.then(|| {
+                (divided && shard_grads).then(|| {
                     let users = segments.iter().enumerate();
                     let users = users.filter(|(_, used)| used.contains(&param));
                     (
@@ -196,6 +192,11 @@ impl<B: Ops> Optimizer<B> {
         }
         let state = if divided {
             let weights = Weights::new(&buckets, &segments, sharded);
+            let share = if shard_grads {
+                Share::PartOfEach
+            } else {
+                Share::Part
+            };
             let mut states = Vec::with_capacity(buckets.len());
             for (index, bucket) in buckets.iter().enumerate() {
                 for slot in &bucket.slots {
@@ -221,6 +222,7 @@ impl<B: Ops> Optimizer<B> {
             State::Divided {
                 buckets: states,
                 weights,
+                share,
                 overlap_param_gather: options.overlap_param_gather,
                 options: adamw.clone(),
                 steps: 0,
@@ -286,11 +288,7 @@ impl<B: Ops> Optimizer<B> {
             buckets: &self.buckets,
             segments: &self.segments,
             parallel: &self.parallel,
-            share: match weights {
-                None => Share::Whole,
-                Some((weights, _)) if weights.are_sharded() => Share::PartOfEach,
-                Some(_) => Share::Part,
-            },
+            share: self.share(),
             weights,
             overlap: self.overlap,
             uses_left,
@@ -334,7 +332,7 @@ impl<B: Ops> Optimizer<B> {
         Ok(())
     }
 
-    fn weights(&self) -> Option<(&Weights<B>, Parts<'_, B>)> {
+    pub(super) fn weights(&self) -> Option<(&Weights<B>, Parts<'_, B>)> {
         match &self.state {
             State::Whole(_) => None,
             State::Divided {
@@ -351,7 +349,14 @@ impl<B: Ops> Optimizer<B> {
         }
     }
 
-    fn shards_params(&self) -> bool {
+    fn share(&self) -> Share {
+        match self.state {
+            State::Whole(_) => Share::Whole,
+            State::Divided { share, .. } => share,
+        }
+    }
+
+    pub(super) fn shards_params(&self) -> bool {
         self.weights()
             .is_some_and(|(weights, _)| weights.are_sharded())
     }
@@ -361,7 +366,7 @@ impl<B: Ops> Optimizer<B> {
     /// # Errors
     /// If a rank failed; the gradients are worthless then.
     pub fn finish_reduction(&self, reduction: Reduction<'_, B>) -> Result<Gradients<B>> {
-        if !self.shards_params() {
+        if self.share() != Share::PartOfEach {
             complete_gradients(&self.params, &self.parallel);
             self.complete_tied();
         }
@@ -437,7 +442,7 @@ impl<B: Ops> Optimizer<B> {
         agree::texts(&self.parallel, own, limit)
     }
 
-    fn stretches(&self, bucket: &Bucket) -> Vec<Stretch> {
+    pub(super) fn stretches(&self, bucket: &Bucket) -> Vec<Stretch> {
         let group = self.parallel.group(bucket.kind.replicas);
         stretches(bucket, group.size(), group.rank())
     }
@@ -461,6 +466,7 @@ impl<B: Ops> Optimizer<B> {
                 overlap_param_gather,
                 options,
                 steps,
+                ..
             } => {
                 *steps += 1;
                 let betas = (options.beta1, options.beta2);
@@ -508,125 +514,5 @@ impl<B: Ops> Optimizer<B> {
             State::Whole(adamw) => adamw.set_steps(done),
             State::Divided { steps, .. } => *steps = done,
         }
-    }
-
-    /// The parts of the state that this rank is the one to write: over all ranks, everything once.
-    pub fn state_parts(&self) -> Vec<StatePart<B>> {
-        self.parts_of(|bucket, state| {
-            let [weight, m, v] = state.parts();
-            let mut values = vec![("exp_avg", m), ("exp_avg_sq", v)];
-            // Where the weights are fp32 themselves, these are the same.
-            if bucket.kind.dtype != DType::F32 {
-                values.push(("master", weight));
-            }
-            values
-        })
-    }
-
-    /// The parts of sharded weights, as the model computes with them, that this rank is the one to write: over all ranks,
-    /// everything once. None where weights are not sharded.
-    pub fn weight_parts(&self) -> Vec<StatePart<B>> {
-        if !self.shards_params() {
-            return Vec::new();
-        }
-        self.parts_of(|bucket, state| {
-            let [weight, ..] = state.parts();
-            vec![("", model_weights::<B>(weight, bucket.kind.dtype))]
-        })
-    }
-
-    fn parts_of(
-        &self,
-        values: impl Fn(&Bucket, &BucketState<B>) -> Vec<(&'static str, Float<B>)>,
-    ) -> Vec<StatePart<B>> {
-        match &self.state {
-            State::Whole(adamw) => adamw
-                .states()
-                .iter()
-                .zip(&self.placements)
-                .filter(|(_, placement)| placement.writes())
-                .map(|(state, _)| StatePart {
-                    values: [
-                        ("exp_avg", Some(state.exp_avg())),
-                        ("exp_avg_sq", Some(state.exp_avg_sq())),
-                        ("master", state.master()),
-                    ]
-                    .into_iter()
-                    .filter_map(|(kind, values)| Some((kind, values?)))
-                    .collect(),
-                    elements: 0..state.param.numel(),
-                    param: state.param.clone(),
-                })
-                .collect(),
-            State::Divided { buckets, .. } => {
-                let mut parts = Vec::new();
-                for (bucket, state) in self.buckets.iter().zip(buckets) {
-                    if !bucket.kind.counts {
-                        continue;
-                    }
-                    let values = values(bucket, state);
-                    for s in self.stretches(bucket) {
-                        let cut = |x: &Float<B>| narrow::<B>(x.clone(), s.at, s.end - s.start);
-                        parts.push(StatePart {
-                            param: self.params[s.param].clone(),
-                            values: (values.iter()).map(|(kind, x)| (*kind, cut(x))).collect(),
-                            elements: s.start..s.end,
-                        });
-                    }
-                }
-                parts
-            }
-        }
-    }
-
-    /// Restores the state: `read` gives the elements of a weight's state by kind (`exp_avg`, `exp_avg_sq`, `master`, the
-    /// last being the fp32 weight), fp32.
-    ///
-    /// # Errors
-    /// The first error of `read`.
-    pub fn restore(
-        &mut self,
-        mut read: impl FnMut(&str, &Param<B>, std::ops::Range<usize>) -> Result<Vec<f32>>,
-    ) -> Result<()> {
-        let device = self.parallel.device().clone();
-        let tensor = |values: &[f32], shape: &[usize]| float_from_f32::<B>(values, shape, &device);
-        let per_bucket: Vec<Vec<Stretch>> =
-            self.buckets.iter().map(|b| self.stretches(b)).collect();
-        match &mut self.state {
-            State::Whole(adamw) => {
-                for state in adamw.states_mut() {
-                    let (param, shape) = (state.param.clone(), state.param.shape());
-                    let mut all = |kind| read(kind, &param, 0..param.numel());
-                    let (m, v, weight) = (all("exp_avg")?, all("exp_avg_sq")?, all("master")?);
-                    state.set_moments(tensor(&m, &shape), tensor(&v, &shape));
-                    state.set_weight(tensor(&weight, &shape));
-                }
-            }
-            State::Divided { buckets, .. } => {
-                for ((bucket, state), stretches) in
-                    self.buckets.iter().zip(buckets).zip(&per_bucket)
-                {
-                    let share = bucket.len / self.parallel.group(bucket.kind.replicas).size();
-                    let mut parts = [vec![0.0; share], vec![0.0; share], vec![0.0; share]];
-                    for s in stretches {
-                        for (kind, part) in
-                            ["master", "exp_avg", "exp_avg_sq"].iter().zip(&mut parts)
-                        {
-                            let values = read(kind, &self.params[s.param], s.start..s.end)?;
-                            part[s.at..s.at + values.len()].copy_from_slice(&values);
-                        }
-                    }
-                    state.set_parts(parts.map(|part| tensor(&part, &[share])));
-                }
-            }
-        }
-        // The weights that the model runs with are those that are trained on.
-        if let Some((weights, parts)) = self.weights() {
-            for index in 0..self.buckets.len() {
-                weights.renewed(parts, index);
-            }
-        }
-        self.finish_param_gather()?;
-        Ok(())
     }
 }
