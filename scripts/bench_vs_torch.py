@@ -13,13 +13,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = ["llama32_1b:4096:4", "llama32_1b:8192:2", "llama3_8b_4l:8192:1", "qwen3_600m:4096:4", "nemotron_h_stack:8192:1", "qwen3_next_stack:4096:2"]
-HYBRIDS = ("nemotron_h", "qwen3_next")
+CASES = [
+    "llama32_1b:4096:4",
+    "llama32_1b:8192:2",
+    "llama3_8b_4l:8192:1",
+    "qwen3_600m:4096:4",
+    "qwen3_30b_a3b_4l:4096:2",
+    "deepseek_v2_lite_4l:4096:2",
+    "nemotron_h_stack:8192:1",
+    "qwen3_next_stack:4096:2",
+]
+PEERS = {
+    "torch_moe_train.py": ("qwen3_30b_a3b", "deepseek_v2_lite"),
+    "torch_hybrid_train.py": ("nemotron_h", "qwen3_next"),
+}
 
 
 def peer(shape):
     """The script that trains a shape in PyTorch."""
-    name = "torch_hybrid_train.py" if shape.startswith(HYBRIDS) else "torch_llama_train.py"
+    name = next((name for name, shapes in PEERS.items() if shape.startswith(shapes)), "torch_llama_train.py")
     return str(Path(__file__).with_name(name))
 
 

@@ -87,3 +87,33 @@ extern "C" __global__ void gated_backward(T* dgate, T* dup, T* y, const T* gate,
         if (y) store_pack(y + i, g);
     })
 }
+
+// gpt-oss: g = min(gate, limit), u = clamp(up, -limit, limit), y = g logistic(alpha g) (u + 1). Nothing passes a clamp.
+// Maths: bridge-ops/src/clamped_swiglu.rs.
+extern "C" __global__ void clamped_forward(T* y, const T* gate, const T* up, i64 count, float alpha, float limit) {
+    FOR_ALL(N, {
+        Pack<T, N> a = load_pack<T, N>(gate + i);
+        Pack<T, N> u = load_pack<T, N>(up + i);
+        _Pragma("unroll") for (int k = 0; k < N; k++) {
+            float g = fminf(load(a.at[k]), limit), v = fminf(fmaxf(load(u.at[k]), -limit), limit);
+            a.at[k] = store<T>(g * logistic(alpha * g) * (v + 1.0f));
+        }
+        store_pack(y + i, a);
+    })
+}
+
+extern "C" __global__ void clamped_backward(T* dgate, T* dup, const T* gate, const T* up, const T* dy, i64 count, float alpha, float limit) {
+    FOR_ALL(N, {
+        Pack<T, N> a = load_pack<T, N>(gate + i);
+        Pack<T, N> u = load_pack<T, N>(up + i);
+        Pack<T, N> d = load_pack<T, N>(dy + i);
+        _Pragma("unroll") for (int k = 0; k < N; k++) {
+            float x = load(a.at[k]), z = load(u.at[k]), dk = load(d.at[k]);
+            float g = fminf(x, limit), v = fminf(fmaxf(z, -limit), limit), s = logistic(alpha * g);
+            a.at[k] = store<T>(x <= limit ? s * (1.0f + alpha * g * (1.0f - s)) * (v + 1.0f) * dk : 0.0f);
+            u.at[k] = store<T>(fabsf(z) <= limit ? s * g * dk : 0.0f);
+        }
+        store_pack(dgate + i, a);
+        store_pack(dup + i, u);
+    })
+}

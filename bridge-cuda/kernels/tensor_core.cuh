@@ -43,3 +43,16 @@ __device__ __forceinline__ void copy_async(void* shared, const void* from, bool 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 // Waits until at most the latest N groups of this thread are under way. Other threads' copies need a barrier after it.
 template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N)); }
+
+// Lanes 4g to 4g + 3 each hold one column of a 4 x 4 matrix; afterwards each holds one row of it. So the rows of products
+// (`Mma`), of which a lane has two neighbouring values in every 8 columns, can be written in pieces of 16 bytes.
+__device__ __forceinline__ void transpose_quad(u32 (&x)[4]) {
+    bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+    u32 from_0 = __shfl_xor_sync(FULL_MASK, odd ? x[0] : x[1], 1), from_2 = __shfl_xor_sync(FULL_MASK, odd ? x[2] : x[3], 1);
+    u32 a = odd ? from_0 : x[0], b = odd ? x[1] : from_0, c = odd ? from_2 : x[2], d = odd ? x[3] : from_2;
+    u32 first = __shfl_xor_sync(FULL_MASK, upper ? a : c, 2), second = __shfl_xor_sync(FULL_MASK, upper ? b : d, 2);
+    x[0] = upper ? first : a;
+    x[1] = upper ? second : b;
+    x[2] = upper ? c : first;
+    x[3] = upper ? d : second;
+}

@@ -133,6 +133,8 @@ pub(crate) struct Gpu {
     pub(crate) multiprocessors: usize,
     /// Bytes of shared memory that a block may ask for.
     pub(crate) shared_per_block: usize,
+    /// Compute capability, (major, minor).
+    pub(crate) capability: (i32, i32),
     pub(crate) stream: sys::CUstream,
     /// Seed, and how many Philox blocks have been used.
     pub(crate) random: Mutex<(u64, u64)>,
@@ -270,6 +272,7 @@ impl Gpu {
             name,
             multiprocessors: usize::try_from(count).unwrap_or(1),
             shared_per_block: usize::try_from(shared).unwrap_or(0),
+            capability,
             stream,
             random: Mutex::new((0x5eed, 0)),
             context,

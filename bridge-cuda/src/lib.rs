@@ -42,6 +42,7 @@ mod sort;
 mod staging;
 mod stream;
 mod tensor;
+mod tensor_map;
 mod tuned;
 mod view;
 
@@ -53,8 +54,8 @@ pub use mark::Mark;
 pub use matmul::{allow_tf32, allow_tuning};
 pub use nvrtc::{SOURCES, compile};
 pub use ops::{
-    AttentionCalls, AttentionPath, attention_calls, attention_refusals, force_attention_path,
-    set_deterministic_attention,
+    AttentionCalls, AttentionPath, GroupedPath, attention_calls, attention_refusals,
+    force_attention_path, force_grouped_path, set_deterministic_attention,
 };
 pub use pool::MemoryStats;
 pub use probe::{GpuInfo, LibraryInfo, Report, probe};

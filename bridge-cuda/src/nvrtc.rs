@@ -41,6 +41,7 @@ pub const SOURCES: &[(&str, &str)] = &[
         "gated_activation",
         include_str!("../kernels/gated_activation.cu"),
     ),
+    ("expert_order", include_str!("../kernels/expert_order.cu")),
     (
         "gated_delta_rule",
         include_str!("../kernels/gated_delta_rule.cu"),
@@ -49,15 +50,30 @@ pub const SOURCES: &[(&str, &str)] = &[
         "gated_rms_norm",
         include_str!("../kernels/gated_rms_norm.cu"),
     ),
+    (
+        "grouped_linear",
+        include_str!("../kernels/grouped_linear.cu"),
+    ),
+    (
+        "grouped_linear_generic",
+        include_str!("../kernels/grouped_linear_generic.cu"),
+    ),
+    (
+        "grouped_linear_hopper",
+        include_str!("../kernels/grouped_linear_hopper.cu"),
+    ),
     ("index", include_str!("../kernels/index.cu")),
     ("l2_norm", include_str!("../kernels/l2_norm.cu")),
+    ("latent_heads", include_str!("../kernels/latent_heads.cu")),
     ("layer_norm", include_str!("../kernels/layer_norm.cu")),
     ("matmul_int", include_str!("../kernels/matmul_int.cu")),
     ("normal_region", include_str!("../kernels/normal_region.cu")),
+    ("permute_rows", include_str!("../kernels/permute_rows.cu")),
     ("random", include_str!("../kernels/random.cu")),
     ("reduce", include_str!("../kernels/reduce.cu")),
     ("rms_norm", include_str!("../kernels/rms_norm.cu")),
     ("rotary", include_str!("../kernels/rotary.cu")),
+    ("router", include_str!("../kernels/router.cu")),
     ("scan", include_str!("../kernels/scan.cu")),
     ("softmax", include_str!("../kernels/softmax.cu")),
     ("sort", include_str!("../kernels/sort.cu")),
@@ -66,12 +82,14 @@ pub const SOURCES: &[(&str, &str)] = &[
 ];
 
 /// What the kernel files include, by name.
-const HEADERS: [(&CStr, &str); 3] = [
+const HEADERS: [(&CStr, &str); 5] = [
     (
         c"chunk_tiles.cuh",
         include_str!("../kernels/chunk_tiles.cuh"),
     ),
     (c"common.cuh", include_str!("../kernels/common.cuh")),
+    (c"grouped.cuh", include_str!("../kernels/grouped.cuh")),
+    (c"hopper.cuh", include_str!("../kernels/hopper.cuh")),
     (
         c"tensor_core.cuh",
         include_str!("../kernels/tensor_core.cuh"),

@@ -54,6 +54,18 @@ fn variants(file: &str) -> Vec<Vec<(&'static str, &'static str)>> {
             ("PACKS", "2"),
         ]
     };
+    let router = |values, sigmoid, normalize, groups, top_groups, sum_of_two| {
+        vec![
+            ("TYPE", "float"),
+            ("INDEX", "i32"),
+            ("VALUES", values),
+            ("SIGMOID", sigmoid),
+            ("NORMALIZE", normalize),
+            ("GROUPS", groups),
+            ("TOP_GROUPS", top_groups),
+            ("SUM_OF_TWO", sum_of_two),
+        ]
+    };
     match file {
         "adamw" => vec![
             vec![("PARAM", "float"), ("GRAD", "float"), ("MEAN", "float")],
@@ -114,6 +126,33 @@ fn variants(file: &str) -> Vec<Vec<(&'static str, &'static str)>> {
             short.push(("GROUP", "16"));
             vec![norm("bf16", "float"), norm("f16", "f16"), short]
         }
+        "expert_order" => vec![vec![("INDEX", "i32")]],
+        "grouped_linear" => vec![
+            vec![("TYPE", "bf16"), ("RIGHT", "0"), ("STAGES", "3")],
+            vec![("TYPE", "f16"), ("RIGHT", "1"), ("STAGES", "2")],
+            vec![("TYPE", "bf16"), ("OUT", "float"), ("STAGES", "3")],
+        ],
+        "grouped_linear_generic" => vec![
+            vec![("TYPE", "float"), ("OUT", "float")],
+            vec![("TYPE", "bf16")],
+        ],
+        "grouped_linear_hopper" => vec![
+            vec![("TYPE", "bf16"), ("RIGHT", "0")],
+            vec![("TYPE", "f16"), ("RIGHT", "1"), ("OUT", "float")],
+        ],
+        "latent_heads" => vec![
+            vec![("TYPE", "bf16"), ("VECTOR", "8"), ("PAIRS", "1")],
+            vec![("TYPE", "float"), ("VECTOR", "1"), ("PAIRS", "0")],
+        ],
+        "permute_rows" => vec![
+            vec![("TYPE", "bf16"), ("VECTOR", "8")],
+            vec![("TYPE", "float"), ("VECTOR", "1")],
+        ],
+        "router" => vec![
+            router("4", "0", "1", "0", "0", "0"),
+            router("8", "1", "1", "8", "4", "1"),
+            router("2", "0", "0", "8", "3", "0"),
+        ],
         "reduce" => vec![
             vec![("TYPE", "bf16"), ("TYPE_O", "float"), ("OP", "Sum")],
             vec![
@@ -152,7 +191,7 @@ fn kernels_compile() {
     }
     for &(file, _) in SOURCES {
         for defines in variants(file) {
-            for arch in ["sm_80", "sm_90"] {
+            for arch in ["sm_80", "sm_90a"] {
                 let cubin = compile(file, &defines, arch).unwrap_or_else(|error| panic!("{error}"));
                 assert!(
                     cubin.starts_with(b"\x7fELF"),

@@ -45,6 +45,7 @@ mod gated_delta_rule;
 mod gated_rms_norm;
 mod grad_slot;
 mod l2_norm;
+mod latent_heads;
 mod layer_norm;
 mod linear;
 mod linear_cross_entropy;
@@ -72,6 +73,14 @@ pub mod portable {
     pub use crate::gated_delta_rule::{
         portable as gated_delta_rule, portable_backward as gated_delta_rule_backward,
     };
+    pub use crate::latent_heads::portable_rotary_tail as rotary_tail;
+    pub use crate::moe::grouped_linear::portable as grouped_linear_forward;
+    pub use crate::moe::grouped_linear::portable_accumulate_bias_grad as grouped_linear_accumulate_bias_grad;
+    pub use crate::moe::grouped_linear::portable_accumulate_weight_grad as grouped_linear_accumulate_weight_grad;
+    pub use crate::moe::grouped_linear::portable_backward_input as grouped_linear_backward_input;
+    pub use crate::moe::permute::portable_sort as sort_by_expert;
+    pub use crate::moe::router::portable as router_forward;
+    pub use crate::moe::router::portable_backward as router_backward;
     pub use crate::ssd_scan::{portable as ssd_scan, portable_backward as ssd_scan_backward};
 }
 
@@ -93,8 +102,9 @@ pub use gated_delta_rule::{DeltaRuleInputs, gated_delta_rule, gated_delta_rule_w
 pub use gated_rms_norm::{GatedNormGrads, GatedNormSpec, gated_rms_norm};
 pub use grad_slot::GradSlot;
 pub use l2_norm::l2_norm;
+pub use latent_heads::{latent_heads, rotary_tail};
 pub use layer_norm::layer_norm;
-pub use linear::linear;
+pub use linear::{linear, linear_f32};
 pub use linear_cross_entropy::{
     LossGradRequest, LossGrads, linear_cross_entropy, linear_cross_entropy_weighted,
     tokens_per_piece,
@@ -102,8 +112,8 @@ pub use linear_cross_entropy::{
 pub use moe::{
     BalanceLoss, CountsAcross, DropPolicy, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups,
     RouterLossSpec, RouterLosses, RouterOutput, RouterScore, RouterSpec, Routing, SortedExperts,
-    ValidTokens, count_assignments, drop_over_capacity, expert_capacity, grouped_linear, permute,
-    route, unpermute, with_router_losses,
+    ValidTokens, count_assignments, drop_over_capacity, expert_capacity, grouped_linear,
+    grouped_linear_pair, permute, route, unpermute, with_router_losses,
 };
 pub use ops::Ops;
 pub use param::{GradReduction, Param, ParamShard};

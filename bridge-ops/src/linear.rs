@@ -54,6 +54,43 @@ pub fn linear<B: Ops>(
     })
 }
 
+/// [`linear`] whose result is fp32 whatever the dtype of x, with nothing rounded on the way there: for scores that a choice
+/// depends on. x: [.., in], weight: [out, in], bias: `[out]` -> [.., out] fp32.
+///
+/// # Panics
+/// When the shapes do not fit.
+#[track_caller]
+pub fn linear_f32<B: Ops>(
+    tape: &Tape<B>,
+    x: &Var<B>,
+    weight: &Param<B>,
+    bias: Option<&Param<B>>,
+) -> Var<B> {
+    check_shapes(&x.shape(), weight, bias);
+    let output = B::linear_forward_f32(x.value(), weight.value(), bias.map(Param::value));
+    let params: Vec<&Param<B>> = std::iter::once(weight).chain(bias).collect();
+    let (weight, bias, dtype) = (weight.clone(), bias.cloned(), x.dtype());
+    let input_tracked = x.is_tracked();
+    let input = weight.requires_grad().then(|| x.saved());
+    tape.record_accumulating(output, x, &params, move |dy, so_far| {
+        if let Some(bias) = bias.filter(|bias| bias.requires_grad()) {
+            bias.accumulate_with(|slot| B::linear_accumulate_bias_grad(dy.clone(), slot));
+        }
+        // From here on the gradient has the precision of every other one.
+        let dy = to_dtype::<B>(dy, dtype);
+        let dx =
+            input_tracked.then(|| B::linear_backward_input_add(dy.clone(), weight.value(), so_far));
+        if let Some(input) = input {
+            input.use_when_made(move |input| {
+                weight.accumulate_in_dtype_with(|slot| {
+                    B::linear_accumulate_weight_grad(input, dy, slot)
+                });
+            });
+        }
+        dx
+    })
+}
+
 #[track_caller]
 fn check_shapes<B: Ops>(x: &[usize], weight: &Param<B>, bias: Option<&Param<B>>) {
     let w = weight.shape();
@@ -83,6 +120,14 @@ pub(crate) fn portable<B: Ops>(x: Float<B>, weight: Float<B>, bias: Option<Float
     }
     *shape.last_mut().expect("x has at least one dimension") = y.dims()[1];
     reshaped::<B>(float(y), &shape)
+}
+
+pub(crate) fn portable_f32<B: Ops>(
+    x: Float<B>,
+    weight: Float<B>,
+    bias: Option<Float<B>>,
+) -> Float<B> {
+    B::linear_forward(to_f32::<B>(x), weight, bias)
 }
 
 pub(crate) fn portable_backward_input<B: Ops>(dy: Float<B>, weight: Float<B>) -> Float<B> {
@@ -143,6 +188,29 @@ mod tests {
                 },
             );
         }
+    }
+
+    #[test]
+    fn a_wide_result_is_the_product_of_widened_factors() {
+        check(
+            "linear_f32",
+            &[random(&[1, 7, 37], 1)],
+            &[random(&[45, 37], 2), random(&[45], 3)],
+            |tape, x, p| linear_f32(tape, &x[0], &p[0], Some(&p[1])),
+            |x, p| {
+                let (x, w) = (x[0].tensor::<3>(), p[0].tensor::<2>());
+                x.matmul(w.transpose().unsqueeze()) + p[1].tensor::<1>().unsqueeze()
+            },
+        );
+        let weight = Param::<Flex>::new("w", random_bf16(&[5, 6], 2));
+        let x = random_bf16(&[2, 6], 1);
+        let tape = Tape::new();
+        let leaf = tape.leaf(x.clone());
+        let y = linear_f32(&tape, &leaf, &weight, None);
+        let wide = Flex::linear_forward(to_f32::<Flex>(x), weight.value(), None);
+        assert_eq!(to_f32_vec::<Flex>(y.value()), to_f32_vec::<Flex>(wide));
+        let grads = tape.backward(vec![(y, random(&[2, 5], 4))], &[&leaf]);
+        assert_eq!(grads[0].as_ref().unwrap().dtype(), DType::BF16);
     }
 
     #[test]

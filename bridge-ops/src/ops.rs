@@ -17,11 +17,13 @@ use crate::gated_delta_rule::{self, DeltaRuleInputs};
 use crate::gated_rms_norm::{self, GatedNormGrads, GatedNormSpec};
 use crate::grad_slot::GradSlot;
 use crate::l2_norm;
+use crate::latent_heads;
 use crate::layer_norm;
 use crate::linear;
 use crate::linear_cross_entropy::{self, LossGradRequest, LossGrads};
 use crate::moe::{
-    ExpertOffsets, RouterOutput, RouterSpec, SortedExperts, grouped_linear, permute, router,
+    ExpertOffsets, ExpertOrder, RouterOutput, RouterSpec, SortedExperts, grouped_linear, permute,
+    router,
 };
 use crate::primitive::{self, Float, Int};
 use crate::random;
@@ -60,6 +62,15 @@ pub trait Ops: Backend {
         bias: Option<Float<Self>>,
     ) -> Float<Self> {
         linear::portable::<Self>(x, weight, bias)
+    }
+
+    /// [`linear_forward`](Self::linear_forward) of the factors widened to fp32, -> [.., out] fp32.
+    fn linear_forward_f32(
+        x: Float<Self>,
+        weight: Float<Self>,
+        bias: Option<Float<Self>>,
+    ) -> Float<Self> {
+        linear::portable_f32::<Self>(x, weight, bias)
     }
 
     /// `dx = dy W`. dy: [.., out], weight: [out, in] -> [.., in].
@@ -163,6 +174,34 @@ pub trait Ops: Backend {
         direction: RotaryDirection,
     ) -> Float<Self> {
         rotary::portable::<Self>(x, cos, sin, style, direction)
+    }
+
+    /// [`rotary`](Self::rotary) of the channels from `start` on; those before it pass through. x: [batch, seq, heads, d].
+    fn rotary_tail(
+        x: Float<Self>,
+        cos: Float<Self>,
+        sin: Float<Self>,
+        style: RotaryStyle,
+        direction: RotaryDirection,
+        start: usize,
+    ) -> Float<Self> {
+        latent_heads::portable_rotary_tail::<Self>(x, cos, sin, style, direction, start)
+    }
+
+    /// `k_h = [kv_h up to channel nope, rotated]`. kv: [batch, seq, heads, nope + value], rotated: [batch, seq, 1, r]
+    /// -> [batch, seq, heads, nope + r].
+    fn latent_keys(kv: Float<Self>, rotated: Float<Self>, nope: usize) -> Float<Self> {
+        latent_heads::portable_keys::<Self>(kv, rotated, nope)
+    }
+
+    /// Returns (dkv, drotated), like the inputs of [`latent_keys`](Self::latent_keys). dk: like the keys,
+    /// dv: [batch, seq, heads, value], the gradient of the channels of kv from `nope` on.
+    fn latent_keys_backward(
+        dk: Float<Self>,
+        dv: Float<Self>,
+        nope: usize,
+    ) -> (Float<Self>, Float<Self>) {
+        latent_heads::portable_keys_backward::<Self>(dk, dv, nope)
     }
 
     /// Softmax attention. q: [batch, s, heads, d], k: [batch, t, kv_heads, d], v: [batch, t, kv_heads, dv],
@@ -275,15 +314,14 @@ pub trait Ops: Backend {
         permute::portable_sort::<Self>(experts, num_experts)
     }
 
-    /// `rows[i] = x[order[i] / k]`, times `weights[order[i]]` if given. x: [tokens, h], order: `[n]`,
-    /// weights: [tokens, k] -> [n, h].
+    /// `rows[i] = x[order[i] / k]`, times `weights[order[i]]` if given. x: [tokens, h], weights: [tokens, k]
+    /// -> [tokens * k, h].
     fn permute_rows(
         x: Float<Self>,
-        order: Int<Self>,
+        order: &ExpertOrder<Self>,
         weights: Option<Float<Self>>,
-        top_k: usize,
     ) -> Float<Self> {
-        permute::portable_permute::<Self>(x, order, weights, top_k)
+        permute::portable_permute::<Self>(x, order, weights)
     }
 
     /// `y[t] = sum over s of rows[inverse[t, s]]`, times `weights[t, s]` if given, over the rows before the last of
@@ -327,7 +365,29 @@ pub trait Ops: Backend {
         grouped_linear::portable_backward_input::<Self>(dy, weight, offsets)
     }
 
-    /// `dW[e] += dy^T x` in fp32. x: [n, in], dy: [n, out] -> [E, out, in].
+    /// `dx = so_far + dy W[e]`: [`grouped_linear_backward_input`](Self::grouped_linear_backward_input) added to what the
+    /// input's gradient is so far, in place where nobody else has that.
+    fn grouped_linear_backward_input_add(
+        dy: Float<Self>,
+        weight: Float<Self>,
+        offsets: &ExpertOffsets<Self>,
+        so_far: Option<Float<Self>>,
+    ) -> Float<Self> {
+        grouped_linear::portable_backward_input_add::<Self>(dy, weight, offsets, so_far)
+    }
+
+    /// `dx = so_far + dy[0] W[0][e] + dy[1] W[1][e]`: [`grouped_linear_backward_input_add`](Self::grouped_linear_backward_input_add)
+    /// of two layers of the same rows.
+    fn grouped_linear_backward_input_pair(
+        dy: [Float<Self>; 2],
+        weight: [Float<Self>; 2],
+        offsets: &ExpertOffsets<Self>,
+        so_far: Option<Float<Self>>,
+    ) -> Float<Self> {
+        grouped_linear::portable_backward_input_pair::<Self>(dy, weight, offsets, so_far)
+    }
+
+    /// `dW[e] += dy^T x`, summed in fp32. x: [n, in], dy: [n, out] -> [E, out, in] in the dtype of the slot.
     fn grouped_linear_accumulate_weight_grad(
         x: Float<Self>,
         dy: Float<Self>,

@@ -4,12 +4,13 @@
 mod recurrent;
 
 use bridge_cuda::{
-    AttentionPath, Cuda, CudaDevice, CudaTensor, attention_calls, attention_refusals,
-    force_attention_path,
+    AttentionPath, Cuda, CudaDevice, CudaTensor, GroupedPath, attention_calls, attention_refusals,
+    force_attention_path, force_grouped_path,
 };
 use bridge_ops::{
-    Activation, AdamWStep, AdamWTensors, AttentionSpec, CrossEntropySpec, DType, GradSlot,
-    LossGradRequest, NormSpec, Ops, RotaryDirection, RotaryStyle,
+    Activation, AdamWStep, AdamWTensors, AttentionSpec, CrossEntropySpec, DType, ExpertOrder,
+    GradSlot, LossGradRequest, NormSpec, Ops, RotaryDirection, RotaryStyle, RouterScore,
+    RouterSpec,
 };
 use burn_backend::ops::{FloatTensorOps, IntTensorOps};
 use burn_backend::{Distribution, FloatDType, IntDType, Shape};
@@ -65,6 +66,7 @@ impl Bench<'_> {
 pub(crate) fn run(device: CudaDevice, only: Option<&str>) {
     let b = Bench { device, only };
     products(&b);
+    experts(&b);
     attention(&b);
     memory_bound(&b);
     recurrent::run(&b);
@@ -107,6 +109,121 @@ fn products(b: &Bench) {
                 slot,
             ));
         });
+    }
+}
+
+/// The parts of a mixture of experts, for 16384 tokens of Qwen3-30B-A3B and of DeepSeek-V2-Lite.
+fn experts(b: &Bench) {
+    for (name, count, top_k, hidden, inner) in [
+        ("experts qwen3_30b_a3b", 128, 8, 2048, 768),
+        ("experts deepseek_v2_lite", 64, 6, 2048, 1408),
+    ] {
+        if !b.wanted(name) {
+            continue;
+        }
+        let tokens = 16384;
+        let rows = tokens * top_k;
+        let spec = RouterSpec {
+            top_k,
+            score: RouterScore::Softmax,
+            normalize: true,
+            scale: 1.0,
+            groups: None,
+        };
+        let logits = b.random(&[tokens, count], FloatDType::F32);
+        let bytes = |elements: usize| (elements * 2) as f64;
+        b.time(
+            &format!("{name} router"),
+            "B",
+            2.0 * bytes(tokens * count),
+            || {
+                Cuda::router_forward(logits.clone(), None, &spec);
+            },
+        );
+        let routed = Cuda::router_forward(logits.clone(), None, &spec);
+        b.time(
+            &format!("{name} router backward"),
+            "B",
+            4.0 * bytes(tokens * count),
+            || {
+                let (experts, dweights) = (routed.experts.clone(), routed.weights.clone());
+                Cuda::router_backward(logits.clone(), experts, dweights, &spec);
+            },
+        );
+        b.time(&format!("{name} order"), "B", 6.0 * bytes(rows), || {
+            Cuda::sort_by_expert(routed.experts.clone(), count);
+        });
+        let order = ExpertOrder::<Cuda>::new(routed.experts.clone(), count);
+        let x = b.bf16(&[tokens, hidden]);
+        let moved = bytes((rows + tokens) * hidden);
+        b.time(&format!("{name} permute"), "B", moved, || {
+            Cuda::permute_rows(x.clone(), &order, None);
+        });
+        let sorted = Cuda::permute_rows(x.clone(), &order, None);
+        let (inverse, offsets) = (order.inverse(), order.offsets());
+        b.time(&format!("{name} unpermute"), "B", moved, || {
+            let (rows, inverse, weights) =
+                (sorted.clone(), inverse.clone(), routed.weights.clone());
+            Cuda::unpermute_rows(rows, inverse, Some(weights), offsets.device().clone());
+        });
+        b.time(&format!("{name} dweights"), "B", moved, || {
+            let (rows, inverse) = (sorted.clone(), inverse.clone());
+            Cuda::unpermute_weight_grad(rows, inverse, x.clone(), offsets.device().clone());
+        });
+        let flop = 2.0 * (rows * hidden * inner) as f64;
+        let up = b.bf16(&[count, inner, hidden]);
+        let down = b.bf16(&[count, hidden, inner]);
+        let dy = b.bf16(&[rows, inner]);
+        let mut sum = Some(b.random(&[count, inner, hidden], FloatDType::F32));
+        for (path, path_name) in [
+            (GroupedPath::Hopper, "wgmma"),
+            (GroupedPath::TensorCores, "mma"),
+        ] {
+            force_grouped_path(Some(path));
+            let time = |what: &str, run: &mut dyn FnMut()| {
+                b.time(&format!("{name} {what} {path_name}"), "FLOP", flop, run);
+            };
+            time("up", &mut || {
+                Cuda::grouped_linear_forward(sorted.clone(), up.clone(), None, offsets);
+            });
+            time("down", &mut || {
+                Cuda::grouped_linear_forward(dy.clone(), down.clone(), None, offsets);
+            });
+            time("up dx", &mut || {
+                Cuda::grouped_linear_backward_input(dy.clone(), up.clone(), offsets);
+            });
+            time("up dx (+=)", &mut || {
+                let (dy, up, so_far) = (dy.clone(), up.clone(), Some(sorted.clone()));
+                Cuda::grouped_linear_backward_input_add(dy, up, offsets, so_far);
+            });
+            time("gate and up dx, of 2", &mut || {
+                let (dy, up) = ([dy.clone(), dy.clone()], [up.clone(), up.clone()]);
+                Cuda::grouped_linear_backward_input_pair(dy, up, offsets, None);
+            });
+            time("down dx", &mut || {
+                Cuda::grouped_linear_backward_input(sorted.clone(), down.clone(), offsets);
+            });
+            for accumulate in [false, true] {
+                let what = if accumulate {
+                    "up dw (f32 +=)"
+                } else {
+                    "up dw (f32)"
+                };
+                time(what, &mut || {
+                    let own = sum.take().expect("put back below");
+                    let slot = if accumulate {
+                        GradSlot::Sum(own)
+                    } else {
+                        GradSlot::Stale(own)
+                    };
+                    let (x, dy) = (sorted.clone(), dy.clone());
+                    sum = Some(Cuda::grouped_linear_accumulate_weight_grad(
+                        x, dy, offsets, slot,
+                    ));
+                });
+            }
+        }
+        force_grouped_path(None);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Activations, plain and gated. Kernels: `kernels/gated_activation.cu`.
 
-use bridge_ops::Activation;
+use bridge_ops::{Activation, SwigluClamp};
 use burn_backend::TensorMetadata;
 
 use crate::device::{Gpu, Launch, launch};
@@ -120,4 +120,44 @@ pub(super) fn gated_backward(
         }
     }
     (dgate, dup, y)
+}
+
+/// Any activation: the clamped kernels do not look at it, but the file is compiled for one.
+const UNUSED: Activation = Activation::Silu;
+
+pub(super) fn clamped_forward(gate: CudaTensor, up: CudaTensor, clamp: SwigluClamp) -> CudaTensor {
+    let (up, gate) = (aligned(cast(up, gate.dtype())), aligned(gate));
+    let y = like(&gate);
+    if y.count() > 0 {
+        let (gpu, kernel, shape, count) = kernel(&gate, UNUSED, "clamped_forward");
+        let (alpha, limit) = (clamp.alpha as f32, clamp.limit as f32);
+        // SAFETY: packed operands of `count` elements.
+        unsafe {
+            launch!(gpu, kernel, shape; y.address(), gate.address(), up.address(), count, alpha, limit).or_panic();
+        }
+    }
+    y
+}
+
+/// Returns (dgate, dup).
+pub(super) fn clamped_backward(
+    gate: CudaTensor,
+    up: CudaTensor,
+    dy: CudaTensor,
+    clamp: SwigluClamp,
+) -> (CudaTensor, CudaTensor) {
+    let [up, dy] = [up, dy].map(|x| aligned(cast(x, gate.dtype())));
+    let gate = aligned(gate);
+    let (dgate, dup) = (like(&gate), like(&gate));
+    if dgate.count() > 0 {
+        let (gpu, kernel, shape, count) = kernel(&gate, UNUSED, "clamped_backward");
+        let (alpha, limit) = (clamp.alpha as f32, clamp.limit as f32);
+        // SAFETY: packed operands of `count` elements.
+        unsafe {
+            launch!(gpu, kernel, shape; dgate.address(), dup.address(), gate.address(), up.address(), dy.address(), count,
+                alpha, limit)
+            .or_panic();
+        }
+    }
+    (dgate, dup)
 }

@@ -39,6 +39,28 @@ pub(super) fn forward(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor
     out.reshape(&shape)
 }
 
+/// Half-precision factors of one type are multiplied as they are: their products are exact in fp32.
+pub(super) fn forward_f32(
+    x: CudaTensor,
+    weight: CudaTensor,
+    bias: Option<CudaTensor>,
+) -> CudaTensor {
+    let exact = x.dtype() == weight.dtype() && matches!(x.dtype(), DType::BF16 | DType::F16);
+    if !exact {
+        return forward(cast(x, DType::F32), weight, bias);
+    }
+    let shape = with_last(x.dims(), weight.dims()[0]);
+    let x = rows(x);
+    let size = [x.dims()[0], weight.dims()[0]];
+    let out = CudaTensor::empty(x.gpu(), &size, DType::F32);
+    matmul_into(&out, x, weight.swap_dims(0, 1), None, None);
+    let out = match bias {
+        Some(bias) => binary("AddTensor", out, cast(bias, DType::F32), None),
+        None => out,
+    };
+    out.reshape(&shape)
+}
+
 /// `dy W`, added by the product to what the gradient is so far: in place where nobody else has that.
 pub(super) fn backward_input(
     dy: CudaTensor,

@@ -11,7 +11,9 @@ mod cross_entropy;
 mod embedding;
 mod gated_delta_rule;
 mod gated_norm;
+mod latent_heads;
 mod linear;
+mod moe;
 mod norm;
 mod random;
 mod rotary;
@@ -22,9 +24,10 @@ use std::ops::Range;
 
 use bridge_ops::{
     Activation, AdamWStep, AdamWTensors, AttentionGrads, AttentionOutput, AttentionRule, ConvGrads,
-    ConvSpec, CrossEntropyOutput, CrossEntropySpec, DeltaRuleInputs, GatedNormGrads, GatedNormSpec,
-    GradSlot, LossGradRequest, LossGrads, NormSpec, Ops, RotaryDirection, RotaryStyle, ScanSpec,
-    SsdGrads, SsdInputs,
+    ConvSpec, CrossEntropyOutput, CrossEntropySpec, DeltaRuleInputs, ExpertOffsets, ExpertOrder,
+    GatedNormGrads, GatedNormSpec, GradSlot, LossGradRequest, LossGrads, NormSpec, Ops,
+    RotaryDirection, RotaryStyle, RouterOutput, RouterSpec, ScanSpec, SortedExperts, SsdGrads,
+    SsdInputs, SwigluClamp,
 };
 use burn_backend::DType;
 
@@ -38,6 +41,7 @@ pub use attention::{
     AttentionCalls, AttentionPath, attention_calls, attention_refusals, force_attention_path,
     set_deterministic_attention,
 };
+pub use moe::grouped_linear::{GroupedPath, force_grouped_path};
 
 impl Ops for Cuda {
     const KEEPS_GRADIENT_BUFFERS: bool = false;
@@ -45,6 +49,14 @@ impl Ops for Cuda {
 
     fn linear_forward(x: CudaTensor, weight: CudaTensor, bias: Option<CudaTensor>) -> CudaTensor {
         linear::forward(x, weight, bias)
+    }
+
+    fn linear_forward_f32(
+        x: CudaTensor,
+        weight: CudaTensor,
+        bias: Option<CudaTensor>,
+    ) -> CudaTensor {
+        linear::forward_f32(x, weight, bias)
     }
 
     fn linear_backward_input(dy: CudaTensor, weight: CudaTensor) -> CudaTensor {
@@ -135,6 +147,29 @@ impl Ops for Cuda {
         rotary::rotary(x, cos, sin, style, direction)
     }
 
+    fn rotary_tail(
+        x: CudaTensor,
+        cos: CudaTensor,
+        sin: CudaTensor,
+        style: RotaryStyle,
+        direction: RotaryDirection,
+        start: usize,
+    ) -> CudaTensor {
+        latent_heads::rotary_tail(x, cos, sin, style, direction, start)
+    }
+
+    fn latent_keys(kv: CudaTensor, rotated: CudaTensor, nope: usize) -> CudaTensor {
+        latent_heads::keys(kv, rotated, nope)
+    }
+
+    fn latent_keys_backward(
+        dk: CudaTensor,
+        dv: CudaTensor,
+        nope: usize,
+    ) -> (CudaTensor, CudaTensor) {
+        latent_heads::keys_backward(dk, dv, nope)
+    }
+
     fn attention_forward(
         q: CudaTensor,
         k: CudaTensor,
@@ -191,6 +226,118 @@ impl Ops for Cuda {
     ) -> (CudaTensor, CudaTensor, CudaTensor) {
         let (dgate, dup, y) = activation::gated_backward(gate, up, dy, activation, true);
         (dgate, dup, y.expect("asked for"))
+    }
+
+    fn clamped_swiglu_forward(gate: CudaTensor, up: CudaTensor, clamp: SwigluClamp) -> CudaTensor {
+        activation::clamped_forward(gate, up, clamp)
+    }
+
+    fn clamped_swiglu_backward(
+        gate: CudaTensor,
+        up: CudaTensor,
+        dy: CudaTensor,
+        clamp: SwigluClamp,
+    ) -> (CudaTensor, CudaTensor) {
+        activation::clamped_backward(gate, up, dy, clamp)
+    }
+
+    fn router_forward(
+        logits: CudaTensor,
+        correction_bias: Option<CudaTensor>,
+        spec: &RouterSpec,
+    ) -> RouterOutput<Self> {
+        moe::router::forward(logits, correction_bias, spec)
+    }
+
+    fn router_backward(
+        logits: CudaTensor,
+        experts: CudaTensor,
+        dweights: CudaTensor,
+        spec: &RouterSpec,
+    ) -> CudaTensor {
+        moe::router::backward(logits, experts, dweights, spec)
+    }
+
+    fn sort_by_expert(experts: CudaTensor, num_experts: usize) -> SortedExperts<Self> {
+        moe::permute::sort(experts, num_experts)
+    }
+
+    fn permute_rows(
+        x: CudaTensor,
+        order: &ExpertOrder<Self>,
+        weights: Option<CudaTensor>,
+    ) -> CudaTensor {
+        moe::permute::permute(x, order, weights)
+    }
+
+    fn unpermute_rows(
+        rows: CudaTensor,
+        inverse: CudaTensor,
+        weights: Option<CudaTensor>,
+        offsets: CudaTensor,
+    ) -> CudaTensor {
+        moe::permute::unpermute(rows, inverse, weights, offsets)
+    }
+
+    fn unpermute_weight_grad(
+        rows: CudaTensor,
+        inverse: CudaTensor,
+        dy: CudaTensor,
+        offsets: CudaTensor,
+    ) -> CudaTensor {
+        moe::permute::weight_grad(rows, inverse, dy, offsets)
+    }
+
+    fn grouped_linear_forward(
+        x: CudaTensor,
+        weight: CudaTensor,
+        bias: Option<CudaTensor>,
+        offsets: &ExpertOffsets<Self>,
+    ) -> CudaTensor {
+        moe::grouped_linear::forward(x, weight, bias, offsets)
+    }
+
+    fn grouped_linear_backward_input(
+        dy: CudaTensor,
+        weight: CudaTensor,
+        offsets: &ExpertOffsets<Self>,
+    ) -> CudaTensor {
+        moe::grouped_linear::backward_input(dy, weight, offsets, None)
+    }
+
+    fn grouped_linear_backward_input_add(
+        dy: CudaTensor,
+        weight: CudaTensor,
+        offsets: &ExpertOffsets<Self>,
+        so_far: Option<CudaTensor>,
+    ) -> CudaTensor {
+        moe::grouped_linear::backward_input(dy, weight, offsets, so_far)
+    }
+
+    fn grouped_linear_backward_input_pair(
+        dy: [CudaTensor; 2],
+        weight: [CudaTensor; 2],
+        offsets: &ExpertOffsets<Self>,
+        so_far: Option<CudaTensor>,
+    ) -> CudaTensor {
+        moe::grouped_linear::backward_input_pair(dy, weight, offsets, so_far)
+    }
+
+    fn grouped_linear_accumulate_weight_grad(
+        x: CudaTensor,
+        dy: CudaTensor,
+        offsets: &ExpertOffsets<Self>,
+        slot: GradSlot<Self>,
+    ) -> CudaTensor {
+        moe::grouped_linear::accumulate_weight_grad(x, dy, offsets, slot)
+    }
+
+    fn grouped_linear_accumulate_bias_grad(
+        dy: CudaTensor,
+        offsets: &ExpertOffsets<Self>,
+        slot: GradSlot<Self>,
+    ) -> CudaTensor {
+        moe::grouped_linear::accumulate_bias_grad(dy, offsets, slot)
     }
 
     fn cross_entropy_forward(

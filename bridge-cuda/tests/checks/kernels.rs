@@ -43,6 +43,8 @@ fn linear<B: Ops>(c: &mut Context<B>) {
             "forward with bias",
             B::linear_forward(x.clone(), w.clone(), Some(bias)),
         );
+        let wide = B::linear_forward_f32(x.clone(), w.clone(), Some(c.float(seed + 20, &[out])));
+        c.push("forward in f32", wide);
         c.push("dx", B::linear_backward_input(dy.clone(), w.clone()));
         let first = B::linear_accumulate_weight_grad(x.clone(), dy.clone(), GradSlot::Empty);
         c.push("dw", first.clone());
@@ -370,7 +372,7 @@ fn normal_region<B: Ops>(c: &mut Context<B>) {
     for (key, shape, ranges) in [
         (1, vec![300, 41], vec![0..300, 0..41]),
         (2, vec![7, 30, 11], vec![2..5, 1..30, 3..4]),
-        (3, vec![5], vec![3..3]),
+        (3, vec![5], std::iter::once(3..3).collect()),
     ] {
         let part = B::normal_region(key, 0.3, &shape, &ranges, &c.device);
         c.push("normal", part);

@@ -5,6 +5,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod kernels;
+pub(crate) mod moe;
 pub(crate) mod recurrent;
 pub(crate) mod tensors;
 
@@ -247,6 +248,7 @@ fn difference(expected: &[f32], found: &[f32], tolerance: f32) -> Option<String>
 pub(crate) fn groups() -> Vec<Group> {
     let mut groups = tensors::groups();
     groups.extend(kernels::groups());
+    groups.extend(moe::groups());
     groups.extend(attention::groups());
     groups.extend(recurrent::groups());
     groups

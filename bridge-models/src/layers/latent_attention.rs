@@ -15,8 +15,8 @@ use bridge_core::config::{
     AttentionLayer, LayerRope, MlaConfig, NormConfig, NormKind, RopeConfig, RopeStyle,
 };
 use bridge_ops::{
-    AttentionSpec, Ops, Param, Tape, Var, attention, cast, concat, matmul, repeat, reshape, rotary,
-    slice, transpose,
+    AttentionSpec, Ops, Param, Tape, Var, attention, cast, concat, latent_heads, matmul, reshape,
+    rotary, rotary_tail, slice, transpose,
 };
 use bridge_parallel::{ContextParallel, TensorRegion, context_attention};
 
@@ -155,8 +155,13 @@ impl<B: Ops> LatentAttention<B> {
             } => b_proj.forward(tape, &a_norm.forward(tape, &a_proj.forward(tape, x))),
         };
         let q = reshape(tape, &q, &[batch, seq, heads, nope + rotated]);
-        let q_nope = slice(tape, &q, 3, 0..nope);
-        let q_rope = self.rotated(tape, slice(tape, &q, 3, nope..nope + rotated), ctx);
+        let q = match &self.rope {
+            Some((rope, style)) => {
+                let table = ctx.rotary_table(rope, rotated, *style);
+                rotary_tail(tape, &q, &table, nope)
+            }
+            None => q,
+        };
 
         let kv = self.kv_a_proj.forward(tape, x); // [batch, seq, rank + rotated]
         let latent = self.kv_a_norm.forward(tape, &slice(tape, &kv, 2, 0..rank));
@@ -177,6 +182,8 @@ impl<B: Ops> LatentAttention<B> {
             let (keys, values) = own.append(tape, key, latent, cache.capacity());
             if earlier > 0 {
                 let spec = spec.clone().with_q_offset(earlier).with_kv_len(own.len());
+                let q_nope = slice(tape, &q, 3, 0..nope);
+                let q_rope = slice(tape, &q, 3, nope..nope + rotated);
                 let output = self.in_latent_space(tape, q_nope, q_rope, &keys, &values, &spec);
                 return self.o_proj.forward(tape, &output);
             }
@@ -184,10 +191,7 @@ impl<B: Ops> LatentAttention<B> {
 
         let kv = self.kv_b_proj.forward(tape, &latent);
         let kv = reshape(tape, &kv, &[batch, seq, heads, nope + value]);
-        let k_rope = repeat(tape, &k_rope, 2, heads);
-        let k = concat(tape, &[slice(tape, &kv, 3, 0..nope), k_rope], 3);
-        let v = slice(tape, &kv, 3, nope..nope + value);
-        let q = concat(tape, &[q_nope, q_rope], 3);
+        let (k, v) = latent_heads(tape, &kv, &k_rope, nope);
         // [batch, seq, heads, value]
         let output = context_attention(tape, &q, &k, &v, &spec, &self.context_parallel);
         let output = reshape(tape, &output, &[batch, seq, heads * value]);

@@ -4,10 +4,10 @@
 use bridge_core::DecoderConfig;
 use bridge_core::config::{GroupScoring, MoeConfig, RouterConfig, RouterScoring};
 use bridge_ops::{
-    Activation, DType, ExpertOffsets, ExpertOrder, GroupScore, Int, Ops, Param, RouterGroups,
-    RouterScore, RouterSpec, SwigluClamp, Tape, ValidTokens, Var, activation, add, cast,
-    clamped_swiglu, gated_activation, grouped_linear, permute, reshape, route, scale_rows,
-    unpermute,
+    Activation, ExpertOffsets, ExpertOrder, GroupScore, Int, Ops, Param, RouterGroups, RouterScore,
+    RouterSpec, SwigluClamp, Tape, ValidTokens, Var, activation, add, clamped_swiglu,
+    gated_activation, grouped_linear, grouped_linear_pair, linear_f32, permute, reshape, route,
+    scale_rows, unpermute,
 };
 use bridge_parallel::{ExpertParallel, TensorRegion};
 use burn::tensor::{Int as IntKind, Tensor, TensorPrimitive};
@@ -133,8 +133,13 @@ impl<B: Ops> Moe<B> {
         let parallel = &self.expert_parallel;
         let entered = self.region.enter(tape, x);
         let tokens = reshape(tape, &entered, &[shape[0] * shape[1], hidden]);
-        // Close scores decide which weights a token meets, so they are computed in full precision.
-        let logits = self.router.forward(tape, &cast(tape, &tokens, DType::F32)); // [tokens, experts]
+        // Close scores decide which weights a token meets, so they are computed in full precision. [tokens, experts]
+        let logits = linear_f32(
+            tape,
+            &tokens,
+            &self.router.weight,
+            self.router.bias.as_ref(),
+        );
         let bias = self.correction_bias.as_ref().map(Param::value);
         let mut routing = route(tape, &logits, bias, &self.spec);
         let valid = ctx.valid_tokens(self.sequence_part);
@@ -229,11 +234,16 @@ impl<B: Ops> Experts<B> {
 
     /// Each expert's output for its rows. `rows`: `[rows, hidden]`, sorted by expert -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, rows: &Var<B>, offsets: &ExpertOffsets<B>) -> Var<B> {
-        let up = self.up_proj.forward(tape, rows, offsets); // [rows, intermediate]
-        let gate = self
-            .gate_proj
-            .as_ref()
-            .map(|gate| gate.forward(tape, rows, offsets));
+        // [rows, intermediate] each
+        let (gate, up) = match &self.gate_proj {
+            Some(gate_proj) => {
+                let weights = [&gate_proj.weight, &self.up_proj.weight];
+                let biases = [gate_proj.bias(), self.up_proj.bias()];
+                let [gate, up] = grouped_linear_pair(tape, rows, weights, biases, offsets);
+                (Some(gate), up)
+            }
+            None => (None, self.up_proj.forward(tape, rows, offsets)),
+        };
         let inner = match (gate, self.activation) {
             (Some(gate), ExpertActivation::Plain(act)) => gated_activation(tape, &gate, &up, act),
             (Some(gate), ExpertActivation::Clamped(clamp)) => {
@@ -283,8 +293,12 @@ impl<B: Ops> GroupedLinear<B> {
 
     /// `rows`: `[rows, in_features]`, sorted by expert -> `[rows, out_features]`.
     pub fn forward(&self, tape: &Tape<B>, rows: &Var<B>, offsets: &ExpertOffsets<B>) -> Var<B> {
-        let bias = self.bias.as_ref().filter(|_| self.adds_bias);
-        grouped_linear(tape, rows, &self.weight, bias, offsets)
+        grouped_linear(tape, rows, &self.weight, self.bias(), offsets)
+    }
+
+    /// The bias, if this rank adds it.
+    fn bias(&self) -> Option<&Param<B>> {
+        self.bias.as_ref().filter(|_| self.adds_bias)
     }
 }
 

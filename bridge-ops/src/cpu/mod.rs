@@ -35,7 +35,7 @@ use crate::attention::{AttentionGrads, AttentionOutput, AttentionRule};
 use crate::clamped_swiglu::SwigluClamp;
 use crate::cross_entropy::{CrossEntropyOutput, CrossEntropySpec};
 use crate::grad_slot::GradSlot;
-use crate::moe::{ExpertOffsets, RouterOutput, RouterSpec, SortedExperts};
+use crate::moe::{ExpertOffsets, ExpertOrder, RouterOutput, RouterSpec, SortedExperts};
 use crate::ops::Ops;
 use crate::rms_norm::NormSpec;
 use crate::rotary::{RotaryDirection, RotaryStyle};
@@ -235,13 +235,11 @@ impl Ops for Flex {
 
     fn permute_rows(
         x: FlexTensor,
-        order: FlexTensor,
+        order: &ExpertOrder<Self>,
         weights: Option<FlexTensor>,
-        top_k: usize,
     ) -> FlexTensor {
-        moe::permute(&x, &order, weights.as_ref(), top_k).unwrap_or_else(|| {
-            crate::moe::permute::portable_permute::<Self>(x, order, weights, top_k)
-        })
+        moe::permute(&x, order.order(), weights.as_ref(), order.top_k())
+            .unwrap_or_else(|| crate::moe::permute::portable_permute::<Self>(x, order, weights))
     }
 
     fn unpermute_rows(
@@ -293,10 +291,12 @@ impl Ops for Flex {
         offsets: &ExpertOffsets<Self>,
         slot: GradSlot<Self>,
     ) -> FlexTensor {
-        grouped_linear::accumulate_weight_grad(&x, &dy, offsets, slot).unwrap_or_else(|slot| {
-            crate::moe::grouped_linear::portable_accumulate_weight_grad::<Self>(
-                x, dy, offsets, slot,
-            )
+        slot.rounded_once(|slot| {
+            grouped_linear::accumulate_weight_grad(&x, &dy, offsets, slot).unwrap_or_else(|slot| {
+                crate::moe::grouped_linear::portable_accumulate_weight_grad::<Self>(
+                    x, dy, offsets, slot,
+                )
+            })
         })
     }
 

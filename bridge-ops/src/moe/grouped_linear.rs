@@ -7,6 +7,8 @@
 //! Rows from `offsets[E]` on belong to no expert: what comes out for them is not specified, and what goes in is not
 //! looked at.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use burn::tensor::Tensor;
 use burn_backend::{DType, TensorMetadata};
 
@@ -15,6 +17,7 @@ use crate::grad_slot::GradSlot;
 use crate::ops::Ops;
 use crate::param::Param;
 use crate::primitive::{Float, dims, float, matrix, tensor, to_dtype, to_f32};
+use crate::saved::Saved;
 use crate::tape::{Tape, Var};
 
 /// x: [rows, in], weight: [E, out, in], bias: [E, out] -> [rows, out].
@@ -33,24 +36,135 @@ pub fn grouped_linear<B: Ops>(
     let output =
         B::grouped_linear_forward(x.value(), weight.value(), bias.map(Param::value), offsets);
     let params: Vec<&Param<B>> = std::iter::once(weight).chain(bias).collect();
-    let (weight, bias, offsets) = (weight.clone(), bias.cloned(), offsets.clone());
-    let input_tracked = x.is_tracked();
-    let input = weight.requires_grad().then(|| x.value());
-    tape.record_with_params(output, &[x], &params, move |dy| {
-        if let Some(bias) = bias.filter(|bias| bias.requires_grad()) {
+    let gradients = WeightGradients::new(x, weight, bias, offsets);
+    let (input_tracked, weight, offsets) = (x.is_tracked(), weight.clone(), offsets.clone());
+    tape.record_accumulating(output, x, &params, move |dy, so_far| {
+        let dx = input_tracked.then(|| {
+            B::grouped_linear_backward_input_add(dy.clone(), weight.value(), &offsets, so_far)
+        });
+        gradients.accumulate(dy);
+        dx
+    })
+}
+
+/// Two layers of the same rows, such as the gate and the other half of a gated MLP: [`grouped_linear`] of each, and one product
+/// for the gradient of the rows. x: [rows, in], weights: [E, out, in] each, biases: [E, out] -> [rows, out] of each.
+///
+/// Whoever uses the second result must use the first as well: the gradient of the rows waits for both.
+///
+/// # Panics
+/// When the shapes do not fit.
+#[track_caller]
+pub fn grouped_linear_pair<B: Ops>(
+    tape: &Tape<B>,
+    x: &Var<B>,
+    weights: [&Param<B>; 2],
+    biases: [Option<&Param<B>>; 2],
+    offsets: &ExpertOffsets<B>,
+) -> [Var<B>; 2] {
+    let [first, second] = weights;
+    assert_eq!(
+        first.shape(),
+        second.shape(),
+        "grouped_linear_pair: `{}` and `{}` differ in shape",
+        first.name(),
+        second.name()
+    );
+    let layer = |i: usize| {
+        check(&x.shape(), weights[i], biases[i], offsets.num_experts());
+        let (weight, bias) = (weights[i], biases[i]);
+        let output =
+            B::grouped_linear_forward(x.value(), weight.value(), bias.map(Param::value), offsets);
+        let params: Vec<&Param<B>> = std::iter::once(weight).chain(bias).collect();
+        (
+            output,
+            params,
+            WeightGradients::new(x, weight, bias, offsets),
+        )
+    };
+    let (tracked, offsets_of_rows) = (x.is_tracked(), offsets.clone());
+    let values = [first.clone(), second.clone()];
+    // The second node comes later, and so earlier on the way back.
+    let kept: Arc<Mutex<Option<Float<B>>>> = Arc::default();
+    let from_second = Arc::clone(&kept);
+    let (output, params, gradients) = layer(0);
+    let a = tape.record_accumulating(output, x, &params, move |dy, so_far| {
+        let other = from_second
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let dx = tracked.then(|| {
+            let [first, second] = values.map(|weight| weight.value());
+            let offsets = &offsets_of_rows;
+            match other {
+                Some(other) => B::grouped_linear_backward_input_pair(
+                    [dy.clone(), other],
+                    [first, second],
+                    offsets,
+                    so_far,
+                ),
+                None => B::grouped_linear_backward_input_add(dy.clone(), first, offsets, so_far),
+            }
+        });
+        gradients.accumulate(dy);
+        dx
+    });
+    let (output, params, gradients) = layer(1);
+    let b = tape.record_with_params(output, &[x], &params, move |dy| {
+        if tracked {
+            *kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(dy.clone());
+        }
+        gradients.accumulate(dy);
+        vec![None]
+    });
+    [a, b]
+}
+
+/// What the gradients of a layer's weight and bias are made from.
+struct WeightGradients<B: Ops> {
+    input: Option<Saved<B>>,
+    weight: Param<B>,
+    bias: Option<Param<B>>,
+    offsets: ExpertOffsets<B>,
+}
+
+impl<B: Ops> WeightGradients<B> {
+    fn new(
+        x: &Var<B>,
+        weight: &Param<B>,
+        bias: Option<&Param<B>>,
+        offsets: &ExpertOffsets<B>,
+    ) -> Self {
+        Self {
+            // A frozen weight needs no x, which may then be freed early.
+            input: weight.requires_grad().then(|| x.saved()),
+            weight: weight.clone(),
+            bias: bias.filter(|bias| bias.requires_grad()).cloned(),
+            offsets: offsets.clone(),
+        }
+    }
+
+    /// Adds them to the weights' slots.
+    fn accumulate(self, dy: Float<B>) {
+        let Self {
+            input,
+            weight,
+            bias,
+            offsets,
+        } = self;
+        if let Some(bias) = bias {
             bias.accumulate_with(|slot| {
                 B::grouped_linear_accumulate_bias_grad(dy.clone(), &offsets, slot)
             });
         }
-        let dx = input_tracked
-            .then(|| B::grouped_linear_backward_input(dy.clone(), weight.value(), &offsets));
         if let Some(input) = input {
-            weight.accumulate_with(|slot| {
-                B::grouped_linear_accumulate_weight_grad(input, dy, &offsets, slot)
+            input.use_when_made(move |input| {
+                weight.accumulate_in_dtype_with(|slot| {
+                    B::grouped_linear_accumulate_weight_grad(input, dy, &offsets, slot)
+                });
             });
         }
-        vec![dx]
-    })
+    }
 }
 
 #[track_caller]
@@ -101,7 +215,8 @@ fn assemble<B: Ops>(
     float(Tensor::cat(parts, 0))
 }
 
-pub(crate) fn portable<B: Ops>(
+/// The forward pass in plain tensor operations.
+pub fn portable<B: Ops>(
     x: Float<B>,
     weight: Float<B>,
     bias: Option<Float<B>>,
@@ -125,7 +240,8 @@ pub(crate) fn portable<B: Ops>(
     assemble::<B>(parts.collect(), rows, out, (&device, dtype))
 }
 
-pub(crate) fn portable_backward_input<B: Ops>(
+/// The input's gradient in plain tensor operations.
+pub fn portable_backward_input<B: Ops>(
     dy: Float<B>,
     weight: Float<B>,
     offsets: &ExpertOffsets<B>,
@@ -142,7 +258,31 @@ pub(crate) fn portable_backward_input<B: Ops>(
     assemble::<B>(parts.collect(), rows, inner, (&device, dtype))
 }
 
-pub(crate) fn portable_accumulate_weight_grad<B: Ops>(
+pub(crate) fn portable_backward_input_pair<B: Ops>(
+    [dy, other]: [Float<B>; 2],
+    [weight, other_weight]: [Float<B>; 2],
+    offsets: &ExpertOffsets<B>,
+    so_far: Option<Float<B>>,
+) -> Float<B> {
+    let dx = B::grouped_linear_backward_input_add(dy, weight, offsets, so_far);
+    B::grouped_linear_backward_input_add(other, other_weight, offsets, Some(dx))
+}
+
+pub(crate) fn portable_backward_input_add<B: Ops>(
+    dy: Float<B>,
+    weight: Float<B>,
+    offsets: &ExpertOffsets<B>,
+    so_far: Option<Float<B>>,
+) -> Float<B> {
+    let dx = B::grouped_linear_backward_input(dy, weight, offsets);
+    match so_far {
+        Some(so_far) => B::add(so_far, dx),
+        None => dx,
+    }
+}
+
+/// The weights' gradient in plain tensor operations.
+pub fn portable_accumulate_weight_grad<B: Ops>(
     x: Float<B>,
     dy: Float<B>,
     offsets: &ExpertOffsets<B>,
@@ -165,7 +305,8 @@ pub(crate) fn portable_accumulate_weight_grad<B: Ops>(
     slot.accumulate(float(Tensor::cat(grads.collect(), 0)))
 }
 
-pub(crate) fn portable_accumulate_bias_grad<B: Ops>(
+/// The biases' gradient in plain tensor operations.
+pub fn portable_accumulate_bias_grad<B: Ops>(
     dy: Float<B>,
     offsets: &ExpertOffsets<B>,
     slot: GradSlot<B>,

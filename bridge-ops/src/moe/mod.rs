@@ -22,7 +22,7 @@ mod router_loss_tests;
 mod tests;
 
 pub use capacity::{DropPolicy, drop_over_capacity, expert_capacity};
-pub use grouped_linear::grouped_linear;
+pub use grouped_linear::{grouped_linear, grouped_linear_pair};
 pub use permute::{ExpertOffsets, ExpertOrder, SortedExperts, permute, unpermute};
 pub use router::{GroupScore, RouterGroups, RouterOutput, RouterScore, RouterSpec, Routing, route};
 pub use router_loss::{

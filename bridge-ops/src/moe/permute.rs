@@ -127,6 +127,21 @@ impl<B: Ops> ExpertOrder<B> {
         &self.offsets
     }
 
+    /// The assignment in each place of the sorted order, `[tokens * k]`.
+    pub fn order(&self) -> &Int<B> {
+        &self.order
+    }
+
+    /// The place of each assignment, [tokens, k].
+    pub fn inverse(&self) -> &Int<B> {
+        &self.inverse
+    }
+
+    /// Experts per token.
+    pub fn top_k(&self) -> usize {
+        self.top_k
+    }
+
     /// Number of sorted rows, the unused ones included: `tokens * k`.
     pub fn num_rows(&self) -> usize {
         self.tokens * self.top_k
@@ -145,16 +160,18 @@ pub fn permute<B: Ops>(tape: &Tape<B>, x: &Var<B>, order: &ExpertOrder<B>) -> Va
         "permute: x has shape {shape:?}, the order is of {} tokens",
         order.tokens
     );
-    let output = B::permute_rows(x.value(), order.order.clone(), None, order.top_k);
+    let output = B::permute_rows(x.value(), order, None);
+    let (input, own) = (x.value(), order.clone());
     let order = order.clone();
-    tape.record(output, &[x], move |drows| {
+    let rows = tape.record(output, &[x], move |drows| {
         vec![Some(B::unpermute_rows(
             drows,
             order.inverse,
             None,
             order.offsets.device,
         ))]
-    })
+    });
+    tape.cheap(rows, move || B::permute_rows(input.clone(), &own, None))
 }
 
 /// The weighted sum of each token's rows. rows: [tokens * k, h], weights: [tokens, k] -> [tokens, h].
@@ -192,13 +209,13 @@ pub fn unpermute<B: Ops>(
                 order.offsets.device.clone(),
             )
         });
-        let drows = rows_tracked
-            .then(|| B::permute_rows(dy, order.order, Some(weights_value), order.top_k));
+        let drows = rows_tracked.then(|| B::permute_rows(dy, &order, Some(weights_value)));
         vec![drows, dweights]
     })
 }
 
-pub(crate) fn portable_sort<B: Ops>(experts: Int<B>, num_experts: usize) -> SortedExperts<B> {
+/// The order, made on the host.
+pub fn portable_sort<B: Ops>(experts: Int<B>, num_experts: usize) -> SortedExperts<B> {
     let device = B::int_device(&experts);
     let shape = dims(&experts);
     let sorted = sort_on_host(&to_i64_vec::<B>(experts), num_experts);
@@ -248,13 +265,12 @@ pub(crate) fn sort_on_host(experts: &[i64], num_experts: usize) -> HostOrder {
 
 pub(crate) fn portable_permute<B: Ops>(
     x: Float<B>,
-    order: Int<B>,
+    order: &ExpertOrder<B>,
     weights: Option<Float<B>>,
-    top_k: usize,
 ) -> Float<B> {
-    let dtype = x.dtype();
-    let order = Tensor::<B, 1, IntKind>::from_primitive(order);
-    let rows = matrix::<B>(x).select(0, order.clone().div_scalar(top_k as i64));
+    let (dtype, top_k) = (x.dtype(), order.top_k as i64);
+    let order = Tensor::<B, 1, IntKind>::from_primitive(order.order.clone());
+    let rows = matrix::<B>(x).select(0, order.clone().div_scalar(top_k));
     let Some(weights) = weights else {
         return float(rows);
     };

@@ -148,7 +148,7 @@ fn check(logits: &[usize], spec: &RouterSpec) {
 
 impl RouterSpec {
     /// Whether the groups that are searched hold fewer experts than a token is given.
-    pub(crate) fn fills_up(&self, experts: usize) -> bool {
+    pub fn fills_up(&self, experts: usize) -> bool {
         self.groups
             .is_some_and(|rule| experts / rule.groups.max(1) * rule.top_groups < self.top_k)
     }
@@ -208,7 +208,8 @@ pub(crate) fn select(scores: &[f32], k: usize) -> Vec<usize> {
     items.into_iter().map(|(_, index)| index).collect()
 }
 
-pub(crate) fn portable<B: Ops>(
+/// The forward pass in plain tensor operations.
+pub fn portable<B: Ops>(
     logits: Float<B>,
     correction_bias: Option<Float<B>>,
     spec: &RouterSpec,
@@ -290,7 +291,8 @@ fn within_groups<B: Ops>(choice: Tensor<B, 2>, rule: &RouterGroups) -> Tensor<B,
     choice.mask_fill(outside, f32::NEG_INFINITY)
 }
 
-pub(crate) fn portable_backward<B: Ops>(
+/// The gradient in plain tensor operations.
+pub fn portable_backward<B: Ops>(
     logits: Float<B>,
     experts: Int<B>,
     dweights: Float<B>,

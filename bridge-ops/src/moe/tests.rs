@@ -213,27 +213,18 @@ fn permuting_there_and_back_is_a_weighted_sum_per_token() {
 
 #[test]
 fn permuting_kernels_agree_with_portable_bodies_and_ignore_unused_rows() {
-    let (order, inverse) = {
-        let sorted = order();
-        (
-            Flex::sort_by_expert(int_from_i64::<Flex>(&ASSIGNED, &[5, 2], &DEVICE), 4),
-            sorted,
-        )
-    };
-    let offsets = inverse.offsets().device().clone();
+    let sorted = order();
+    let inverse = sorted.inverse().clone();
+    let offsets = sorted.offsets().device().clone();
     let mut rows = numbers(10 * 7, 3);
     rows[8 * 7..].fill(f32::NAN);
     let rows = float_from_f32::<Flex>(&rows, &[10, 7], &DEVICE);
     for weights in [None, Some(random(&[5, 2], 4))] {
-        let found = Flex::permute_rows(random(&[5, 7], 1), order.order.clone(), weights.clone(), 2);
-        let expected = permute::portable_permute::<Flex>(
-            random(&[5, 7], 1),
-            order.order.clone(),
-            weights.clone(),
-            2,
-        );
+        let x = random(&[5, 7], 1);
+        let found = Flex::permute_rows(x.clone(), &sorted, weights.clone());
+        let expected = permute::portable_permute::<Flex>(x, &sorted, weights.clone());
         assert_close("permuted", &found, &expected, ROUNDING);
-        let (inverse, offsets) = (order.inverse.clone(), offsets.clone());
+        let (inverse, offsets) = (inverse.clone(), offsets.clone());
         let found = Flex::unpermute_rows(
             rows.clone(),
             inverse.clone(),
@@ -244,13 +235,9 @@ fn permuting_kernels_agree_with_portable_bodies_and_ignore_unused_rows() {
         assert_close("unpermuted", &found, &expected, ROUNDING);
     }
     let dy = random(&[5, 7], 8);
-    let found = Flex::unpermute_weight_grad(
-        rows.clone(),
-        order.inverse.clone(),
-        dy.clone(),
-        offsets.clone(),
-    );
-    let expected = permute::portable_weight_grad::<Flex>(rows, order.inverse, dy, offsets);
+    let found =
+        Flex::unpermute_weight_grad(rows.clone(), inverse.clone(), dy.clone(), offsets.clone());
+    let expected = permute::portable_weight_grad::<Flex>(rows, inverse, dy, offsets);
     assert_close("weight gradient", &found, &expected, ROUNDING);
 }
 
@@ -285,6 +272,33 @@ fn grouped_products_match_autodiff() {
             "grouped_linear_accumulate_weight_grad",
             "grouped_linear_accumulate_bias_grad",
         ]);
+    }
+}
+
+#[test]
+fn a_pair_of_products_is_two_products() {
+    let counts = [3, 0, 5, 1];
+    let params: Vec<_> = (2..6u64)
+        .map(|seed| random(if seed < 4 { &[4, 5, 6] } else { &[4, 5] }, seed))
+        .collect();
+    let pass = |pair: bool| {
+        run(&[random(&[9, 6], 1)], &params, |tape, x, p| {
+            let offsets = ExpertOffsets::from_counts(&counts, &DEVICE);
+            let x = crate::scale(tape, &x[0], 1.0);
+            let [a, b] = if pair {
+                let biases = [Some(&p[2]), Some(&p[3])];
+                grouped_linear_pair(tape, &x, [&p[0], &p[1]], biases, &offsets)
+            } else {
+                [0, 1].map(|i| grouped_linear(tape, &x, &p[i], Some(&p[i + 2]), &offsets))
+            };
+            crate::mul(tape, &crate::mul(tape, &a, &b), &a)
+        })
+    };
+    let (one, two) = (pass(true), pass(false));
+    assert_close("y", &one.output, &two.output, ROUNDING);
+    assert_close("dx", &one.input_grads[0], &two.input_grads[0], ROUNDING);
+    for (one, two) in one.param_grads.iter().zip(&two.param_grads) {
+        assert_close("gradient of a weight", one, two, ROUNDING);
     }
 }
 

@@ -71,8 +71,8 @@ struct Model {
     /// Hugging Face folder or hub id (org/name[@revision]).
     #[arg(long, value_name = "DIR")]
     hf: Option<String>,
-    /// A shape with fresh weights: tiny, llama3_8b_4l (four layers of it), qwen3_600m, nemotron_h_stack,
-    /// qwen3_next_stack (a few layers of each), or a named size of `models list`.
+    /// A shape with fresh weights: tiny, llama3_8b_4l, qwen3_30b_a3b_4l, deepseek_v2_lite_4l (four layers of each),
+    /// qwen3_600m, nemotron_h_stack, qwen3_next_stack (a few layers of each), or a named size of `models list`.
     #[arg(long, value_name = "NAME")]
     shape: Option<String>,
 }
@@ -85,6 +85,9 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     report.line(&result)
 }
 
+/// Four layers, the first ones, of models that do not fit one GPU with their optimizer state.
+const FOUR_LAYERS: [&str; 3] = ["llama3_8b_4l", "qwen3_30b_a3b_4l", "deepseek_v2_lite_4l"];
+
 /// The shapes that the plain PyTorch trainer used for comparison knows, and every named size.
 fn shape(name: &str) -> Result<DecoderConfig> {
     let sized = |preset: &str, layers: usize| -> Result<DecoderConfig> {
@@ -96,8 +99,12 @@ fn shape(name: &str) -> Result<DecoderConfig> {
     if let Some(shape) = hybrid_shape(name) {
         return shape;
     }
+    if let Some(known) = FOUR_LAYERS.iter().find(|shape| **shape == name)
+        && let Some(preset) = known.strip_suffix("_4l")
+    {
+        return sized(preset, 4);
+    }
     match name {
-        "llama3_8b_4l" => sized("llama3_8b", 4),
         "qwen3_600m" => sized("qwen3_0_6b", usize::MAX),
         "tiny" => {
             let json = json!({
@@ -120,7 +127,8 @@ fn shape(name: &str) -> Result<DecoderConfig> {
                     "shape",
                     name,
                     presets()
-                        .chain(["tiny", "llama3_8b_4l", "qwen3_600m"])
+                        .chain(FOUR_LAYERS)
+                        .chain(["tiny", "qwen3_600m"])
                         .chain(HYBRID_SHAPES),
                 ));
             }
