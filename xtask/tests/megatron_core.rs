@@ -156,6 +156,12 @@ fn megatron_core_computes_the_same_with_what_is_written_for_it() {
                     difference <= LOGITS,
                     "{number} {family} {layout:?}: {difference}"
                 );
+                if let Some(reason) = result["not_saved"].as_str() {
+                    eprintln!(
+                        "skipped: megatron-core {number} cannot save with this PyTorch ({reason})"
+                    );
+                    continue;
+                }
                 let saved = model.rsplit(',').next().unwrap_or_default();
                 same_again(Path::new(saved), &fixture(family));
             }
@@ -166,7 +172,8 @@ fn megatron_core_computes_the_same_with_what_is_written_for_it() {
 /// What Megatron-Core saved converts to the Hugging Face model that it came from, bit for bit.
 #[track_caller]
 fn same_again(saved: &Path, hf: &Path) {
-    let back = saved.with_extension("back");
+    // A version's number has points, which is no extension.
+    let back = PathBuf::from(format!("{}-back", saved.display()));
     xtask(&format!(
         "convert --from megatron:{} --hf-config {} --to hf:{}",
         arg(saved),
