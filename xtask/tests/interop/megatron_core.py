@@ -10,6 +10,7 @@ RESAVE_DIR Megatron-Core saves what it has loaded. `names` prints the tensors th
 """
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -182,6 +183,8 @@ def layer_spec(transformer):
         if transformer.multi_latent_attention:
             attention.core_attention = latent_core_attention(attention.core_attention)
             if transformer.q_lora_rank is None:
+                if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config"):
+                    raise Unsupported("its own layers want Transformer Engine where queries have no latent vector")
                 attention.q_layernorm = IdentityOp
         # Names as in training runs, which use Transformer Engine's layers: norms belong to the projection after them,
         # but for those before experts and before latent attention.
