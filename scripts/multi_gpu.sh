@@ -220,7 +220,7 @@ if in_stage train; then
         train "$recipe pp=$gpus" "$gpus" "$recipe" "$seq" $one "train.global_batch_size=$((4 * gpus))" \
             "$p.pipeline_model_parallel_size=$gpus"
         train "$recipe cp=$gpus" "$gpus" "$recipe" "$seq" $one train.global_batch_size=4 "$p.context_parallel_size=$gpus"
-        train "$recipe tp=2 dp=$half" "$gpus" "$recipe" "$seq" $one "train.global_batch_size=$((4 * half))" \
+        [ "$gpus" -gt 2 ] && train "$recipe tp=2 dp=$half" "$gpus" "$recipe" "$seq" $one "train.global_batch_size=$((4 * half))" \
             "$p.tensor_model_parallel_size=2" "$p.data_parallel_size=$half" "$p.sequence_parallel=true"
     fi
     if [ "$gpus" -eq 8 ] && [ -z "$tiny" ]; then

@@ -225,6 +225,14 @@ fn recurrent_layers_keep_documents_apart() {
             LayoutSpec::tp_pp(1, 2),
             LayoutSpec::tp_pp(2, 1),
             LayoutSpec { dp: 2, ..alone },
+            LayoutSpec { cp: 2, ..alone },
+            LayoutSpec {
+                cp: 2,
+                tp: 2,
+                sp: true,
+                ..alone
+            },
+            LayoutSpec { cp: 4, ..alone },
         ] {
             let found = step(family, layout, CpCommType::P2p, rows_of);
             close(

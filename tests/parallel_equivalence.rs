@@ -1,6 +1,7 @@
 //! At every layout the models compute what the reference implementation computes on one rank: logits, loss, every
 //! gradient. Ranks are threads.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,10 +9,14 @@ use std::time::Duration;
 use bridge_core::LayoutSpec;
 use bridge_core::convert::HfModel;
 use bridge_models::generate::{GenerateOptions, generate_parallel};
+use bridge_models::run::loss_and_gradients;
 use bridge_models::verify::{Reference, Tolerances, VerifyOptions, VerifyReport};
 use bridge_models::weights::load_hf_parallel;
-use bridge_models::{DtypePolicy, ParallelOptions, registry};
-use bridge_parallel::{CpCommType, ParallelContext};
+use bridge_models::{
+    AuxiliaryLosses, AuxiliaryOptions, DtypePolicy, ForwardContext, ParallelOptions, registry,
+};
+use bridge_ops::to_f32_vec;
+use bridge_parallel::{CpCommType, ParallelContext, run_threads};
 use bridge_tests::{families, fixture};
 use bridge_train::verify::Verification;
 use burn_flex::Flex;
@@ -41,12 +46,11 @@ const EXPERTS: [&str; 11] = [
 
 /// What is refused, by a word of the layout.
 const REFUSED: [(&str, &str); 10] = [
-    // Recurrent layers run over whole sequences.
-    ("nemotron_h", "cp="),
-    ("nemotron_h_moe", "cp="),
-    ("qwen3_next", "cp="),
-    // Multi-token prediction looks at the tokens after a chunk.
-    ("deepseek_v3_mtp", "cp="),
+    // Eight and four recurrent heads.
+    ("nemotron_h", "cp=3"),
+    ("nemotron_h_moe", "cp=3"),
+    ("qwen3_next", "cp=3"),
+    ("qwen3_next", "tp=4 cp=2"),
     // Two groups of norms.
     ("nemotron_h", "tp=4"),
     ("nemotron_h_moe", "tp=4"),
@@ -263,4 +267,72 @@ fn a_layout_that_does_not_fit_is_refused_with_the_nearest_that_does() {
     assert!(refused("llama2", "cp=2 sp").contains("tp above 1"));
     assert!(refused("llama2", "cp=8 a2a").contains("use p2p or all_gather"));
     assert!(refused("llama2", "pp=4").contains("the most is pp=3"));
+}
+
+/// The gradients of the losses of the next token and, half as much, of the one after it, over all ranks of `cp`.
+fn mtp_gradients(cp: usize) -> BTreeMap<String, Vec<f64>> {
+    let layout = LayoutSpec {
+        cp,
+        ..LayoutSpec::default()
+    };
+    let dir = fixture("deepseek_v3_mtp");
+    let folder = HfModel::open(&dir, &registry(), &layout).expect("a model");
+    let reference = Reference::load(&dir).expect("a reference");
+    let work = move |parallel: Arc<ParallelContext<Flex>>| {
+        let options = ParallelOptions::default();
+        let model = load_hf_parallel(&folder, DtypePolicy::Float32, &parallel, &options)?;
+        let (inputs, targets) = reference.inputs(model.config().vocab_size)?;
+        let options = AuxiliaryOptions {
+            mtp: 0.5,
+            ..AuxiliaryOptions::default()
+        };
+        let auxiliary = AuxiliaryLosses::new(options, inputs.batch * inputs.seq);
+        // Two documents a row, the first one of five tokens.
+        let rows = (0..inputs.batch).flat_map(|row| [row * inputs.seq, row * inputs.seq + 5]);
+        let documents: Vec<usize> = rows.chain([inputs.batch * inputs.seq]).collect();
+        let size = [inputs.batch, inputs.seq];
+        let ctx = ForwardContext::for_rank(&inputs.input_ids, size, &parallel)
+            .with_documents(documents.into())
+            .with_auxiliary(&auxiliary);
+        let step = loss_and_gradients(&model, &ctx, &ctx.own_targets(&targets));
+        parallel.health()?;
+        let gradients = model.params().into_iter().filter_map(|param| {
+            let values = to_f32_vec::<Flex>(param.take_grad()?);
+            Some((param.name().to_owned(), values))
+        });
+        Ok::<_, bridge_models::Error>((step.num_tokens, gradients.collect::<Vec<_>>()))
+    };
+    let ranks = run_threads::<Flex, _, _>(layout, Duration::from_secs(60), work).expect("ranks");
+    let tokens: usize = ranks.iter().map(|(tokens, _)| tokens).sum();
+    let mut sums: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for (own, gradients) in ranks {
+        // Each rank took the mean over its own tokens.
+        let weight = own as f64 / tokens as f64;
+        for (name, values) in gradients {
+            let sum = sums.entry(name).or_insert_with(|| vec![0.0; values.len()]);
+            let pairs = sum.iter_mut().zip(values);
+            pairs.for_each(|(sum, value)| *sum += weight * f64::from(value));
+        }
+    }
+    sums
+}
+
+#[test]
+fn multi_token_prediction_sees_the_tokens_of_other_ranks() {
+    let expected = mtp_gradients(1);
+    assert!(expected.keys().any(|name| name.starts_with("mtp.")));
+    for cp in [2, 3] {
+        let found = mtp_gradients(cp);
+        assert!(found.keys().eq(expected.keys()));
+        for ((name, found), expected) in found.iter().zip(expected.values()) {
+            let norm =
+                |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+            let apart = norm(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+            let size = norm(&mut expected.iter().copied());
+            assert!(
+                apart <= TOLERANCES.gradient * size.max(1e-4),
+                "cp={cp}, {name}: {apart:e} apart, of {size:e}"
+            );
+        }
+    }
 }

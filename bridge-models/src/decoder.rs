@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bridge_core::layout::{PipelineSplit, Place};
 use bridge_core::{CanonicalTensor, DecoderConfig};
 use bridge_ops::{DType, Float, Int, Ops, Param, Tape, Var};
-use bridge_parallel::ParallelContext;
+use bridge_parallel::{ContextParallel, ParallelContext};
 use burn::tensor::{Int as IntKind, Tensor};
 
 use crate::context::{DecoderCache, ForwardContext, IGNORED_TARGET, Targets};
@@ -25,6 +25,8 @@ pub struct Decoder<B: Ops> {
     device: B::Device,
     /// Between layers each rank has one of so many parts of its sequences (sequence parallelism).
     sequence_parts: usize,
+    /// Who has the other parts of its sequences.
+    context_parallel: ContextParallel<B>,
     /// `None` where another pipeline stage has it, as for the layers and the head.
     embedding: Option<Embedding<B>>,
     layers: Vec<Option<DecoderLayer<B>>>,
@@ -146,6 +148,7 @@ impl<B: Ops> Decoder<B> {
             } else {
                 1
             },
+            context_parallel: params.context_parallel(),
             embedding,
             layers,
             head,
@@ -276,12 +279,26 @@ impl<B: Ops> Decoder<B> {
             let embedding = embedding
                 .as_ref()
                 .expect("modules are built with the embedding that they use");
-            ids = moved_up::<B>(ids);
+            // What the last token of a row is told means nothing, and nothing is predicted from it.
+            ids = self.context_parallel.next_tokens(ids, 0);
             let next = embedding.look_up(tape, &ids);
             let view = module.forward(tape, views.last().unwrap_or(hidden), &next, ctx);
             views.push(view);
         }
         views
+    }
+
+    /// Targets one token further ahead: `[batch * seq]`. None where a row ends, and none across the end of a document, where
+    /// the target so far is none.
+    fn next_targets(&self, targets: Int<B>, [batch, seq]: [usize; 2]) -> Int<B> {
+        let targets = Tensor::<B, 1, IntKind>::from_primitive(targets).reshape([batch, seq]);
+        let none = targets.clone().equal_elem(IGNORED_TARGET);
+        let next = self
+            .context_parallel
+            .next_tokens(targets.into_primitive(), IGNORED_TARGET);
+        let next = Tensor::<B, 2, IntKind>::from_primitive(next);
+        let next = next.mask_fill(none, IGNORED_TARGET);
+        next.reshape([batch * seq]).into_primitive()
     }
 
     /// Logits of the last token of each row, without recording gradients: `[batch, 1, vocab]`. What generation needs;
@@ -342,7 +359,7 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
                 let mut ahead = Vec::with_capacity(self.mtp.len());
                 let mut targets_ahead = Vec::with_capacity(self.mtp.len());
                 for view in self.mtp_views(tape, &hidden, ctx) {
-                    ids = next_targets::<B>(ids, [ctx.batch(), ctx.seq()]);
+                    ids = self.next_targets(ids, [ctx.batch(), ctx.seq()]);
                     // Seeded with `weight` times the gradient of the losses that it joins.
                     let known = targets.loss_gradient.clone();
                     let known = known.map(|known| B::scale(known, weight));
@@ -405,33 +422,6 @@ impl<B: Ops> SegmentedModel<B> for Decoder<B> {
             dtype: matrix.map_or(DType::F32, |matrix| B::activation_dtype(matrix.dtype())),
         })
     }
-}
-
-/// Each row of ids one place to the left: `[batch, seq]`. The last place of each row, whose next token is not known, gets
-/// id 0, the same that rows are padded with: what a router makes of it does not depend on how a row is divided.
-fn moved_up<B: Ops>(ids: Int<B>) -> Int<B> {
-    let ids = Tensor::<B, 2, IntKind>::from_primitive(ids);
-    let [_, seq] = ids.dims();
-    let end = ids.clone().narrow(1, 0, 1).zeros_like();
-    if seq == 1 {
-        return end.into_primitive();
-    }
-    Tensor::cat(vec![ids.narrow(1, 1, seq - 1), end], 1).into_primitive()
-}
-
-/// Targets one token further ahead: `[batch * seq]`. None where a row ends, and none across the end of a document, where
-/// the target so far is none.
-fn next_targets<B: Ops>(targets: Int<B>, [batch, seq]: [usize; 2]) -> Int<B> {
-    let targets = Tensor::<B, 1, IntKind>::from_primitive(targets).reshape([batch, seq]);
-    let none = targets.clone().equal_elem(IGNORED_TARGET);
-    let end = targets.clone().narrow(1, 0, 1).full_like(IGNORED_TARGET);
-    let next = if seq == 1 {
-        end
-    } else {
-        Tensor::cat(vec![targets.narrow(1, 1, seq - 1), end], 1)
-    };
-    let next = next.mask_fill(none, IGNORED_TARGET);
-    next.reshape([batch * seq]).into_primitive()
 }
 
 /// `losses` unchanged, and `weight` times the losses `ahead` in what is minimised.

@@ -35,19 +35,25 @@ pub fn check_layout(
     if layout.sp && layout.tp == 1 {
         return refused("sequence parallelism needs tp above 1; leave out sp".to_owned());
     }
-    let has = |wanted: fn(&Mixer) -> bool| config.layers.iter().any(|layer| wanted(&layer.mixer));
-    if layout.cp > 1 && has(|mixer| matches!(mixer, Mixer::Mamba2 | Mixer::GatedDeltaNet)) {
-        return refused(
-            "recurrent layers (Mamba-2, gated delta net) run over whole sequences; use cp=1, and tp for long ones"
-                .to_owned(),
-        );
-    }
-    if layout.cp > 1 && config.num_mtp_layers > 0 {
-        return refused(
-            "multi-token prediction needs the tokens after each chunk, which other ranks have; use cp=1, or train without its \
-             modules (model.num_nextn_predict_layers=0)"
-                .to_owned(),
-        );
+    // Recurrent heads, and the groups of heads that share something.
+    let mamba2 = config.mamba2.as_ref();
+    let delta = config.gated_delta_net.as_ref();
+    let recurrent = [
+        mamba2.map(|own| ("Mamba-2", own.num_heads, own.num_groups)),
+        delta.map(|own| ("gated delta net", own.num_value_heads, own.num_key_heads)),
+    ];
+    for (name, heads, groups) in recurrent.into_iter().flatten() {
+        let (heads, per_group) = (heads / layout.tp, heads / groups.max(1));
+        let share = heads / layout.cp;
+        let fits = heads.is_multiple_of(layout.cp)
+            && (share.is_multiple_of(per_group.max(1)) || per_group.is_multiple_of(share.max(1)));
+        if layout.cp > 1 && !fits {
+            return refused(format!(
+                "recurrent layers ({name}) run whole sequences, each of cp={} ranks some of a tensor-parallel rank's {heads} \
+                 heads, {per_group} of which share a group; that does not divide, choose another cp",
+                layout.cp
+            ));
+        }
     }
     if let Some(mamba2) = &config.mamba2
         && layout.tp > mamba2.num_groups

@@ -49,7 +49,7 @@ pub use context::ParallelContext;
 pub use error::{Error, Result};
 pub use expert::ExpertParallel;
 pub use groups::{Axis, group_ranks};
-pub use sequence::{ContextParallel, CpCommType, SequenceShard, context_attention};
+pub use sequence::{ContextParallel, CpCommType, SequenceShard, context_attention, rows_of_params};
 pub use tensor::{
     TensorRegion, complete_gradients, rms_norm_across, vocab_parallel_embedding,
     vocab_parallel_linear_cross_entropy,

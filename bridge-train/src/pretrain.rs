@@ -9,7 +9,7 @@ use bridge_core::{CanonicalTensor, HfConfig, LayoutSpec, Registry};
 use bridge_data::Split;
 use bridge_models::weights::{HfWeights, NativeWeights, load_param, native_config};
 use bridge_models::{
-    Decoder, DtypePolicy, Init, ParallelOptions, RandomInit, SegmentedModel, WeightSource,
+    Decoder, DtypePolicy, Init, RandomInit, SegmentedModel, WeightSource,
 };
 use bridge_ops::{DType, Ops, Param};
 use bridge_parallel::ParallelContext;
@@ -144,17 +144,13 @@ fn build_model<B: Ops>(
     context: &PretrainContext<'_, B>,
 ) -> Result<Decoder<B>> {
     let decoder = config.model.decoder.clone();
-    let split = config
+    let options = config
         .parallel
-        .split(&decoder)
+        .options(&decoder)
         .map_err(|problem| Error::Setting {
             key: "parallel.pipeline_model_parallel_layout",
             problem,
         })?;
-    let options = ParallelOptions {
-        pipeline: Some(split),
-        ..ParallelOptions::default()
-    };
     let dtype = match context.platform.precision(config.precision.mode) {
         PrecisionMode::Bf16Mixed => DType::BF16,
         _ => DType::F32,

@@ -13,8 +13,9 @@ use bridge_ops::{
     gated_delta_rule, gated_delta_rule_with_state, gated_rms_norm, l2_norm, log_decay, reshape,
     time_step,
 };
-use bridge_parallel::TensorRegion;
+use bridge_parallel::{ContextParallel, TensorRegion, rows_of_params};
 
+use super::mamba2::{groups_of, groups_only};
 use super::{Linear, ShortConv};
 use crate::context::ForwardContext;
 use crate::error::Result;
@@ -51,6 +52,7 @@ pub struct GatedDeltaNet<B: Ops> {
     key_heads: usize,
     value_heads: usize,
     region: TensorRegion<B>,
+    context_parallel: ContextParallel<B>,
 }
 
 impl<B: Ops> GatedDeltaNet<B> {
@@ -99,6 +101,7 @@ impl<B: Ops> GatedDeltaNet<B> {
             key_heads: k_proj.weight.shape()[0] / own.key_head_dim,
             value_heads: a_log.numel(),
             region: params.region(),
+            context_parallel: params.context_parallel(),
             config: own.clone(),
             norm_eps: config.norm.eps,
             q_proj,
@@ -120,25 +123,45 @@ impl<B: Ops> GatedDeltaNet<B> {
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
         let x = &self.region.enter(tape, x);
-        let (batch, seq, own) = (ctx.batch(), ctx.seq(), &self.config);
+        let (batch, own, cp) = (ctx.batch(), &self.config, &self.context_parallel);
+        // Of a sequence in parts each rank runs some of the heads over all of it.
+        let heads = cp.own_heads(self.value_heads);
+        let key_heads = groups_of(&heads, self.value_heads / self.key_heads);
         let mut past = ctx.cache().map(|cache| cache.recurrent(self.layer));
-        let mut convolved = |index: usize, proj: &Linear<B>, conv: &ShortConv<B>| {
-            let history = past.as_mut().map(|past| &mut past.histories[index]);
-            conv.forward(tape, &proj.forward(tape, x), history, ctx)
-        };
-        let q = convolved(0, &self.q_proj, &self.q_conv);
-        let k = convolved(1, &self.k_proj, &self.k_conv);
-        let v = convolved(2, &self.v_proj, &self.v_conv);
 
-        let keys = [batch, seq, self.key_heads, own.key_head_dim];
-        let values = [batch, seq, self.value_heads, own.value_head_dim];
-        let dt = time_step(tape, &self.a_proj.forward(tape, x), &self.dt_bias, 0.0);
+        let mut keys = |index: usize, proj: &Linear<B>, conv: &ShortConv<B>| {
+            // They may be fewer than ranks: all of them go everywhere.
+            let projected = cp.whole_sequence(tape, &proj.forward(tape, x));
+            let history = past.as_mut().map(|past| &mut past.histories[index]);
+            let convolved = conv.forward(tape, &projected, history, ctx);
+            let seq = convolved.shape()[1];
+            let by_head = [batch, seq, self.key_heads, own.key_head_dim];
+            let by_head = reshape(tape, &convolved, &by_head);
+            l2_norm(tape, &groups_only(tape, &by_head, &key_heads), LENGTH_EPS)
+        };
+        let q = keys(0, &self.q_proj, &self.q_conv);
+        let k = keys(1, &self.k_proj, &self.k_conv);
+        let v = cp.to_own_heads(tape, &self.v_proj.forward(tape, x), self.value_heads);
+        let channels = heads.start * own.value_head_dim..heads.end * own.value_head_dim;
+        let (v, conv) = self.v_conv.of_channels(tape, &v, channels);
+        let history = past.as_mut().map(|past| &mut past.histories[2]);
+        let v = conv.forward(tape, &v, history, ctx);
+
+        let a = cp.to_own_heads(tape, &self.a_proj.forward(tape, x), self.value_heads);
+        let b = cp.to_own_heads(tape, &self.b_proj.forward(tape, x), self.value_heads);
+        let of_heads = [&self.dt_bias, &self.a_log].map(|param| (param, heads.clone()));
+        let (a, parts) = rows_of_params(tape, &a, &of_heads);
+        let [dt_bias, a_log] = &parts[..] else {
+            unreachable!("two weights were given");
+        };
+        let dt = time_step(tape, &a, dt_bias, 0.0);
+        let seq = dt.shape()[1];
         let inputs = DeltaRuleInputs {
-            q: l2_norm(tape, &reshape(tape, &q, &keys), LENGTH_EPS),
-            k: l2_norm(tape, &reshape(tape, &k, &keys), LENGTH_EPS),
-            v: reshape(tape, &v, &values),
-            log_decay: log_decay(tape, &dt, &self.a_log),
-            beta: activation(tape, &self.b_proj.forward(tape, x), Activation::Sigmoid),
+            q,
+            k,
+            v: reshape(tape, &v, &[batch, seq, heads.len(), own.value_head_dim]),
+            log_decay: log_decay(tape, &dt, a_log),
+            beta: activation(tape, &b, Activation::Sigmoid),
         };
         let scale = (own.key_head_dim as f64).sqrt().recip();
         let spec = ScanSpec::new(CHUNK_SIZE).with_documents(ctx.cu_seqlens().cloned());
@@ -150,7 +173,11 @@ impl<B: Ops> GatedDeltaNet<B> {
                 past.advance(next, seq);
                 o
             }
-        }; // [batch, seq, value_heads, value_head_dim]
+        }; // [batch, seq, own heads, value_head_dim]
+        let o = reshape(tape, &o, &[batch, seq, heads.len() * own.value_head_dim]);
+        let o = cp.to_own_tokens(tape, &o, self.value_heads);
+        let values = [batch, ctx.seq(), self.value_heads, own.value_head_dim];
+        let o = reshape(tape, &o, &values);
         let z = reshape(tape, &self.z_proj.forward(tape, x), &values);
         let norm = GatedNormSpec {
             eps: self.norm_eps,
@@ -161,7 +188,7 @@ impl<B: Ops> GatedDeltaNet<B> {
         let o = reshape(
             tape,
             &o,
-            &[batch, seq, self.value_heads * own.value_head_dim],
+            &[batch, ctx.seq(), self.value_heads * own.value_head_dim],
         );
         self.out_proj.forward(tape, &o)
     }

@@ -6,13 +6,15 @@
 //! output = out_proj(norm(y silu(z)))                  the norm works within each group of heads
 //! ```
 
+use std::ops::Range;
+
 use bridge_core::DecoderConfig;
 use bridge_core::config::Mamba2Config;
 use bridge_ops::{
     GatedNormSpec, Ops, Param, ScanSpec, SsdInputs, Tape, Var, gated_rms_norm, log_decay, reshape,
-    ssd_scan, ssd_scan_with_state, time_step,
+    slice, ssd_scan, ssd_scan_with_state, time_step,
 };
-use bridge_parallel::TensorRegion;
+use bridge_parallel::{ContextParallel, TensorRegion, rows_of_params};
 
 use super::{Linear, ShortConv};
 use crate::context::ForwardContext;
@@ -46,6 +48,7 @@ pub struct Mamba2<B: Ops> {
     heads: usize,
     groups: usize,
     region: TensorRegion<B>,
+    context_parallel: ContextParallel<B>,
 }
 
 impl<B: Ops> Mamba2<B> {
@@ -94,6 +97,7 @@ impl<B: Ops> Mamba2<B> {
             heads: a_log.numel(),
             groups: b_proj.weight.shape()[0] / own.state_size,
             region: params.region(),
+            context_parallel: params.context_parallel(),
             config: own.clone(),
             norm_eps: config.norm.eps,
             z_proj,
@@ -115,38 +119,55 @@ impl<B: Ops> Mamba2<B> {
     /// `x`: `[batch, seq, hidden]` -> the same shape.
     pub fn forward(&self, tape: &Tape<B>, x: &Var<B>, ctx: &ForwardContext<'_, B>) -> Var<B> {
         let x = &self.region.enter(tape, x);
-        let (batch, seq, own) = (ctx.batch(), ctx.seq(), &self.config);
-        let inner = self.heads * own.head_dim;
+        let (batch, own, cp) = (ctx.batch(), &self.config, &self.context_parallel);
+        // Of a sequence in parts each rank runs some of the heads over all of it.
+        let heads = cp.own_heads(self.heads);
+        let groups = groups_of(&heads, self.heads / self.groups);
         let mut past = ctx.cache().map(|cache| cache.recurrent(self.layer));
-        let mut convolved = |index: usize, proj: &Linear<B>, conv: &ShortConv<B>| {
-            let history = past.as_mut().map(|past| &mut past.histories[index]);
-            conv.forward(tape, &proj.forward(tape, x), history, ctx)
-        };
-        let hidden = convolved(0, &self.x_proj, &self.x_conv);
-        let b = convolved(1, &self.b_proj, &self.b_conv);
-        let c = convolved(2, &self.c_proj, &self.c_conv);
-        let dt = self.dt_proj.forward(tape, x);
-        let dt = time_step(tape, &dt, &self.dt_bias, own.time_step_min); // [batch, seq, heads]
 
-        let groups = [batch, seq, self.groups, own.state_size];
+        let hidden = cp.to_own_heads(tape, &self.x_proj.forward(tape, x), self.heads);
+        let channels = heads.start * own.head_dim..heads.end * own.head_dim;
+        let (hidden, conv) = self.x_conv.of_channels(tape, &hidden, channels);
+        let history = past.as_mut().map(|past| &mut past.histories[0]);
+        let hidden = conv.forward(tape, &hidden, history, ctx);
+        let mut shared = |index: usize, proj: &Linear<B>, conv: &ShortConv<B>| {
+            // Groups are few and narrow, and may be fewer than ranks: all of them go everywhere.
+            let projected = cp.whole_sequence(tape, &proj.forward(tape, x));
+            let history = past.as_mut().map(|past| &mut past.histories[index]);
+            let convolved = conv.forward(tape, &projected, history, ctx);
+            let seq = convolved.shape()[1];
+            let by_group = [batch, seq, self.groups, own.state_size];
+            groups_only(tape, &reshape(tape, &convolved, &by_group), &groups)
+        };
+        let b = shared(1, &self.b_proj, &self.b_conv);
+        let c = shared(2, &self.c_proj, &self.c_conv);
+        let dt = cp.to_own_heads(tape, &self.dt_proj.forward(tape, x), self.heads);
+        let of_heads = [&self.dt_bias, &self.a_log, &self.d].map(|param| (param, heads.clone()));
+        let (dt, parts) = rows_of_params(tape, &dt, &of_heads);
+        let [dt_bias, a_log, d] = &parts[..] else {
+            unreachable!("three weights were given");
+        };
+        let dt = time_step(tape, &dt, dt_bias, own.time_step_min); // [batch, seq, own heads]
+        let seq = dt.shape()[1];
         let inputs = SsdInputs {
-            x: reshape(tape, &hidden, &[batch, seq, self.heads, own.head_dim]),
-            log_decay: log_decay(tape, &dt, &self.a_log),
+            x: reshape(tape, &hidden, &[batch, seq, heads.len(), own.head_dim]),
+            log_decay: log_decay(tape, &dt, a_log),
             dt,
-            b: reshape(tape, &b, &groups),
-            c: reshape(tape, &c, &groups),
+            b,
+            c,
         };
         let spec = ScanSpec::new(own.chunk_size).with_documents(ctx.cu_seqlens().cloned());
         let y = match past {
-            None => ssd_scan(tape, &inputs, Some(&self.d), &spec),
+            None => ssd_scan(tape, &inputs, Some(d), &spec),
             Some(mut past) => {
                 let state = past.state.take();
-                let (y, next) = ssd_scan_with_state(tape, &inputs, Some(&self.d), state, &spec);
+                let (y, next) = ssd_scan_with_state(tape, &inputs, Some(d), state, &spec);
                 past.advance(next, seq);
                 y
             }
         };
-        let y = reshape(tape, &y, &[batch, seq, inner]);
+        let y = reshape(tape, &y, &[batch, seq, heads.len() * own.head_dim]);
+        let y = cp.to_own_tokens(tape, &y, self.heads);
         let z = self.z_proj.forward(tape, x);
         let norm = GatedNormSpec {
             eps: self.norm_eps,
@@ -176,4 +197,18 @@ impl<B: Ops> Mamba2<B> {
         }
         self.out_proj.collect(params);
     }
+}
+
+/// Groups `own` of x: [batch, seq, groups, size].
+pub(super) fn groups_only<B: Ops>(tape: &Tape<B>, x: &Var<B>, own: &Range<usize>) -> Var<B> {
+    if own.len() == x.shape()[2] {
+        x.clone()
+    } else {
+        slice(tape, x, 2, own.clone())
+    }
+}
+
+/// The groups that `heads` belong to, `per_group` heads each: whole ones, or a part of one.
+pub(super) fn groups_of(heads: &Range<usize>, per_group: usize) -> Range<usize> {
+    heads.start / per_group..heads.end.div_ceil(per_group)
 }

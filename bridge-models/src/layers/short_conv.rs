@@ -1,8 +1,12 @@
 //! The short causal convolution in front of a recurrent layer.
 
+use std::ops::Range;
+
 use bridge_ops::{
     ConvSpec, Float, Ops, Param, Tape, Var, causal_conv1d, causal_conv1d_with_history,
 };
+
+use bridge_parallel::rows_of_params;
 
 use crate::context::ForwardContext;
 use crate::error::Result;
@@ -35,6 +39,21 @@ impl<B: Ops> ShortConv<B> {
             None
         };
         Ok(Self { weight, bias })
+    }
+
+    /// The filters of the channels `own`, for an `x` of these channels alone. See [`rows_of_params`].
+    pub fn of_channels(&self, tape: &Tape<B>, x: &Var<B>, own: Range<usize>) -> (Var<B>, Self) {
+        let params: Vec<(&Param<B>, Range<usize>)> = std::iter::once(&self.weight)
+            .chain(&self.bias)
+            .map(|param| (param, own.clone()))
+            .collect();
+        let (x, parts) = rows_of_params(tape, x, &params);
+        let mut parts = parts.into_iter();
+        let part = Self {
+            weight: parts.next().expect("the weight comes first"),
+            bias: parts.next(),
+        };
+        (x, part)
     }
 
     /// `x`: `[batch, seq, channels]` -> the same shape. In generation `history` holds the tokens before `x` and is

@@ -45,7 +45,7 @@ pub(super) fn attend<B: Ops>(
 
 /// The whole of a sequence of which each rank has two chunks. x: [batch, 2 chunk, ..] -> [batch, seq, ..]. Backward: each
 /// rank's part of the sum of the gradients.
-fn whole<B: Ops>(tape: &Tape<B>, x: &Var<B>, group: &Group<B>) -> Var<B> {
+pub(super) fn whole<B: Ops>(tape: &Tape<B>, x: &Var<B>, group: &Group<B>) -> Var<B> {
     let order = chunk_order(group.size());
     let output = reordered::<B>(group.all_gather(x.value(), SEQ_DIM), &order);
     let group = group.clone();

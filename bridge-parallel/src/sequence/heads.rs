@@ -32,7 +32,7 @@ pub(super) fn attend<B: Ops>(
 
 /// From a part of the sequence for all heads to the whole sequence for a part of the heads.
 /// x: [batch, seq / n, heads, d] -> [batch, seq, heads / n, d]. Backward: the way back.
-fn to_heads<B: Ops>(tape: &Tape<B>, x: &Var<B>, group: &Group<B>) -> Var<B> {
+pub(super) fn to_heads<B: Ops>(tape: &Tape<B>, x: &Var<B>, group: &Group<B>) -> Var<B> {
     let output = heads_from_sequence::<B>(x.value(), group);
     let group = group.clone();
     tape.record(output, &[x], move |dy| {
@@ -41,7 +41,7 @@ fn to_heads<B: Ops>(tape: &Tape<B>, x: &Var<B>, group: &Group<B>) -> Var<B> {
 }
 
 /// The inverse of [`to_heads`]. x: [batch, seq, heads / n, d] -> [batch, seq / n, heads, d].
-fn to_sequence<B: Ops>(tape: &Tape<B>, x: &Var<B>, group: &Group<B>) -> Var<B> {
+pub(super) fn to_sequence<B: Ops>(tape: &Tape<B>, x: &Var<B>, group: &Group<B>) -> Var<B> {
     let output = sequence_from_heads::<B>(x.value(), group);
     let group = group.clone();
     tape.record(output, &[x], move |dy| {

@@ -8,6 +8,7 @@ mod attention;
 mod blocks;
 mod gather;
 mod heads;
+mod recurrent;
 mod ring;
 mod shard;
 
@@ -18,6 +19,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use attention::{ContextParallel, context_attention};
+pub use recurrent::rows_of_params;
 pub use shard::SequenceShard;
 
 use crate::error::{Error, Result};

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use bridge_core::layout::PipelineSplit;
 use bridge_core::{DecoderConfig, LayoutSpec, Registry};
 use bridge_data::{BlendSpec, SplitWeights};
+use bridge_models::{ParallelOptions, check_layout};
 use toml::{Table, Value};
 
 use super::auxiliary;
@@ -299,8 +300,20 @@ impl Sections {
         let tensors = model.bridge.tensors(decoder);
         if let Err(error) = layout.validate(&tensors, decoder.num_hidden_layers) {
             problems.add("parallel", error.to_string());
-        } else if let Err(problem) = self.parallel.split(decoder) {
-            problems.add("parallel.pipeline_model_parallel_layout", problem);
+            return;
+        }
+        match self.parallel.options(decoder) {
+            Err(problem) => problems.add("parallel.pipeline_model_parallel_layout", problem),
+            Ok(options) => {
+                // That sequence parallelism needs ranks to divide by is said when it is known what there is.
+                let known = LayoutSpec {
+                    sp: layout.sp && layout.tp > 1,
+                    ..layout
+                };
+                if let Err(error) = check_layout(decoder, &known, &options) {
+                    problems.add("parallel", error.to_string());
+                }
+            }
         }
     }
 
@@ -515,6 +528,17 @@ impl ParallelConfig {
 }
 
 impl ParallelConfig {
+    /// What models are divided by beyond the degrees.
+    ///
+    /// # Errors
+    /// As [`split`](Self::split).
+    pub fn options(&self, decoder: &DecoderConfig) -> Result<ParallelOptions, String> {
+        Ok(ParallelOptions {
+            cp_comm_type: self.cp_comm_type.comm_type(),
+            pipeline: Some(self.split(decoder)?),
+        })
+    }
+
     /// Every degree with its key.
     pub fn degrees(&self) -> [(&'static str, usize); 7] {
         [

@@ -196,6 +196,29 @@ choice! {
     }
 }
 
+choice! {
+    /// How attention reaches the parts of its sequences that other context-parallel ranks have. Words are Megatron-Core's.
+    pub enum ContextExchange {
+        /// Keys and values travel around the ring of ranks.
+        P2p = "p2p",
+        /// Keys and values of the whole sequence are gathered first.
+        AllGather = "all_gather",
+        /// Each rank gets the whole sequence for some of the heads.
+        A2a = "a2a",
+    }
+}
+
+impl ContextExchange {
+    /// What layers call it.
+    pub fn comm_type(self) -> bridge_parallel::CpCommType {
+        match self {
+            Self::P2p => bridge_parallel::CpCommType::P2p,
+            Self::AllGather => bridge_parallel::CpCommType::AllGather,
+            Self::A2a => bridge_parallel::CpCommType::A2a,
+        }
+    }
+}
+
 section! {
     /// How the work is laid out over ranks. Every degree is 1 unless set.
     pub struct ParallelConfig("parallel") {
@@ -207,6 +230,8 @@ section! {
         virtual_pipeline_model_parallel_size: usize = 1,
         /// Ranks that share each sequence.
         context_parallel_size: usize = 1,
+        /// How attention reaches the other parts of a sequence.
+        cp_comm_type: ContextExchange = ContextExchange::P2p,
         /// Ranks that share the experts.
         expert_model_parallel_size: usize = 1,
         /// Ranks that share each expert's matrices.
