@@ -2,12 +2,13 @@
 # Everything that several GPUs of one host can show, unattended: exchange, correctness, training, the peer, a fault.
 #
 #   scripts/multi_gpu.sh [--out DIR] [--gpus N] [--stages "comm verify train peer fault"] [--program PATH] [--tiny]
-#                        [--backend cuda|cpu]
+#                        [--backend cuda|cpu] [--only PATTERN] [--limit SECONDS]
 #
 # Build before: cargo build --release -p xtask && cargo build --release -p bridge-parallel --example nccl_check
 # Each stage takes at most ten minutes. Results are JSON lines in DIR/results.jsonl, everything else is in DIR/*.log, and
 # a table comes last. The exit code is 0 when every check held and every measurement came about.
 # --tiny takes models that train in seconds, to try the script itself; --backend cpu does so with processes on the CPU.
+# --only runs the steps whose names match; --limit is how long one step of the verify stage may take.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 3
 
@@ -17,11 +18,13 @@ stages="comm verify train peer fault"
 program=target/release/xtask
 backend=cuda
 tiny=
-usage() { sed -n '2,11p' "$0" >&2; exit 2; }
+only=.
+limit=120
+usage() { sed -n '2,12p' "$0" >&2; exit 2; }
 while [ "$#" -gt 0 ]; do
     case "$1" in
         --tiny) tiny=yes; shift; continue ;;
-        --out | --gpus | --stages | --program | --backend) [ "$#" -ge 2 ] || usage ;;
+        --out | --gpus | --stages | --program | --backend | --only | --limit) [ "$#" -ge 2 ] || usage ;;
         *) usage ;;
     esac
     case "$1" in
@@ -30,6 +33,8 @@ while [ "$#" -gt 0 ]; do
         --stages) stages="$2" ;;
         --program) program="$2" ;;
         --backend) backend="$2" ;;
+        --only) only="$2" ;;
+        --limit) limit="$2" ;;
     esac
     shift 2
 done
@@ -52,7 +57,14 @@ export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
 
 # record STAGE NAME LOG EXIT_CODE: the JSON lines of LOG, later ones over earlier ones, become a result.
 record() {
-    python3 - "$results" "$@" <<'PY' || failures=$((failures + 1))
+    take_down "$@" && return
+    failures=$((failures + 1))
+    # What each rank said last.
+    grep -a . "$3.err" 2> /dev/null | tail -n 12 | cut -c1-400 >&2
+    return 1
+}
+take_down() {
+    python3 - "$results" "$@" <<'PY'
 import json, sys
 results, stage, name, log, code = sys.argv[1:]
 found = {}
@@ -77,13 +89,16 @@ log_of() { echo "$out/$1-${2//[^a-zA-Z0-9_.=-]/_}.log"; }
 run() {
     local stage="$1" name="$2" limit="$3" log
     shift 3
+    is_wanted "$name" || return 0
     log="$(log_of "$stage" "$name")"
     echo "== $stage: $name" >&2
     timeout --kill-after=30 "$limit" "$@" > "$log" 2> "$log.err"
     record "$stage" "$name" "$log" "$?"
 }
 
-# launch RANKS ARGUMENTS...: the arguments of a job.
+is_wanted() { [[ "$1" =~ $only ]]; }
+
+# What starts a job; the number of ranks comes next.
 launch=("$program" launch --timeout 120 --nproc)
 
 in_stage() { case " $stages " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
@@ -127,10 +142,12 @@ fi
 if in_stage verify; then
     # A dense model, experts, latent attention with experts, a hybrid. Sums in another order: the bounds of one GPU, doubled.
     start=$SECONDS
+    wrong=0
+    launch=("$program" launch --timeout $((limit / 2)) --grace 5 --nproc)
     for fixture in llama3_1 qwen3_moe deepseek_v3 nemotron_h; do
         folder="tests/fixtures/$fixture"
         check=(verify --hf "$folder" --reference "$folder" --grads --backend "$backend" --json)
-        run verify "$fixture alone" 120 "$program" "${check[@]}"
+        run verify "$fixture alone" "$limit" "$program" "${check[@]}" || wrong=$((wrong + 1))
         layouts=("--dp $gpus")
         if [ "$gpus" -ge 2 ]; then
             layouts+=("--tp 2 --dp $half" "--tp 2 --sp --dp $half" "--pp 2 --dp $half")
@@ -145,15 +162,17 @@ if in_stage verify; then
             [ "$fixture" = nemotron_h ] || layouts+=("--tp 2 --cp 2 --sp --dp $((gpus / 4))")
         fi
         for layout in "${layouts[@]}"; do
-            if [ $((SECONDS - start)) -ge 600 ]; then
-                echo "== verify: ten minutes are over" >&2
+            if [ $((SECONDS - start)) -ge 600 ] || [ "$wrong" -ge 4 ]; then
+                echo "== verify: given up after $wrong failures and $((SECONDS - start)) s" >&2
                 failures=$((failures + 1))
                 break 2
             fi
             # shellcheck disable=SC2086
-            run verify "$fixture $layout" 120 "${launch[@]}" "$gpus" -- "${check[@]}" --atol 2e-4 --rtol 2e-3 $layout
+            run verify "$fixture $layout" "$limit" "${launch[@]}" "$gpus" -- "${check[@]}" --atol 2e-4 --rtol 2e-3 $layout ||
+                wrong=$((wrong + 1))
         done
     done
+    launch=("$program" launch --timeout 120 --nproc)
 fi
 
 # The model that trains, its sequences, and short runs' settings.
@@ -175,12 +194,13 @@ quiet=(data.source=mock tokenizer.kind=null eval.eval_interval=0 logging.log_int
 train() {
     local name="$1" ranks="$2" recipe="$3" seq="$4" dir log job=() code
     shift 4
+    is_wanted "$name" || return 0
     dir="$out/train-${name//[^a-zA-Z0-9_.=-]/_}"
     log="$dir.log"
     rm -rf "$dir"
     echo "== train: $name" >&2
     if [ "$ranks" -gt 0 ]; then job=("${launch[@]}" "$ranks" --); else job=("$program"); fi
-    timeout --kill-after=30 280 "${job[@]}" pretrain "$recipe" --json --backend "$backend" "${quiet[@]}" \
+    timeout --kill-after=30 280 "${job[@]}" pretrain "$recipe" --json --exposed-comm --backend "$backend" "${quiet[@]}" \
         "data.seq_length=$seq" "train.train_iters=$steps" checkpoint.save=false "checkpoint.dir=$dir" "$@" \
         > "$log" 2> "$log.err"
     code="$?"
@@ -320,7 +340,7 @@ fi
 python3 - "$results" <<'PY'
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
-shown = ["gpus", "step_ms", "tokens_per_s_per_gpu", "tflops_per_s_per_gpu", "model_tflops_per_gpu", "peak_gib", "us",
+shown = ["gpus", "step_ms", "tokens_per_s_per_gpu", "tflops_per_s_per_gpu", "model_tflops_per_gpu", "peak_gib", "exposed_comm", "us",
          "bus_gb_per_s", "logits_max_abs_diff", "grad_norm_max_rel_diff", "seconds"]
 print(f"{'stage':8} {'what':44} {'ok':5} figures")
 for row in rows:

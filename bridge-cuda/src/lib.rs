@@ -39,6 +39,7 @@ mod random;
 mod reduce;
 mod scan;
 mod sort;
+mod span;
 mod staging;
 mod stream;
 mod tensor;
@@ -59,5 +60,6 @@ pub use ops::{
 };
 pub use pool::MemoryStats;
 pub use probe::{GpuInfo, LibraryInfo, Report, probe};
+pub use span::Span;
 pub use stream::SideStream;
 pub use tensor::CudaTensor;

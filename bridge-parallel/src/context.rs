@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bridge_core::LayoutSpec;
 use bridge_core::layout::RankCoords;
@@ -139,6 +140,18 @@ impl<B: Ops> ParallelContext<B> {
             Some(transport) => transport.health(),
             None => Ok(()),
         }
+    }
+
+    /// See [`Transport::measure_waits`].
+    pub fn measure_waits(&self) {
+        if let Some(transport) = &self.transport {
+            transport.measure_waits();
+        }
+    }
+
+    /// See [`Transport::waited`].
+    pub fn waited(&self) -> Option<Duration> {
+        self.transport.as_ref()?.waited()
     }
 
     /// Ends the job on every rank, with this rank as the cause.

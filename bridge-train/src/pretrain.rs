@@ -8,9 +8,7 @@ use bridge_core::convert::{HF_DIR, HfModel};
 use bridge_core::{CanonicalTensor, HfConfig, LayoutSpec, Registry};
 use bridge_data::Split;
 use bridge_models::weights::{HfWeights, NativeWeights, load_param, native_config};
-use bridge_models::{
-    Decoder, DtypePolicy, Init, RandomInit, SegmentedModel, WeightSource,
-};
+use bridge_models::{Decoder, DtypePolicy, Init, RandomInit, SegmentedModel, WeightSource};
 use bridge_ops::{DType, Ops, Param};
 use bridge_parallel::ParallelContext;
 use bridge_tokenizers::Tokenizer;

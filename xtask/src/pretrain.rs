@@ -8,7 +8,7 @@ use bridge_core::Registry;
 use bridge_models::generate::{GenerateOptions, Sampling, generate};
 use bridge_parallel::{ParallelContext, run_threads};
 use bridge_tokenizers::{SpecialTokens, TokenizerKind};
-use bridge_train::callback::{Callback, Callbacks, StopReason, Summary};
+use bridge_train::callback::{Callback, Callbacks, StepReport, StopReason, Summary};
 use bridge_train::config::{ConfigLayers, Platform, ResolveContext, ResolvedConfig, resolve};
 use bridge_train::metrics::Console;
 use bridge_train::signals::StopFlag;
@@ -47,6 +47,9 @@ pub(crate) struct Args {
     /// Print the configuration with every default filled in, and stop.
     #[arg(long)]
     dry_run: bool,
+    /// Measure the share of time that the GPUs of a job stand still for one another, from the fourth step on.
+    #[arg(long)]
+    exposed_comm: bool,
     #[command(flatten)]
     layout: LayoutFlags,
     #[command(flatten)]
@@ -104,6 +107,7 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         config: &config,
         registry: &registry,
         name: &name,
+        exposed_comm: args.exposed_comm,
     };
     let trained = dispatch(args.backend, work)?;
     if trained.rank == 0 {
@@ -126,12 +130,15 @@ struct Trained {
     sample: Option<(String, String)>,
     /// Most memory in use, in bytes: the GPU's, or on the CPU the process's.
     peak_memory: Option<u64>,
+    /// Share of time in which this rank's GPU stood still for others, where that was measured.
+    exposed_comm: Option<f64>,
 }
 
 struct Pretrain<'a> {
     config: &'a ResolvedConfig,
     registry: &'a Registry,
     name: &'a str,
+    exposed_comm: bool,
 }
 
 impl OnBackend for Pretrain<'_> {
@@ -198,6 +205,7 @@ impl OnBackend for Pretrain<'_> {
             summary,
             sample,
             peak_memory,
+            exposed_comm: None,
         })
     }
 }
@@ -216,7 +224,14 @@ impl Pretrain<'_> {
         let layout = self.config.parallel.layout();
         let (config, name) = (self.config.clone(), self.name.to_owned());
         let summaries = run_threads::<B, _, _>(layout, RANK_TIMEOUT, move |parallel| {
-            run_rank(&config, &name, platform.clone(), parallel, stop.clone())
+            run_rank(
+                &config,
+                &name,
+                platform.clone(),
+                parallel,
+                stop.clone(),
+                &mut Callbacks::new(),
+            )
         });
         let summary = summaries
             .running("the run failed")?
@@ -228,6 +243,7 @@ impl Pretrain<'_> {
             summary,
             sample: None,
             peak_memory: B::peak_memory(&B::Device::default()),
+            exposed_comm: None,
         })
     }
 
@@ -243,42 +259,87 @@ impl Pretrain<'_> {
         // Before the ranks meet, so that a mistake that all of them make is not a wait for each other.
         platform.check(self.config)?;
         let layout = self.config.parallel.layout();
-        let (summary, peak_memory) = as_rank::<B, _, _>(job, layout, |parallel| {
-            let summary = run_rank(self.config, self.name, platform, Arc::clone(parallel), stop)?;
-            Ok::<_, bridge_train::Error>((summary, B::peak_memory(parallel.device())))
-        })?;
-        Ok(Trained {
-            rank: job.options.rank,
-            summary,
-            sample: None,
-            peak_memory,
+        as_rank::<B, _, _>(job, layout, |parallel| {
+            let mut waits = Waits {
+                parallel: Arc::clone(parallel),
+                measured: self.exposed_comm,
+                waited: Duration::ZERO,
+                elapsed: Duration::ZERO,
+            };
+            let summary = run_rank(
+                self.config,
+                self.name,
+                platform,
+                Arc::clone(parallel),
+                stop,
+                &mut waits,
+            )?;
+            Ok::<_, bridge_train::Error>(Trained {
+                rank: job.options.rank,
+                summary,
+                sample: None,
+                peak_memory: B::peak_memory(parallel.device()),
+                exposed_comm: waits.share(),
+            })
         })
     }
 }
 
-/// One rank's part of a run. Rank 0 speaks for all.
+/// Adds up how long a rank's GPU stands still for others.
+struct Waits<B: Machine> {
+    parallel: Arc<ParallelContext<B>>,
+    measured: bool,
+    waited: Duration,
+    elapsed: Duration,
+}
+
+impl<B: Machine> Waits<B> {
+    /// Of the time of the steps that count; `None` if nothing was measured.
+    fn share(&self) -> Option<f64> {
+        let seconds = self.elapsed.as_secs_f64();
+        (seconds > 0.0).then(|| self.waited.as_secs_f64() / seconds)
+    }
+}
+
+impl<B: Machine> Callback for Waits<B> {
+    fn on_step_end(&mut self, step: &StepReport) -> bridge_train::Result<()> {
+        if !self.measured {
+            return Ok(());
+        }
+        // The first steps make connections and choose algorithms.
+        match (step.iteration, self.parallel.waited()) {
+            (3, _) => self.parallel.measure_waits(),
+            (4.., Some(waited)) => {
+                self.waited += waited;
+                self.elapsed += step.elapsed;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// One rank's part of a run. Rank 0 speaks for all; every rank tells `own`.
 fn run_rank<B: Machine>(
     config: &ResolvedConfig,
     name: &str,
     platform: Platform,
     parallel: Arc<ParallelContext<B>>,
     stop: StopFlag,
+    own: &mut dyn Callback,
 ) -> Result<Summary, bridge_train::Error> {
     let hf_folder = |source: &str| hugging_face_folder(source).map_err(|failure| failure.text());
-    let mut console = Console::new(config.logging.log_interval);
-    let mut silent = Callbacks::new();
-    let callback: &mut dyn Callback = if parallel.rank() == 0 {
-        &mut console
-    } else {
-        &mut silent
-    };
+    let mut callbacks = Callbacks::new().with(own);
+    if parallel.rank() == 0 {
+        callbacks.push(Console::new(config.logging.log_interval));
+    }
     let context = PretrainContext::<B> {
         parallel,
         platform,
         registry: &bridge_models::registry(),
         hf_folder: &hf_folder,
         name,
-        callback,
+        callback: &mut callbacks,
         stop,
     };
     pretrain(config, context).map(|outcome| outcome.summary)
@@ -343,6 +404,7 @@ fn tell(config: &ResolvedConfig, trained: &Trained, report: Report) -> Result {
         "tokens_per_s": summary.tokens_per_s(),
         "skipped_steps": summary.skipped_steps,
         "peak_gib": peak_gib,
+        "exposed_comm": trained.exposed_comm,
         "seconds": summary.elapsed.as_secs_f64(),
         "checkpoint": checkpoint,
         "metrics": metrics,

@@ -27,6 +27,7 @@ mod tests;
 mod threads;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bridge_ops::{DType, Float, Ops};
 use serde::{Deserialize, Serialize};
@@ -166,6 +167,16 @@ pub trait Transport<B: Ops>: Send + Sync {
     /// # Errors
     /// The failure that ended the job.
     fn health(&self) -> Result<()>;
+
+    /// From now on measures how long this rank's device stands still for other ranks. Nothing happens where that is not
+    /// measured: on a CPU.
+    fn measure_waits(&self) {}
+
+    /// How long the device stood still, or ran nothing but an exchange, since the last call; `None` where that is not
+    /// measured. What is still queued counts the next time.
+    fn waited(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// The result of a collective that was started. It goes on by itself; [`wait`](Self::wait) gives the result.

@@ -1,9 +1,9 @@
 //! How much memory each rank of a layout needs in training, from a model's config alone.
 //!
 //! Weights, gradients and optimizer state are exact. Activations are what tapes keep of each layer for its backward pass.
-//! A step has three full moments, and the fullest decides: when the forward pass has ended (all activations, the head's
-//! gradient and one piece of its logits), when the backward pass has (all gradients), and when gradients are summed and
-//! weights updated. `docs/performance-cuda.md` compares this with what GPUs really used. What the driver and the
+//! A step has four full moments, and the fullest decides: when the forward pass has ended (all activations, the head's
+//! gradient and one piece of its logits), when the backward pass is in its last layer (what that layer needs, and most
+//! gradients), when it has ended (all gradients), and when gradients are summed and weights updated. `docs/performance-cuda.md` compares this with what GPUs really used. What the driver and the
 //! libraries take for themselves is not counted; leave a few GiB for them.
 
 mod activations;
@@ -169,10 +169,9 @@ fn one_stage(
         .map(|chunk| split.layers(chunk).map(|layer| per_token[layer].kept).sum())
         .collect();
     let own = (0..per_token.len()).filter(|layer| split.stage_of_layer(*layer) == stage);
-    let working = own
-        .map(|layer| per_token[layer].working)
-        .fold(0.0, f64::max)
-        * tokens;
+    let own: Vec<LayerBytes> = own.map(|layer| per_token[layer]).collect();
+    let most = |of: fn(&LayerBytes) -> f64| own.iter().map(of).fold(0.0, f64::max) * tokens;
+    let working = most(|layer| layer.working);
     let in_flight = chunks_in_flight(layout, stage, spec.num_micro_batches) as f64;
     // Chunks are of like size: the mean of a stage's stands for each.
     let mean = kept.iter().sum::<f64>() / kept.len().max(1) as f64;
@@ -196,6 +195,7 @@ fn one_stage(
         gradients,
         optimizer,
         head_gradient,
+        embedding_gradient,
         share,
     } = state.rank;
     let held = weights + optimizer;
@@ -212,7 +212,6 @@ fn one_stage(
         true => (spec.bucket_size as u64 * 4).min(in_fp32),
         false => 0,
     };
-    let backward_end = held + gradients + bucket.max(hidden as u64);
     if spec.divides_gradients() {
         // A segment's gradients go as they come: there is no moment with more than what every moment needs.
         return RankMemory {
@@ -223,6 +222,9 @@ fn one_stage(
             peak: held + activations + gradients,
         };
     }
+    let last_layer =
+        most(|layer| layer.kept + layer.working) as u64 + gradients - embedding_gradient;
+    let backward_end = held + last_layer.max(gradients + bucket.max(hidden as u64));
     let update = if spec.distributed_optimizer && state.summed {
         // Each rank's part beside the whole, then the new weights beside the part.
         let part = in_fp32 / share;
@@ -253,6 +255,8 @@ struct RankState {
     optimizer: u64,
     /// The gradient of the output matrix alone, which is there before all others.
     head_gradient: u64,
+    /// The gradient of an embedding that is not the output matrix, which comes last.
+    embedding_gradient: u64,
     /// Ranks that divide the optimizer's state.
     share: u64,
 }
@@ -322,6 +326,9 @@ impl State {
                 && matches!(tensor.shard, ShardRule::Vocab { .. })
             {
                 rank.head_gradient = count * bytes.gradient;
+            }
+            if tensor.place == Place::First && matches!(tensor.shard, ShardRule::Vocab { .. }) {
+                rank.embedding_gradient = count * bytes.gradient;
             }
         }
         if spec.divides_gradients() {

@@ -280,23 +280,44 @@ fn predictions_are_near_what_a_gpu_used() {
         qk_norm: Some(QkNorm::PerHead),
         ..sized(1024, 3072, 28, 16, 128, 151_936)
     };
-    for (config, seq, micro_batch, recompute, used) in [
-        (&llama32_1b, 4096, 4, Recompute::Selective, 28.0),
-        (&llama32_1b, 4096, 4, Recompute::None, 34.0),
-        (&llama32_1b, 8192, 2, Recompute::Selective, 28.0),
-        (&llama3_8b_4l, 8192, 1, Recompute::Selective, 28.8),
-        (&qwen3_600m, 4096, 4, Recompute::Selective, 22.7),
+    let gemma2 = DecoderConfig {
+        tie_word_embeddings: true,
+        attention_output_norm: true,
+        mlp_output_norm: true,
+        ..sized(2048, 8192, 8, 16, 128, 64_000)
+    };
+    let case = |micro_batch, seq, num_micro_batches, recompute| MemorySpec {
+        micro_batch,
+        seq,
+        num_micro_batches,
+        recompute,
+        ..spec()
+    };
+    let divided = MemorySpec {
+        state: StateBytes::bf16(true),
+        distributed_optimizer: true,
+        bucket_size: 40_000_000,
+        ..case(2, 4096, 1, Recompute::Selective)
+    };
+    for (config, spec, used) in [
+        (&llama32_1b, case(4, 4096, 1, Recompute::Selective), 28.0),
+        (&llama32_1b, case(4, 4096, 1, Recompute::None), 34.0),
+        (&llama32_1b, case(2, 8192, 1, Recompute::Selective), 28.0),
+        (&llama32_1b, case(1, 4096, 4, Recompute::None), 23.62),
+        (&llama3_8b_4l, case(1, 8192, 1, Recompute::Selective), 28.8),
+        (&qwen3_600m, case(4, 4096, 1, Recompute::Selective), 22.7),
+        (&gemma2, case(2, 4096, 1, Recompute::None), 13.45),
+        (&gemma2, case(2, 4096, 1, Recompute::Selective), 11.95),
+        (&gemma2, case(2, 4096, 1, Recompute::Full), 9.94),
+        (&gemma2, case(2, 4096, 2, Recompute::Selective), 13.82),
+        (&gemma2, divided, 13.13),
     ] {
-        let spec = MemorySpec {
-            micro_batch,
-            seq,
-            num_micro_batches: 1,
-            recompute,
-            ..spec()
-        };
         let found = stage_memory(config, &LayoutSpec::default(), &spec).unwrap()[0];
         let gib = found.peak as f64 / GIB;
-        assert!((gib / used - 1.0).abs() < 0.02, "{gib:.2} GiB, used {used}");
+        assert!(
+            (gib / used - 1.0).abs() < 0.02,
+            "{gib:.2} GiB, used {used}: {spec:?}"
+        );
     }
 }
 

@@ -42,6 +42,7 @@ struct Pairs {
 /// A call under way on a side stream. What it reads and writes may go back to the pool only after the compute stream has
 /// been told to wait for it, which happens here at the latest.
 struct UnderWay {
+    job: Arc<Job>,
     mark: Arc<Mark>,
     _output: CudaTensor,
     _input: Option<CudaTensor>,
@@ -50,7 +51,7 @@ struct UnderWay {
 impl Drop for UnderWay {
     fn drop(&mut self) {
         // A driver that refuses this has failed, and with it all that would use the memory.
-        let _ = self.mark.release();
+        let _ = self.job.timed(|| self.mark.release());
     }
 }
 
@@ -201,14 +202,20 @@ impl Inner {
             super::ffi::Stream,
         ) -> super::ffi::Status,
     ) -> (CudaTensor, Option<UnderWay>) {
-        let mark = self
-            .channel()
-            .and_then(|channel| channel.run(call, on, None, queue));
+        let run = || {
+            let channel = self.channel()?;
+            channel.run(call, on, None, queue)
+        };
+        let mark = match on {
+            On::Compute => self.job.timed(run),
+            On::Side => run(),
+        };
         match mark {
             None => (self.zeros(output.dims(), output.dtype()), None),
             Some(_) if on == On::Compute => (output, None),
             Some(mark) => {
                 let under_way = UnderWay {
+                    job: Arc::clone(&self.job),
                     mark,
                     _output: output.clone(),
                     _input: Some(input),
@@ -421,6 +428,7 @@ impl Communicator<Cuda> for NcclGroup {
         match mark {
             Some(mark) => {
                 let under_way = UnderWay {
+                    job: Arc::clone(&inner.job),
                     mark,
                     _output: output.clone(),
                     _input: None,

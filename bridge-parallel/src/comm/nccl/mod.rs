@@ -16,6 +16,7 @@ mod watchdog;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bridge_cuda::{Cuda, CudaDevice};
 
@@ -96,5 +97,13 @@ impl Transport<Cuda> for NcclTransport {
 
     fn health(&self) -> Result<()> {
         self.job.link.failure().health()
+    }
+
+    fn measure_waits(&self) {
+        self.job.measure_waits();
+    }
+
+    fn waited(&self) -> Option<Duration> {
+        self.job.waited()
     }
 }

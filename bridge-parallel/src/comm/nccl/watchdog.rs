@@ -1,10 +1,10 @@
 //! Watches over the communicators of a process: a failed job must not leave kernels that wait for ever.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use bridge_cuda::CudaDevice;
+use bridge_cuda::{CudaDevice, Span};
 
 use super::channel::Channel;
 use crate::comm::tcp::{Link, spawn};
@@ -21,6 +21,8 @@ pub(super) struct Job {
     pub(super) device: CudaDevice,
     channels: Mutex<Vec<Weak<Channel>>>,
     closed: Arc<AtomicBool>,
+    /// Where the compute stream was held up by other ranks; `None` while nobody asks.
+    waits: Mutex<Option<Vec<Span>>>,
 }
 
 impl Job {
@@ -30,6 +32,7 @@ impl Job {
             device,
             channels: Mutex::default(),
             closed: Arc::default(),
+            waits: Mutex::default(),
         });
         let (weak, closed) = (Arc::downgrade(&job), Arc::clone(&job.closed));
         spawn("nccl watchdog", move || {
@@ -51,6 +54,51 @@ impl Job {
             }
         })?;
         Ok(job)
+    }
+
+    /// Does `work`, which queues something on the compute stream that depends on other ranks.
+    pub(super) fn timed<T>(&self, work: impl FnOnce() -> T) -> T {
+        if self.waits().is_none() {
+            return work();
+        }
+        let mut work = Some(work);
+        let mut once = || work.take().map(|work| work());
+        match Span::around(self.device, &mut once) {
+            Ok((Some(result), span)) => {
+                if let Some(waits) = &mut *self.waits() {
+                    waits.push(span);
+                }
+                result
+            }
+            // A driver that refuses has failed, which the work itself says.
+            _ => once().expect("the work runs once"),
+        }
+    }
+
+    /// Starts the count of [`waited`](Self::waited).
+    pub(super) fn measure_waits(&self) {
+        *self.waits() = Some(Vec::new());
+    }
+
+    /// How long the compute stream was held up by what is over since the last call; `None` if nobody measures.
+    pub(super) fn waited(&self) -> Option<Duration> {
+        let mut waits = self.waits();
+        let spans = waits.as_mut()?;
+        let mut total = Duration::ZERO;
+        spans.retain(|span| match span.elapsed() {
+            Ok(None) => true,
+            Ok(Some(time)) => {
+                total += time;
+                false
+            }
+            // Whatever uses the device next says what is wrong.
+            Err(_) => false,
+        });
+        Some(total)
+    }
+
+    fn waits(&self) -> MutexGuard<'_, Option<Vec<Span>>> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn watch(&self, channel: &Arc<Channel>) {
