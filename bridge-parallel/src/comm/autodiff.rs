@@ -31,9 +31,10 @@ pub fn copy<B: Ops>(tape: &Tape<B>, x: &Var<B>, group: &Group<B>) -> Var<B> {
         return x.clone();
     }
     let group = group.clone();
-    tape.record(x.value(), &[x], move |dy| {
+    let y = tape.record(x.value(), &[x], move |dy| {
         vec![Some(group.all_reduce(dy, ReduceOp::Sum))]
-    })
+    });
+    tape.cheap_as(y, x)
 }
 
 /// The sum over the group, replicated; the gradient passes unchanged, since every rank computes the same from here on.

@@ -88,8 +88,8 @@ impl<'a> Count<'a> {
     fn block_input(&mut self) {
         self.kept += self.residual;
         let output = self.config.hidden_size as f64 * self.bytes;
-        if self.tp > 1 {
-            // What ranks have exchanged is not made again.
+        if self.layout.sp {
+            // What ranks have gathered is not made again.
             self.kept += output;
         } else {
             self.again += output;

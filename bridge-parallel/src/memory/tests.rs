@@ -141,6 +141,13 @@ fn layouts_divide_what_they_should() {
         memory(layout, &selective)[0].activations,
         128 * (4 * (per_layer - product) + head)
     );
+    // Without it nothing is gathered.
+    let kept = 2 * (2 * 48 + 80 + 48 + 80) + 3 * 4;
+    let again = 2 * (2 * 48 + 40);
+    assert_eq!(
+        memory(LayoutSpec::tp_pp(2, 1), &selective)[0].activations,
+        128 * (4 * kept + again + 3 * 2 * 48)
+    );
     // The first of two stages holds one more micro-batch than the second, which has the head.
     let found = memory(LayoutSpec::tp_pp(1, 2), &spec());
     let layers = 128 * 2 * (KEPT + AGAIN);
