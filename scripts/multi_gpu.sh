@@ -150,16 +150,13 @@ if in_stage verify; then
         run verify "$fixture alone" "$limit" "$program" "${check[@]}" || wrong=$((wrong + 1))
         layouts=("--dp $gpus")
         if [ "$gpus" -ge 2 ]; then
-            layouts+=("--tp 2 --dp $half" "--tp 2 --sp --dp $half" "--pp 2 --dp $half")
-            # Recurrent layers run over whole sequences.
-            [ "$fixture" = nemotron_h ] || layouts+=("--cp 2 --dp $half")
+            layouts+=("--tp 2 --dp $half" "--tp 2 --sp --dp $half" "--pp 2 --dp $half" "--cp 2 --dp $half")
             case "$fixture" in
                 qwen3_moe | deepseek_v3) layouts+=("--ep 2 --dp $gpus" "--ep 2 --tp 2 --dp $half") ;;
             esac
         fi
         if [ "$gpus" -ge 4 ]; then
-            layouts+=("--tp 2 --pp 2 --dp $((gpus / 4))")
-            [ "$fixture" = nemotron_h ] || layouts+=("--tp 2 --cp 2 --sp --dp $((gpus / 4))")
+            layouts+=("--tp 2 --pp 2 --dp $((gpus / 4))" "--tp 2 --cp 2 --sp --dp $((gpus / 4))")
         fi
         for layout in "${layouts[@]}"; do
             if [ $((SECONDS - start)) -ge 600 ] || [ "$wrong" -ge 4 ]; then

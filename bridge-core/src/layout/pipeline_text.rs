@@ -35,15 +35,19 @@ impl PipelineSplit {
         num_layers: usize,
         num_mtp_modules: usize,
     ) -> Result<Self> {
-        let is_symbolic = text.contains(|c: char| c == '|' || c.is_alphabetic());
-        let sizes = if is_symbolic {
-            chunk_sizes(text, layout, num_mtp_modules)
-        } else {
+        let numbers = text
+            .trim_start()
+            .chars()
+            .next()
+            .is_none_or(|c| c.is_ascii_digit());
+        let sizes = if numbers {
             let sizes = text.split(',').map(|size| size.trim().parse());
             sizes.collect::<Result<Vec<usize>, _>>().map_err(|_| {
                 "expected numbers of layers such as 3,2,2, or a layout such as Et*3|tt|ttL"
                     .to_owned()
             })
+        } else {
+            chunk_sizes(text, layout, num_mtp_modules)
         };
         let sizes =
             sizes.map_err(|problem| Error::InvalidArgument(format!("is \"{text}\", {problem}")))?;
@@ -189,7 +193,7 @@ mod tests {
         for (text, pp, vpp, mtp, expected) in [
             ("3;4", 2, 1, 0, "expected numbers of layers such as 3,2,2"),
             ("", 2, 1, 0, "expected numbers of layers"),
-            ("3,5", 2, 1, 0, "of 8 layers, expected 2 chunks"),
+            ("3,5", 2, 1, 0, "2 chunks of 8 layers, expected 2"),
             (
                 "Ett|ttt|tt|L",
                 2,
