@@ -1,6 +1,8 @@
 //! How the processes of a job reach each other, by backend.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
 use bridge_core::LayoutSpec;
 use bridge_cuda::{Cuda, CudaDevice};
@@ -8,7 +10,7 @@ use bridge_ops::Ops;
 use bridge_parallel::{NcclTransport, ParallelContext, TcpTransport, Transport};
 use burn_flex::{Flex, FlexDevice};
 
-use crate::failure::{Failure, Result};
+use crate::failure::{Cause, Failure, Result};
 use crate::job::Job;
 
 /// A backend whose ranks may be processes.
@@ -36,14 +38,42 @@ pub(crate) fn as_rank<B: ProcessBackend, T, E: Into<Failure>>(
     }
     let device = B::device(job)?;
     let transport = B::connect(job, &device)?;
-    let parallel = ParallelContext::new(layout, device, transport)?;
-    let parallel = Arc::new(parallel);
-    work(&parallel).map_err(|error| {
+    let parallel = Arc::new(ParallelContext::new(layout, device, transport)?);
+    let (working, worked) = channel();
+    let watch = {
+        let parallel = Arc::clone(&parallel);
+        std::thread::spawn(move || end_with_the_job(&parallel, &worked))
+    };
+    let result = work(&parallel);
+    drop(working);
+    // It lets go of the job before this returns, so that the rank takes leave of the others in good order.
+    let _ = watch.join();
+    result.map_err(|error| {
         let failure = error.into();
         // They learn why, where this rank is the cause.
         parallel.abort(&failure.text());
         failure
     })
+}
+
+/// How long a rank has to end by itself once the job has failed.
+const LAST_CALL: Duration = Duration::from_secs(15);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Ends this process some time after its job has failed, unless its work is over by then: who waits for a GPU whose work
+/// never ends does not hear of the failure.
+fn end_with_the_job<B: ProcessBackend>(parallel: &ParallelContext<B>, worked: &Receiver<()>) {
+    let mut failed: Option<Instant> = None;
+    while worked.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
+        let Err(error) = parallel.health() else {
+            continue;
+        };
+        if failed.get_or_insert_with(Instant::now).elapsed() > LAST_CALL {
+            eprintln!("error: {error}; this rank did not end by itself and is stopped");
+            std::process::exit(i32::from(Cause::Running.code()));
+        }
+    }
 }
 
 impl ProcessBackend for Flex {

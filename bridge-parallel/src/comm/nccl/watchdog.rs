@@ -8,7 +8,7 @@ use bridge_cuda::{CudaDevice, Span};
 
 use super::channel::Channel;
 use crate::comm::tcp::{Link, spawn};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// How often the watchdog looks.
 const LOOK: Duration = Duration::from_millis(50);
@@ -21,6 +21,8 @@ pub(super) struct Job {
     pub(super) device: CudaDevice,
     channels: Mutex<Vec<Weak<Channel>>>,
     closed: Arc<AtomicBool>,
+    /// When the watchdog last got an answer from the driver and from NCCL.
+    looked: Mutex<Instant>,
     /// Where the compute stream was held up by other ranks; `None` while nobody asks.
     waits: Mutex<Option<Vec<Span>>>,
 }
@@ -32,6 +34,7 @@ impl Job {
             device,
             channels: Mutex::default(),
             closed: Arc::default(),
+            looked: Mutex::new(Instant::now()),
             waits: Mutex::default(),
         });
         let (weak, closed) = (Arc::downgrade(&job), Arc::clone(&job.closed));
@@ -51,9 +54,36 @@ impl Job {
                     reported = Instant::now();
                 }
                 job.look(report, &mut complained);
+                *job.looked() = Instant::now();
+            }
+        })?;
+        let (weak, closed) = (Arc::downgrade(&job), Arc::clone(&job.closed));
+        // The watchdog itself stands still where a call into the driver does.
+        spawn("nccl watchdog's watchdog", move || {
+            while !closed.load(Ordering::Relaxed) {
+                std::thread::sleep(LOOK);
+                let Some(job) = weak.upgrade() else { return };
+                if job.link.failure().get().is_some() {
+                    return;
+                }
+                let (silence, limit) = (job.looked().elapsed(), job.link.options().timeout);
+                if silence > limit {
+                    job.link.fail(Error::Device {
+                        rank: job.link.options().rank,
+                        call: "asking how far the GPU is".into(),
+                        reason: format!(
+                            "no answer for {} s: a call into the driver or NCCL does not return",
+                            limit.as_secs()
+                        ),
+                    });
+                }
             }
         })?;
         Ok(job)
+    }
+
+    fn looked(&self) -> MutexGuard<'_, Instant> {
+        self.looked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Does `work`, which queues something on the compute stream that depends on other ranks.
