@@ -14,7 +14,7 @@ use crate::comm::tcp::HostGroup;
 use crate::error::{Error, Result};
 
 /// How long a communicator may take to end in good order.
-const GOODBYE: Duration = Duration::from_secs(5);
+pub(super) const GOODBYE: Duration = Duration::from_secs(5);
 
 /// On which stream a call is queued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,10 +40,19 @@ pub(super) struct Channel {
     under_way: Mutex<VecDeque<UnderWay>>,
 }
 
-struct Comm(CommPtr);
+pub(super) struct Comm(CommPtr);
 
 // SAFETY: a communicator may be used from any thread, one at a time, which the lock sees to.
 unsafe impl Send for Comm {}
+
+impl Comm {
+    /// Frees the communicator, which has been finalized and is not used any more. Returns once the other members have
+    /// done so as well.
+    pub(super) fn destroy(self, api: &Api) {
+        // SAFETY: this was the only handle.
+        unsafe { (api.destroy)(self.0) };
+    }
+}
 
 struct UnderWay {
     number: u64,
@@ -284,8 +293,7 @@ impl Drop for Channel {
             // SAFETY: alive, and nobody else has this channel any more.
             let status = unsafe { (self.api.finalize)(comm) };
             if self.settle(status, "ncclCommFinalize", GOODBYE).is_ok() {
-                // SAFETY: as above; finalized.
-                unsafe { (self.api.destroy)(comm) };
+                self.job.part_with(Comm(comm));
                 return;
             }
         }

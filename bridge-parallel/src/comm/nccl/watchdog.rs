@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use bridge_cuda::{CudaDevice, Span};
 
-use super::channel::Channel;
+use super::channel::{Channel, Comm, GOODBYE};
+use super::ffi::Api;
 use crate::comm::tcp::{Link, spawn};
 use crate::error::{Error, Result};
 
@@ -25,6 +26,8 @@ pub(super) struct Job {
     looked: Mutex<Instant>,
     /// Where the compute stream was held up by other ranks; `None` while nobody asks.
     waits: Mutex<Option<Vec<Span>>>,
+    /// Communicators that are finalized and to be freed.
+    parting: Mutex<Vec<Comm>>,
 }
 
 impl Job {
@@ -36,6 +39,7 @@ impl Job {
             closed: Arc::default(),
             looked: Mutex::new(Instant::now()),
             waits: Mutex::default(),
+            parting: Mutex::default(),
         });
         let (weak, closed) = (Arc::downgrade(&job), Arc::clone(&job.closed));
         spawn("nccl watchdog", move || {
@@ -131,6 +135,41 @@ impl Job {
         self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes a finalized communicator, to be freed with the others at the end of the job.
+    pub(super) fn part_with(&self, comm: Comm) {
+        let mut parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner);
+        parting.push(comm);
+    }
+
+    /// Frees the communicators, all at once: NCCL waits in each for the other members to free theirs, so that ranks that
+    /// went one by one in orders of their own would wait for each other for ever. What is not free after a while is left
+    /// to the end of the process.
+    fn say_goodbye(&mut self) {
+        let comms = std::mem::take(
+            self.parting
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        let Ok(api) = Api::get() else { return };
+        let (done, ended) = std::sync::mpsc::channel();
+        for comm in comms {
+            let done = done.clone();
+            // Without a thread the communicator stays, which the end of the process puts right as well.
+            let _ = spawn("nccl goodbye", move || {
+                comm.destroy(api);
+                // Nobody listens when the time is over.
+                let _ = done.send(());
+            });
+        }
+        drop(done);
+        let until = Instant::now() + GOODBYE;
+        // Ends with an error when the last thread has dropped its sender, or when the time is over.
+        while ended
+            .recv_timeout(until.saturating_duration_since(Instant::now()))
+            .is_ok()
+        {}
+    }
+
     pub(super) fn watch(&self, channel: &Arc<Channel>) {
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         channels.retain(|channel| channel.strong_count() > 0);
@@ -178,5 +217,6 @@ impl Job {
 impl Drop for Job {
     fn drop(&mut self) {
         self.closed.store(true, Ordering::Relaxed);
+        self.say_goodbye();
     }
 }
