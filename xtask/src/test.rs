@@ -60,6 +60,7 @@ impl Step {
                 "test",
                 "--workspace",
                 "--release",
+                "--no-fail-fast",
                 "--lib",
                 "--bins",
                 "--tests",

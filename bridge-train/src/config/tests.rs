@@ -197,7 +197,7 @@ fn contradictions_are_found() {
             "parallel.pipeline_model_parallel_size=2",
             "parallel.pipeline_model_parallel_layout=2,x",
         ],
-        &["means nothing; expected E, t"],
+        &["expected numbers of layers such as 3,2,2"],
     );
     fails(
         &[
