@@ -88,6 +88,17 @@ fn damaged_programs_are_refused() {
 }
 
 #[test]
+fn integers_of_every_length_come_back() {
+    let powers = (0..63).flat_map(|bits| [(1u64 << bits) - 1, 1 << bits]);
+    for value in powers.chain([i64::MAX as u64]) {
+        let mut writer = crate::checkpoint::torch::write::PickleWriter::new();
+        writer.int(value);
+        let pickle = parse(&writer.finish()).unwrap();
+        assert_eq!(pickle.int(pickle.root()), Some(value as i64), "{value:#x}");
+    }
+}
+
+#[test]
 fn large_integers_and_memo_numbers_are_harmless() {
     let pickle = parse(b"\x80\x02\x8a\x09\0\0\0\0\0\0\0\0\x01.").unwrap();
     assert_eq!(*pickle.node(pickle.root()), Node::LargeInt);

@@ -60,11 +60,12 @@ impl PickleWriter {
                 self.op(b'J');
                 self.bytes.extend_from_slice(&(value as u32).to_le_bytes());
             }
-            // Nine bytes, so that the sign bit is clear.
+            // As few bytes as leave the sign bit clear, as Python writes it.
             _ => {
-                self.op(0x8a).op(9);
-                self.bytes.extend_from_slice(&value.to_le_bytes());
-                self.bytes.push(0);
+                let length = (u64::BITS - value.leading_zeros()) / 8 + 1;
+                self.op(0x8a).op(length as u8);
+                let bytes = u128::from(value).to_le_bytes();
+                self.bytes.extend_from_slice(&bytes[..length as usize]);
             }
         }
         self
