@@ -10,15 +10,14 @@ out of the loop over chunks. One JSON line with the same fields and the same cou
     python3 torch_hybrid_train.py --shape nemotron_h_stack --seq 8192 --batch 1 --steps 10
 """
 
-import argparse
-import json
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import torch_train
 
 
 @dataclass(frozen=True)
@@ -259,74 +258,22 @@ class Model(nn.Module):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", choices=SHAPES, default="nemotron_h_stack")
-    parser.add_argument("--seq", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=4)
-    args = parser.parse_args()
+    args = torch_train.arguments(SHAPES, "nemotron_h_stack", 8192, 1)
     s = SHAPES[args.shape]
     torch.backends.cuda.matmul.allow_tf32 = True
-
-    started = time.perf_counter()
-    torch.manual_seed(0)
     with torch.device("cuda"):
         model = Model(s).to(torch.bfloat16)
-    weights = list(model.parameters())
-    masters = [w.detach().float().requires_grad_() for w in weights]
-    optimizer = torch.optim.AdamW(masters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     model.compile_parts()
 
-    def step():
-        ids = torch.randint(0, s.vocab, (args.batch, args.seq), device="cuda")
+    def backward(ids, labels):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            loss = model(ids, ids.roll(-1, dims=1))
-            loss.backward()
-        for master, weight in zip(masters, weights):
-            master.grad, weight.grad = weight.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_copy_(weights, masters)
+            model(ids, labels).backward()
 
-    times = []
-    startup = None
-    for index in range(args.warmup + args.steps):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        if startup is None:
-            startup = time.perf_counter() - started
-        if index >= args.warmup:
-            times.append(time.perf_counter() - start)
-    times.sort()
-    median = times[len(times) // 2]
     projections = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     attentions = sum(kind in "*g" for kind in s.pattern)
     tokens = args.batch * args.seq
     operations = 6 * projections * tokens + 6 * attentions * s.heads * s.head_dim * args.seq * tokens
-    print(
-        json.dumps(
-            {
-                "bench": "train",
-                "peer": f"torch {torch.__version__}",
-                "shape": args.shape,
-                "seq": args.seq,
-                "micro_batch": args.batch,
-                "precision": "bf16",
-                "step_ms": round(median * 1e3, 2),
-                "min_ms": round(times[0] * 1e3, 2),
-                "tokens_per_s": round(tokens / median, 1),
-                "model_tflops": round(operations / median / 1e12, 1),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                "startup_s": round(startup, 2),
-                "gpu": torch.cuda.get_device_name(),
-            }
-        )
-    )
+    torch_train.train(args, list(model.parameters()), s.vocab, backward, operations)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ same count of operations as `bridge bench train`.
     python3 torch_moe_train.py --shape qwen3_30b_a3b_4l --seq 4096 --batch 2 --steps 10
 """
 
-import argparse
-import json
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import torch_train
 
 
 @dataclass(frozen=True)
@@ -236,17 +235,8 @@ def latent_needs_padding(s):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3_30b_a3b_4l")
-    parser.add_argument("--seq", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=4)
-    args = parser.parse_args()
+    args = torch_train.arguments(SHAPES, "qwen3_30b_a3b_4l", 4096, 2)
     s = SHAPES[args.shape]
-
-    started = time.perf_counter()
-    torch.manual_seed(0)
     # Values as wide as keys have no cuDNN engine where keys are wider than 128, but FlashAttention has one.
     backends = [SDPBackend.CUDNN_ATTENTION]
     if s.latent and latent_needs_padding(s):
@@ -257,60 +247,18 @@ def main():
         model = Model(s)
     model.inv_freq = model.inv_freq.float()
     weights = list(model.parameters())
-    masters = [w.detach().float().requires_grad_() for w in weights]
-    optimizer = torch.optim.AdamW(masters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     compiled = torch.compile(model)
 
-    def step():
-        ids = torch.randint(0, s.vocab, (args.batch, args.seq), device="cuda")
+    def backward(ids, labels):
         with sdpa_kernel(backends):
-            loss = compiled(ids, ids.roll(-1, dims=1))
-            loss.backward()
-        for master, weight in zip(masters, weights):
-            master.grad, weight.grad = weight.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_copy_(weights, masters)
+            compiled(ids, labels).backward()
 
-    times = []
-    startup = None
-    for index in range(args.warmup + args.steps):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        if startup is None:
-            startup = time.perf_counter() - started
-        if index >= args.warmup:
-            times.append(time.perf_counter() - start)
-    times.sort()
-    median = times[len(times) // 2]
     stacked = sum(w.numel() for w in weights if w.dim() == 3)
     matrices = sum(w.numel() for w in weights if w.dim() == 2) - s.vocab * s.hidden + stacked // s.experts * s.top_k
     tokens = args.batch * args.seq
     operations = 6 * matrices * tokens + 3 * s.layers * sum(s.attention_size) * args.seq * tokens
-    print(
-        json.dumps(
-            {
-                "bench": "train",
-                "peer": f"torch {torch.__version__}",
-                "shape": args.shape,
-                "attention": "flash, values padded" if LatentAttention.pad else "cudnn",
-                "seq": args.seq,
-                "micro_batch": args.batch,
-                "precision": "bf16",
-                "step_ms": round(median * 1e3, 2),
-                "min_ms": round(times[0] * 1e3, 2),
-                "tokens_per_s": round(tokens / median, 1),
-                "model_tflops": round(operations / median / 1e12, 1),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                "startup_s": round(startup, 2),
-                "gpu": torch.cuda.get_device_name(),
-            }
-        )
-    )
+    attention = "flash, values padded" if LatentAttention.pad else "cudnn"
+    torch_train.train(args, weights, s.vocab, backward, operations, attention=attention)
 
 
 main()
