@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use bridge_core::LayoutSpec;
 use bridge_hub::{Event, HubOptions};
+use bridge_models::ParallelOptions;
+use bridge_parallel::CpCommType;
 use clap::{Args, ValueEnum};
 
 use crate::failure::{Failure, Result};
@@ -38,6 +40,25 @@ pub(crate) struct LayoutFlags {
     /// Sequence parallelism.
     #[arg(long)]
     sp: bool,
+}
+
+/// How attention reaches the keys and values of other ranks.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Layout")]
+pub(crate) struct ContextFlags {
+    /// How attention reaches other context-parallel ranks: p2p, all_gather or a2a [default: p2p].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) cp_comm_type: Option<CpCommType>,
+}
+
+impl ContextFlags {
+    /// What models are divided by beyond the degrees, stages having as many layers as each other.
+    pub(crate) fn options(self) -> ParallelOptions {
+        ParallelOptions {
+            cp_comm_type: self.cp_comm_type.unwrap_or_default(),
+            ..ParallelOptions::default()
+        }
+    }
 }
 
 impl LayoutFlags {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use bridge_models::check_layout;
 use bridge_parallel::memory::{
     Fit, MemorySpec, RankMemory, Recompute, SearchLimits, StateBytes, layouts_that_fit,
     stage_memory,
@@ -15,7 +16,7 @@ use serde_json::{json, to_value};
 
 use crate::conversion::source_place;
 use crate::failure::{Blame, Failure, Result};
-use crate::flags::{LayoutFlags, byte_size, hugging_face_folder};
+use crate::flags::{ContextFlags, LayoutFlags, byte_size, hugging_face_folder};
 use crate::report::{Report, bytes, table};
 
 /// How many layouts a search lists.
@@ -49,6 +50,8 @@ pub(crate) struct Args {
     training: TrainingFlags,
     #[command(flatten)]
     layout: LayoutFlags,
+    #[command(flatten)]
+    context: ContextFlags,
     /// Draw the pipeline schedule of a step with so many micro-batches per data-parallel rank.
     #[arg(long, value_name = "MICRO-BATCHES", num_args = 0..=1, default_missing_value = "8")]
     schedule: Option<usize>,
@@ -96,6 +99,8 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     let layout = args.layout.spec();
     let registry = bridge_models::registry();
     let (model, _) = bridge_core::convert::open(&place, &registry, &layout)?;
+    // The weights can be divided; whether the layers can then run is a question of its own.
+    check_layout(model.config(), &layout, &args.context.options())?;
     let plan = model.plan();
     report.text(plan.to_string().trim_end())?;
     let schedule = args
@@ -149,6 +154,9 @@ fn configuration(args: &Args) -> Result<ResolvedConfig> {
     }
     for (key, degree) in args.layout.overrides() {
         layers.push_override(&format!("parallel.{key}={degree}"));
+    }
+    if let Some(kind) = args.context.cp_comm_type {
+        layers.push_override(&format!("parallel.cp_comm_type={}", kind.name()));
     }
     let words = flags.overrides.iter();
     words.for_each(|word| layers.push_override(word));

@@ -5,15 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bridge_core::LayoutSpec;
-use bridge_models::ParallelOptions;
 use bridge_models::verify::{Tolerances, VerifyOptions, VerifyReport, verify_bf16};
-use bridge_parallel::{CpCommType, ParallelContext};
+use bridge_parallel::ParallelContext;
 use bridge_train::verify::{Verdict, Verification};
 use serde_json::to_value;
 
 use crate::backend::{Machine, OnBackend, dispatch};
 use crate::failure::{Blame, Failure, Result};
-use crate::flags::{BackendFlags, BackendName, LayoutFlags, hugging_face_folder};
+use crate::flags::{BackendFlags, BackendName, ContextFlags, LayoutFlags, hugging_face_folder};
 use crate::job;
 use crate::report::Report;
 use crate::transport::as_rank;
@@ -52,14 +51,8 @@ pub(crate) struct Args {
     backend: BackendFlags,
     #[command(flatten)]
     layout: LayoutFlags,
-    /// How attention reaches other context-parallel ranks: p2p, all_gather or a2a.
-    #[arg(
-        long,
-        value_name = "NAME",
-        default_value = "p2p",
-        help_heading = "Layout"
-    )]
-    cp_comm_type: CpCommType,
+    #[command(flatten)]
+    context: ContextFlags,
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
@@ -129,10 +122,7 @@ impl OnBackend for Verify {
                 ..Tolerances::default()
             },
         };
-        let parallel = ParallelOptions {
-            cp_comm_type: args.cp_comm_type,
-            ..ParallelOptions::default()
-        };
+        let parallel = args.context.options();
         let (hf, reference) = (&folder, &args.reference);
         let found = Verification::open(&registry, hf, reference, &options, &layout, &parallel)?;
         if let Some(job) = job::from_environment()? {

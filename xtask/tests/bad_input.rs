@@ -673,3 +673,27 @@ fn impossible_layouts_are_refused() {
     ))
     .fails(2, &[]);
 }
+
+/// What the layers cannot do is said by `plan` as by `verify`, before anything is run.
+#[test]
+fn layouts_that_layers_cannot_run_at_are_refused_by_the_plan() {
+    for (name, layout, reason) in [
+        ("nemotron_h", "--cp 64", "recurrent layers (Mamba-2)"),
+        (
+            "qwen3_next",
+            "--cp 64",
+            "recurrent layers (gated delta net)",
+        ),
+        (
+            "gpt_oss",
+            "--cp 2 --cp-comm-type a2a",
+            "attention with sinks",
+        ),
+        ("llama3_2", "--sp", "sequence parallelism needs tp above 1"),
+    ] {
+        let hf = support::fixture(name);
+        xtask(&format!("plan --hf {} {layout}", arg(&hf))).fails(2, &[reason]);
+    }
+    let hf = support::fixture("gpt_oss");
+    xtask(&format!("plan --hf {} --cp 2", arg(&hf))).ok();
+}
