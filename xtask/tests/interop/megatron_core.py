@@ -10,7 +10,9 @@ RESAVE_DIR Megatron-Core saves what it has loaded. `names` prints the tensors th
 """
 import argparse
 import contextlib
+import functools
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -124,7 +126,10 @@ def transformer_config(config, args):
     if config.get("sliding_window") and kind in ("mistral", "gpt_oss"):
         fields.update(window_size=(config["sliding_window"] - 1, 0))
     if kind == "gpt_oss":
-        from megatron.core.fusions.fused_bias_geglu import quick_gelu
+        try:
+            from megatron.core.fusions.fused_bias_geglu import quick_gelu
+        except ImportError as reason:
+            raise Unsupported("it has no quick_gelu") from reason
 
         fields.update(
             activation_func=quick_gelu,
@@ -218,6 +223,12 @@ def latent_core_attention(base):
     return LatentCoreAttention
 
 
+def windows_without_transformer_engine():
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    return "config.window_size is None" not in inspect.getsource(DotProductAttention.__init__)
+
+
 def build(config, args):
     from megatron.core import parallel_state as mpu
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -234,6 +245,8 @@ def build(config, args):
         transformer.yarn_mscale = None
         transformer.yarn_mscale_all_dim = None
         transformer.yarn_correction_range_round_to_int = rope.get("truncate", True)
+    if transformer.window_size is not None and not windows_without_transformer_engine():
+        raise Unsupported("its own attention has no windows")
     vocab = -(-config["vocab_size"] // (16 * args.tp)) * 16 * args.tp
     model = GPTModel(
         transformer,
@@ -314,6 +327,14 @@ def on_a_cpu():
     # Without dropout nothing is drawn, and the tracker's states live on a GPU.
     tracker = tensor_parallel.random.get_cuda_rng_tracker()
     type(tracker).fork = lambda *_, **__: contextlib.nullcontext()
+
+    # Before 0.13 it writes with what later became a required argument of PyTorch's.
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint import filesystem
+
+    if "serialization_format" not in inspect.getsource(filesystem_async):
+        form = filesystem.SerializationFormat.TORCH_SAVE
+        filesystem_async._write_item = functools.partial(filesystem._write_item, serialization_format=form)
 
     def window_mask(rows, columns, window):
         distance = torch.arange(columns - rows, columns)[:, None] - torch.arange(columns)[None, :]
