@@ -5,13 +5,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The crates from the bottom up; none may use one that stands after it.
-const ORDER: [&str; 12] = [
+const ORDER: [&str; 13] = [
     "bridge-core",
     "bridge-hub",
     "bridge-ops",
     "bridge-cuda",
     "bridge-parallel",
     "bridge-models",
+    "bridge-peft",
     "bridge-tokenizers",
     "bridge-data",
     "bridge-train",

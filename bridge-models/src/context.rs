@@ -45,6 +45,7 @@ pub struct ForwardContext<'a, B: Ops> {
     cu_seqlens: Option<Arc<[usize]>>,
     cache: Option<&'a DecoderCache<B>>,
     auxiliary: Option<&'a AuxiliaryLosses<B>>,
+    pass: Option<u64>,
     tables: Mutex<Vec<CachedTable<B>>>,
 }
 
@@ -101,8 +102,20 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
             cu_seqlens: None,
             cache: None,
             auxiliary: None,
+            pass: None,
             tables: Mutex::default(),
         }
+    }
+
+    /// The same context for a training pass with this key: see [`Tape::for_pass`](bridge_ops::Tape::for_pass).
+    pub fn for_pass(mut self, key: Option<u64>) -> Self {
+        self.pass = key;
+        self
+    }
+
+    /// The key of the training pass, if this is one.
+    pub fn pass(&self) -> Option<u64> {
+        self.pass
     }
 
     /// The same context at other positions.

@@ -10,7 +10,7 @@ use burn::tensor::{Int as IntKind, Tensor};
 
 use crate::context::{DecoderCache, ForwardContext, IGNORED_TARGET, Targets};
 use crate::error::{Error, Result};
-use crate::layers::{DecoderLayer, Embedding, Head, MtpModule};
+use crate::layers::{DecoderLayer, Embedding, Head, Linear, MtpModule};
 use crate::parallel::{ParallelOptions, check_layout};
 use crate::segmented::{Boundary, SegmentedModel};
 use crate::weights::{ParamBuilder, WeightSource};
@@ -171,6 +171,17 @@ impl<B: Ops> Decoder<B> {
     /// Every weight once, in the order of [`DecoderConfig::tensors`].
     pub fn params(&self) -> Vec<Param<B>> {
         SegmentedModel::params(self)
+    }
+
+    /// Hands each linear layer of this rank's part to `visit`, in the order of their canonical names: those of the layers
+    /// and of multi-token prediction. Not among them are routers, the stacked matrices of experts, and the head.
+    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        for layer in self.layers.iter_mut().flatten() {
+            layer.visit_linears(visit);
+        }
+        for module in &mut self.mtp {
+            module.visit_linears(visit);
+        }
     }
 
     /// The matrix `[vocab, hidden]` that the head multiplies by: its own, or the embedding.

@@ -103,6 +103,7 @@ pub struct Tape<B: Ops> {
     /// `None` on an inference tape.
     nodes: Option<RefCell<Vec<Node<B>>>>,
     recompute_cheap: bool,
+    pass: Option<u64>,
 }
 
 impl<B: Ops> Tape<B> {
@@ -117,6 +118,7 @@ impl<B: Ops> Tape<B> {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             nodes: Some(RefCell::new(Vec::new())),
             recompute_cheap: false,
+            pass: None,
         }
     }
 
@@ -125,6 +127,18 @@ impl<B: Ops> Tape<B> {
     pub fn recompute_cheap(mut self) -> Self {
         self.recompute_cheap = true;
         self
+    }
+
+    /// The same tape for a training pass that `key` tells from all others of a run: what is drawn at random in it is a
+    /// function of the key, so that a pass that runs again draws the same.
+    pub fn for_pass(mut self, key: Option<u64>) -> Self {
+        self.pass = key;
+        self
+    }
+
+    /// The key of the training pass, if this is one: without it nothing is to be dropped at random.
+    pub fn pass(&self) -> Option<u64> {
+        self.pass
     }
 
     /// A tape that records nothing: saved tensors are freed at once.

@@ -55,12 +55,20 @@ macro_rules! files {
 }
 
 const FILES: &[File] = files![
+    "finetune",
     "pretrain",
     "llama/base",
     "llama/tiny_llama",
     "llama/smollm2_135m",
     "llama/llama32_1b",
     "llama/llama3_8b",
+    "llama/llama32_1b_sft",
+    "llama/llama32_1b_lora",
+    "llama/llama32_1b_dora",
+    "llama/llama3_8b_sft",
+    "llama/llama3_8b_lora",
+    "llama/llama3_8b_dora",
+    "llama/tiny_llama_lora",
 ];
 
 impl File {

@@ -54,6 +54,10 @@ pub enum Error {
     #[error(transparent)]
     Tokenizer(#[from] bridge_tokenizers::TokenizerError),
 
+    /// Adapters could not be made or read.
+    #[error(transparent)]
+    Peft(#[from] bridge_peft::Error),
+
     /// A model could not be built or loaded.
     #[error(transparent)]
     Model(#[from] bridge_models::Error),
@@ -215,6 +219,7 @@ impl Error {
             | Error::WeightNotThere { .. }
             | Error::Parallel(_)
             | Error::Ranks(bridge_parallel::Error::Invalid(_)) => true,
+            Error::Peft(error) => error.is_input(),
             Error::Io { source, .. } => names_something_wrong(source),
             Error::NonFinite { .. }
             | Error::Plot { .. }

@@ -11,6 +11,7 @@ use bridge_models::weights::{HfWeights, NativeWeights, load_param, native_config
 use bridge_models::{Decoder, DtypePolicy, Init, RandomInit, SegmentedModel, WeightSource};
 use bridge_ops::{DType, Ops, Param};
 use bridge_parallel::ParallelContext;
+use bridge_peft::{ADAPTER_FILE, AdapterConfig};
 use bridge_tokenizers::Tokenizer;
 
 use crate::callback::{Callback, Callbacks, Summary};
@@ -76,9 +77,12 @@ pub fn pretrain<B: Ops>(
             key: "data.split",
             problem: format!("\"{}\" leaves no documents for training", config.data.split),
         })?;
-    let store = checkpoint_store(config, &tokenizer)?;
+    let store = checkpoint_store(config, &tokenizer, context.hf_folder)?;
     let resuming = store.has_checkpoint()?;
-    let model = build_model::<B>(config, &context)?;
+    let mut model = build_model::<B>(config, &context)?;
+    if let Some(adapters) = config.peft.adapters(config.train.seed) {
+        attach_adapters(config, &context, &mut model, &adapters)?;
+    }
     let options = TrainerOptions::from(config);
     let optimizer = with_source(config, &context, resuming, &mut |source| {
         let load = &mut |param: &Param<B>| Ok(load_param(param, source)?);
@@ -165,6 +169,24 @@ fn build_model<B: Ops>(
     Ok(model)
 }
 
+/// Loads the model's weights, which stay as they are, and puts fresh adapters beside them.
+fn attach_adapters<B: Ops>(
+    config: &ResolvedConfig,
+    context: &PretrainContext<'_, B>,
+    model: &mut Decoder<B>,
+    adapters: &AdapterConfig,
+) -> Result<()> {
+    // A checkpoint of the run holds the adapters alone, so the weights come from where they came from at first.
+    with_source(config, context, false, &mut |source| {
+        for param in model.params() {
+            load_param(&param, source)?;
+        }
+        Ok(())
+    })?;
+    bridge_peft::attach(model, adapters)?;
+    Ok(())
+}
+
 /// What is done with a source of weights.
 type WithSource<'f, B, R> = &'f mut dyn FnMut(&mut dyn WeightSource<B>) -> Result<R>;
 
@@ -226,7 +248,11 @@ fn with_pretrained<B: Ops, R>(
     then(&mut HfWeights::new(&model, DtypePolicy::Float32))
 }
 
-fn checkpoint_store(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Result<CheckpointStore> {
+fn checkpoint_store(
+    config: &ResolvedConfig,
+    tokenizer: &Tokenizer,
+    hf_folder: &dyn Fn(&str) -> Result<PathBuf, String>,
+) -> Result<CheckpointStore> {
     let description =
         serde_json::to_value(&config.model.decoder).expect("a model's config is plain data");
     let mut store = CheckpointStore::new(&config.checkpoint.dir, description)
@@ -235,6 +261,11 @@ fn checkpoint_store(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Result<Ch
         .save_enabled(config.checkpoint.save)
         .with_file(CONFIG_FILE, config.to_toml().into_bytes())
         .with_file(format!("{HF_DIR}/config.json"), hf_config_json(config)?);
+    if let Some(adapters) = config.peft.adapters(config.train.seed) {
+        store = store
+            .trained_weights_alone()
+            .with_file(ADAPTER_FILE, adapter_json(config, &adapters, hf_folder)?);
+    }
     for (name, bytes) in tokenizer_files(tokenizer)? {
         store = store.with_file(format!("{HF_DIR}/{name}"), bytes);
     }
@@ -248,6 +279,30 @@ fn checkpoint_store(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Result<Ch
         store = store.with_file(format!("{HF_DIR}/{GENERATION_CONFIG_FILE}"), bytes);
     }
     Ok(store)
+}
+
+/// What adapters are like, and the model that they were trained beside: its name and a fingerprint of its weights' files.
+fn adapter_json(
+    config: &ResolvedConfig,
+    adapters: &AdapterConfig,
+    hf_folder: &dyn Fn(&str) -> Result<PathBuf, String>,
+) -> Result<Vec<u8>> {
+    let base = config.checkpoint.pretrained.as_deref().unwrap_or_default();
+    let path = Path::new(base);
+    let dir = if path.is_dir() {
+        path.to_owned()
+    } else {
+        hf_folder(base).map_err(|problem| Error::Setting {
+            key: "checkpoint.pretrained",
+            problem,
+        })?
+    };
+    let json = serde_json::json!({
+        "config": adapters,
+        "base": base,
+        "base_fingerprint": bridge_peft::base_fingerprint(&dir)?,
+    });
+    Ok(serde_json::to_vec_pretty(&json).expect("plain data"))
 }
 
 /// The model's `config.json`: as it came, or written anew for a model that was described in the configuration.

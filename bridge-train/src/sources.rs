@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bridge_data::sft::{Example, read_examples};
 use bridge_data::{
-    BlendSpec, GptOptions, IndexedDataset, MemoryTokens, MockGptDataset, SplitWeights, Splits,
-    TokenSource, corpus, gpt_splits,
+    BlendSpec, Dataset, GptOptions, IndexedDataset, MemoryTokens, MockGptDataset, SftDataset,
+    Split, SplitWeights, Splits, TokenSource, corpus, gpt_splits,
 };
 use bridge_tokenizers::Tokenizer;
 
@@ -71,6 +72,7 @@ pub fn load_training_data(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Res
             // Another seed gives another language, so held-out samples come from the same one, further on.
             return Ok(Splits::new(Some(Arc::new(mock(seed)?)), None, None));
         }
+        DataSource::Sft => return load_sft(config, tokenizer, seed),
         DataSource::Indexed => BlendSpec::parse(&data.data_path)?
             .entries
             .into_iter()
@@ -114,6 +116,46 @@ pub fn load_training_data(config: &ResolvedConfig, tokenizer: &Tokenizer) -> Res
         &data.split.parse::<SplitWeights>()?,
         &options,
     )?)
+}
+
+/// Examples of `data_path` for training and of `validation_path` for evaluation; without the latter, those at the end of
+/// the former, as many as `split` says.
+fn load_sft(config: &ResolvedConfig, tokenizer: &Tokenizer, seed: u64) -> Result<Splits> {
+    let data = &config.data;
+    let read = |paths: &[String]| -> Result<Vec<Example>> {
+        let mut examples = Vec::new();
+        for path in paths {
+            examples.extend(read_examples(Path::new(path), tokenizer)?);
+        }
+        Ok(examples)
+    };
+    let pad = tokenizer.pad_id().or(tokenizer.eos_id()).unwrap_or(0);
+    let dataset = |paths: &[String], examples| -> Result<Arc<dyn Dataset>> {
+        let place = paths.join(", ");
+        let data = SftDataset::new(place, examples, data.seq_length, data.packing, pad, seed)?;
+        Ok(Arc::new(data))
+    };
+    let mut train = read(&data.data_path)?;
+    let (held_out, from) = if data.validation_path.is_empty() {
+        let weights = data.split.parse::<SplitWeights>()?;
+        let share = |split| weights.documents(split, train.len() as u64);
+        let (first, held_out) = (share(Split::Train), share(Split::Valid));
+        let rest = train.split_off(first.end as usize);
+        let count = (held_out.end - held_out.start) as usize;
+        (rest.into_iter().take(count).collect(), &data.data_path)
+    } else {
+        (read(&data.validation_path)?, &data.validation_path)
+    };
+    let valid = if held_out.is_empty() {
+        None
+    } else {
+        Some(dataset(from, held_out)?)
+    };
+    Ok(Splits::new(
+        Some(dataset(&data.data_path, train)?),
+        valid,
+        None,
+    ))
 }
 
 /// The documents of each source of text, with its name.

@@ -108,7 +108,14 @@ impl From<&ResolvedConfig> for TrainerOptions {
                 exp_avg_dtype: config.optimizer.exp_avg_dtype.dtype(),
             },
             clip_grad: config.optimizer.clip_grad,
-            auxiliary: config.auxiliary_options(),
+            auxiliary: AuxiliaryOptions {
+                // Beside adapters a model stays as it is, these biases included.
+                bias_update_rate: match config.peft.adapters(config.train.seed) {
+                    Some(_) => 0.0,
+                    None => config.auxiliary_options().bias_update_rate,
+                },
+                ..config.auxiliary_options()
+            },
             recompute: config.train.recompute_granularity,
             data_parallel: DataParallelOptions {
                 distributed_optimizer: config.parallel.shards_optimizer(),
@@ -454,6 +461,7 @@ impl<'a, B: Ops> Trainer<'a, B> {
             auxiliary: options.auxiliary,
         };
         let asks = [self.stop.is_raised(), self.is_time_up(running)];
+        self.executor.begin_step(iteration);
         let outcome = train_step(
             &self.executor,
             self.model,

@@ -5,8 +5,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::failure::{Blame, Failure, Result};
 use crate::report::Report;
 use crate::{
-    bench, convert, data, doctor, export, generate, import, job, launch, models, plan, pretrain,
-    recipes, roundtrip, test, verify,
+    adapter, bench, convert, data, doctor, export, finetune, generate, import, job, launch, models,
+    plan, pretrain, recipes, roundtrip, test, verify,
 };
 
 /// Moves language models between Hugging Face and native sharded checkpoints, trains them, and proves both.
@@ -35,6 +35,8 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Pretrain(pretrain::Args),
+    Finetune(finetune::Args),
+    Adapter(adapter::Args),
     Import(import::Args),
     Export(export::Args),
     Convert(convert::Args),
@@ -65,6 +67,8 @@ pub(crate) fn run(cli: Cli, report: Report) -> Result {
     }
     match cli.verb {
         Verb::Pretrain(args) => pretrain::run(args, report),
+        Verb::Finetune(args) => finetune::run(args, report),
+        Verb::Adapter(args) => adapter::run(args, report),
         Verb::Import(args) => import::run(args, report),
         Verb::Export(args) => export::run(args, report),
         Verb::Convert(args) => convert::run(args, report),

@@ -128,6 +128,7 @@ blame_by_is_input!(
     bridge_data::DataError,
     bridge_hub::Error,
     bridge_models::Error,
+    bridge_peft::Error,
     bridge_tokenizers::TokenizerError,
     bridge_train::Error
 );

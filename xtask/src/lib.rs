@@ -3,6 +3,7 @@
 //! Names, flags, JSON fields and exit codes are a contract that scripts rely on: 0 done, 1 a check did not hold, 2 bad
 //! arguments, config or input, 3 failed while running, 130 interrupted after a graceful stop.
 
+mod adapter;
 mod backend;
 mod bench;
 mod cli;
@@ -12,6 +13,7 @@ mod data;
 mod doctor;
 mod export;
 mod failure;
+mod finetune;
 mod flags;
 mod generate;
 mod import;

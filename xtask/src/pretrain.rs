@@ -9,7 +9,9 @@ use bridge_models::generate::{GenerateOptions, Sampling, generate};
 use bridge_parallel::{ParallelContext, run_threads};
 use bridge_tokenizers::{SpecialTokens, TokenizerKind};
 use bridge_train::callback::{Callback, Callbacks, StepReport, StopReason, Summary};
-use bridge_train::config::{ConfigLayers, Platform, ResolveContext, ResolvedConfig, resolve};
+use bridge_train::config::{
+    ConfigLayers, PeftScheme, Platform, ResolveContext, ResolvedConfig, resolve,
+};
 use bridge_train::metrics::Console;
 use bridge_train::signals::StopFlag;
 use bridge_train::{PretrainContext, PretrainOutcome, pretrain};
@@ -40,20 +42,20 @@ const SAMPLE_TOKENS: usize = 120;
 pub(crate) struct Args {
     /// A recipe (see `recipes list`) and any number of overrides of single keys.
     #[arg(value_name = "RECIPE or key=value")]
-    words: Vec<String>,
+    pub(crate) words: Vec<String>,
     /// TOML file over the recipe; without a recipe it must say everything.
     #[arg(long, value_name = "F.toml")]
-    config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     /// Print the configuration with every default filled in, and stop.
     #[arg(long)]
-    dry_run: bool,
+    pub(crate) dry_run: bool,
     /// Measure the share of time that the GPUs of a job stand still for one another, from the fourth step on.
     #[arg(long)]
-    exposed_comm: bool,
+    pub(crate) exposed_comm: bool,
     #[command(flatten)]
-    layout: LayoutFlags,
+    pub(crate) layout: LayoutFlags,
     #[command(flatten)]
-    backend: BackendFlags,
+    pub(crate) backend: BackendFlags,
 }
 
 pub(crate) fn run(args: Args, report: Report) -> Result {
@@ -390,10 +392,19 @@ fn tell(config: &ResolvedConfig, trained: &Trained, report: Report) -> Result {
     }
     if let Some(path) = &checkpoint {
         let path = path.display();
-        report.text(format!(
-            "\nnext:\n  cargo xtask generate --checkpoint {path} --prompt \"It was \" --temperature 0.7\n  \
-             cargo xtask export --checkpoint {path} --out {path}-hf"
-        ))?;
+        let base = config.checkpoint.pretrained.as_deref();
+        let base = base.filter(|_| config.peft.scheme != PeftScheme::None);
+        if let Some(base) = base {
+            report.text(format!(
+                "\nnext:\n  cargo xtask adapter export --checkpoint {path} --out {path}-adapter\n  \
+                 cargo xtask adapter merge --hf {base} --checkpoint {path} --out {path}-merged"
+            ))?;
+        } else {
+            report.text(format!(
+                "\nnext:\n  cargo xtask generate --checkpoint {path} --prompt \"It was \" --temperature 0.7\n  \
+                 cargo xtask export --checkpoint {path} --out {path}-hf"
+            ))?;
+        }
     }
     report.json(&json!({
         "reason": reason(summary.reason),

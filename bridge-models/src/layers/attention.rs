@@ -220,6 +220,15 @@ impl<B: Ops> Attention<B> {
         }
     }
 
+    /// Hands each linear layer to `visit`, in the order of their canonical names.
+    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        let gate_proj = self.gate_proj.iter_mut();
+        let projections = [&mut self.q_proj, &mut self.k_proj, &mut self.v_proj].into_iter();
+        for linear in projections.chain(gate_proj).chain([&mut self.o_proj]) {
+            visit(linear);
+        }
+    }
+
     /// Appends the weights, in the order of their canonical names.
     pub fn collect(&self, params: &mut Vec<Param<B>>) {
         for proj in [&self.q_proj, &self.k_proj, &self.v_proj] {

@@ -121,6 +121,16 @@ impl<B: Ops> DecoderLayer<B> {
         x
     }
 
+    /// Hands each linear layer to `visit`, in the order of their canonical names.
+    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        if let Some(mixer) = &mut self.mixer {
+            mixer.part.visit_linears(visit);
+        }
+        if let Some(ffn) = &mut self.ffn {
+            ffn.part.visit_linears(visit);
+        }
+    }
+
     /// Appends the weights, in the order of their canonical names.
     pub fn collect(&self, params: &mut Vec<Param<B>>) {
         if let Some(mixer) = &self.mixer {
@@ -228,6 +238,16 @@ impl<B: Ops> TokenMixer<B> {
             Self::Linear(linear) => linear.collect(params),
         }
     }
+
+    fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        match self {
+            Self::Attention(attention) => attention.visit_linears(visit),
+            Self::Latent(attention) => attention.visit_linears(visit),
+            Self::Mamba2(mamba) => mamba.visit_linears(visit),
+            Self::GatedDeltaNet(delta_net) => delta_net.visit_linears(visit),
+            Self::Linear(linear) => visit(linear),
+        }
+    }
 }
 
 impl<B: Ops> FeedForward<B> {
@@ -265,6 +285,14 @@ impl<B: Ops> FeedForward<B> {
             Self::Mlp(mlp) => mlp.collect(params),
             Self::Moe(moe) => moe.collect(params),
             Self::Linear(linear) => linear.collect(params),
+        }
+    }
+
+    fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        match self {
+            Self::Mlp(mlp) => mlp.visit_linears(visit),
+            Self::Moe(moe) => moe.visit_linears(visit),
+            Self::Linear(linear) => visit(linear),
         }
     }
 }

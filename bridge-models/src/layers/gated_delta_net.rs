@@ -193,6 +193,21 @@ impl<B: Ops> GatedDeltaNet<B> {
         self.out_proj.forward(tape, &o)
     }
 
+    /// Hands each linear layer to `visit`, in the order of their canonical names.
+    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        for linear in [
+            &mut self.q_proj,
+            &mut self.k_proj,
+            &mut self.v_proj,
+            &mut self.z_proj,
+            &mut self.b_proj,
+            &mut self.a_proj,
+            &mut self.out_proj,
+        ] {
+            visit(linear);
+        }
+    }
+
     /// Appends the weights, in the order of their canonical names.
     pub fn collect(&self, params: &mut Vec<Param<B>>) {
         for proj in [

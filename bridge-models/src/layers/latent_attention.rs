@@ -216,7 +216,7 @@ impl<B: Ops> LatentAttention<B> {
             self.sizes.qk_nope_head_dim,
             self.sizes.v_head_dim,
         );
-        let weight = tape.constant(self.kv_b_proj.weight.value());
+        let weight = tape.constant(self.kv_b_proj.adapted_weight());
         let weight = cast(tape, &weight, q_nope.dtype());
         let weight = reshape(tape, &weight, &[heads, nope + value, rank]);
         let to_latent = slice(tape, &weight, 1, 0..nope); // [heads, nope, rank]
@@ -247,6 +247,20 @@ impl<B: Ops> LatentAttention<B> {
             }
             None => x,
         }
+    }
+
+    /// Hands each linear layer to `visit`, in the order of their canonical names.
+    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        match &mut self.query {
+            Query::Hidden(proj) => visit(proj),
+            Query::Latent { a_proj, b_proj, .. } => {
+                visit(a_proj);
+                visit(b_proj);
+            }
+        }
+        visit(&mut self.kv_a_proj);
+        visit(&mut self.kv_b_proj);
+        visit(&mut self.o_proj);
     }
 
     /// Appends the weights, in the order of their canonical names.

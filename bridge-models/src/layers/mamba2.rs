@@ -178,6 +178,20 @@ impl<B: Ops> Mamba2<B> {
         self.out_proj.forward(tape, &y)
     }
 
+    /// Hands each linear layer to `visit`, in the order of their canonical names.
+    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        for linear in [
+            &mut self.z_proj,
+            &mut self.x_proj,
+            &mut self.b_proj,
+            &mut self.c_proj,
+            &mut self.dt_proj,
+            &mut self.out_proj,
+        ] {
+            visit(linear);
+        }
+    }
+
     /// Appends the weights, in the order of their canonical names.
     pub fn collect(&self, params: &mut Vec<Param<B>>) {
         for proj in [

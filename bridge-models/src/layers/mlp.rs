@@ -64,6 +64,13 @@ impl<B: Ops> Mlp<B> {
         self.down_proj.forward(tape, &inner)
     }
 
+    /// Hands each linear layer to `visit`, in the order of their canonical names.
+    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        for linear in (self.gate_proj.iter_mut()).chain([&mut self.up_proj, &mut self.down_proj]) {
+            visit(linear);
+        }
+    }
+
     /// Appends the weights, in the order of their canonical names.
     pub fn collect(&self, params: &mut Vec<Param<B>>) {
         if let Some(gate_proj) = &self.gate_proj {

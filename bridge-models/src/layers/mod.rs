@@ -18,7 +18,7 @@ pub use attention::Attention;
 pub use decoder_layer::DecoderLayer;
 pub use gated_delta_net::GatedDeltaNet;
 pub use latent_attention::LatentAttention;
-pub use linear::Linear;
+pub use linear::{Linear, LinearAdapter};
 pub use mamba2::Mamba2;
 pub use mlp::Mlp;
 pub use moe::{Experts, GroupedLinear, Moe};

@@ -189,6 +189,17 @@ impl<B: Ops> Moe<B> {
         }
     }
 
+    /// Hands each linear layer to `visit`, in the order of their canonical names.
+    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        // The router scores in fp32 past its layer's own product, and experts' matrices are stacked.
+        if let Some(shared) = &mut self.shared_expert {
+            shared.visit_linears(visit);
+        }
+        if let Some(gate) = &mut self.shared_expert_gate {
+            visit(gate);
+        }
+    }
+
     /// Appends the weights, in the order of their canonical names.
     pub fn collect(&self, params: &mut Vec<Param<B>>) {
         self.router.collect(params);

@@ -63,6 +63,12 @@ impl<B: Ops> MtpModule<B> {
         self.final_norm.forward(tape, &x)
     }
 
+    /// Hands each linear layer to `visit`, in the order of their canonical names.
+    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&mut Linear<B>)) {
+        visit(&mut self.proj);
+        self.layer.visit_linears(visit);
+    }
+
     /// Appends the weights, in the order of their canonical names.
     pub fn collect(&self, params: &mut Vec<Param<B>>) {
         self.embedding_norm.collect(params);

@@ -29,6 +29,7 @@ pub struct CheckpointStore {
     most_recent_k: usize,
     save_optim: bool,
     save: bool,
+    trained_alone: bool,
     /// Files that go into every checkpoint, by their path in it.
     files: Vec<(String, Vec<u8>)>,
 }
@@ -43,6 +44,7 @@ impl CheckpointStore {
             most_recent_k: 0,
             save_optim: true,
             save: true,
+            trained_alone: false,
             files: Vec::new(),
         }
     }
@@ -66,6 +68,19 @@ impl CheckpointStore {
     pub fn save_enabled(mut self, save: bool) -> Self {
         self.save = save;
         self
+    }
+
+    /// Saves weights that are trained alone, such as adapters; whoever continues brings the others.
+    #[must_use]
+    pub fn trained_weights_alone(mut self) -> Self {
+        self.trained_alone = true;
+        self
+    }
+
+    /// Those of `params` that are in its checkpoints.
+    fn kept<B: Ops>(&self, params: &[Param<B>]) -> Vec<Param<B>> {
+        let kept = |param: &&Param<B>| param.requires_grad() || !self.trained_alone;
+        params.iter().filter(kept).cloned().collect()
     }
 
     /// Adds a file to every checkpoint, such as `hf/config.json`.
@@ -129,6 +144,7 @@ impl CheckpointStore {
         });
         let name = agree::from_first(parallel, name.unwrap_or_default())?;
         let staging = self.dir.join(String::from_utf8_lossy(&name).into_owned());
+        let params = &self.kept(params);
         let written = self.write_pieces(&staging, params, optimizer, parallel);
         agree::all_well(parallel, written)?;
         let published = match writer {
@@ -244,7 +260,7 @@ impl CheckpointStore {
         };
         let iteration = u64::from_le_bytes(iteration);
         let dir = iteration_dir(&self.dir, iteration);
-        let resumed = self.read(&dir, params, optimizer);
+        let resumed = self.read(&dir, &self.kept(params), optimizer);
         let state = agree::all_well(parallel, resumed)?;
         Ok(Some((state, notes.unwrap_or_default())))
     }

@@ -7,9 +7,9 @@ use bridge_core::registry::nearest;
 use toml::{Table, Value};
 
 use super::model;
+use super::schema;
 use super::section::{Problem, Problems, SectionSchema};
 use super::value::{Kind, parse_untyped};
-use super::{RESERVED_SECTIONS, schema};
 use crate::error::{Error, Result};
 
 /// Keys of which one is to be given: a later layer that gives one replaces another of an earlier layer.
@@ -262,12 +262,7 @@ impl ConfigLayers {
         if let Some(section) = schema().iter().find(|section| section.name == name) {
             return Some(section);
         }
-        let message = if let Some((_, why)) = RESERVED_SECTIONS
-            .iter()
-            .find(|(reserved, _)| *reserved == name)
-        {
-            (*why).to_owned()
-        } else if let (false, Some(full)) = (value.is_table(), key_elsewhere(name)) {
+        let message = if let (false, Some(full)) = (value.is_table(), key_elsewhere(name)) {
             format!("unknown key outside every section; did you mean `{full}`?")
         } else {
             let names: Vec<&str> = schema().iter().map(|section| section.name).collect();

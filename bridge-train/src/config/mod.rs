@@ -41,13 +41,8 @@ const SECTION_ORDER: &[&str] = &[
     "checkpoint",
     "eval",
     "logging",
-];
-
-/// Sections that have a meaning elsewhere in the project, and why they are refused here.
-const RESERVED_SECTIONS: &[(&str, &str)] = &[(
     "peft",
-    "adapters belong to fine-tuning; pretraining updates every weight, so remove this section",
-)];
+];
 
 /// Every section with its keys.
 pub fn schema() -> &'static [SectionSchema] {
@@ -63,6 +58,7 @@ pub fn schema() -> &'static [SectionSchema] {
         CheckpointConfig::SCHEMA,
         EvalConfig::SCHEMA,
         LoggingConfig::SCHEMA,
+        PeftConfig::SCHEMA,
     ];
     SCHEMA
 }

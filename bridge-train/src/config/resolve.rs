@@ -71,6 +71,8 @@ pub struct ResolvedConfig {
     pub eval: EvalConfig,
     /// Reports.
     pub logging: LoggingConfig,
+    /// Adapters.
+    pub peft: PeftConfig,
 }
 
 /// Checks the layers and fills in every default.
@@ -109,6 +111,7 @@ pub fn resolve(layers: &ConfigLayers, context: &ResolveContext<'_>) -> Result<Re
         checkpoint: CheckpointConfig::read(&checkpoint_table, &mut problems),
         eval: EvalConfig::read(table("eval"), &mut problems),
         logging: LoggingConfig::read(table("logging"), &mut problems),
+        peft: PeftConfig::read(table("peft"), &mut problems),
     };
     // Contradictions are only worth telling about values that could be read.
     if problems.is_empty() {
@@ -132,6 +135,7 @@ pub fn resolve(layers: &ConfigLayers, context: &ResolveContext<'_>) -> Result<Re
                 checkpoint,
                 eval,
                 logging,
+                peft,
             } = config;
             Ok(ResolvedConfig {
                 model,
@@ -145,6 +149,7 @@ pub fn resolve(layers: &ConfigLayers, context: &ResolveContext<'_>) -> Result<Re
                 checkpoint,
                 eval,
                 logging,
+                peft,
             })
         }
         _ => Err(Error::Config(problems)),
@@ -163,6 +168,7 @@ struct Sections {
     checkpoint: CheckpointConfig,
     eval: EvalConfig,
     logging: LoggingConfig,
+    peft: PeftConfig,
 }
 
 impl Sections {
@@ -222,6 +228,7 @@ impl Sections {
         self.check_optimizer(problems);
         self.check_schedule(problems);
         self.check_data(model, problems);
+        self.check_peft(model, problems);
     }
 
     fn check_batches(&self, problems: &mut Problems) {
@@ -419,6 +426,33 @@ impl Sections {
         );
     }
 
+    /// Adapters, and that the model has layers for them.
+    fn check_peft(&self, model: Option<&ModelConfig>, problems: &mut Problems) {
+        let Some(adapters) = self.peft.adapters(self.train.seed) else {
+            return;
+        };
+        let checked = match model {
+            Some(model) => bridge_peft::select(&model.decoder, &adapters).map(drop),
+            None => adapters.validate(),
+        };
+        match checked {
+            Ok(()) => {}
+            Err(bridge_peft::Error::Setting {
+                key,
+                value,
+                problem,
+            }) => {
+                problems.add(format!("peft.{key}"), format!("is {value}: {problem}"));
+            }
+            Err(error) => problems.add("peft", error.to_string()),
+        }
+        problems.require(
+            self.checkpoint.pretrained.is_some(),
+            "checkpoint.pretrained",
+            || "must be set: adapters are trained beside the weights of a model (the folder of one, or a hub id)".into(),
+        );
+    }
+
     fn check_data(&self, model: Option<&ModelConfig>, problems: &mut Problems) {
         let data = &self.data;
         problems.require(data.seq_length > 0, "data.seq_length", || {
@@ -432,7 +466,10 @@ impl Sections {
                 )
             });
         }
-        let needs_path = matches!(data.source, DataSource::Text | DataSource::Indexed);
+        let needs_path = matches!(
+            data.source,
+            DataSource::Text | DataSource::Indexed | DataSource::Sft
+        );
         problems.require(
             !needs_path || !data.data_path.is_empty(),
             "data.data_path",
@@ -443,7 +480,7 @@ impl Sections {
             "data.data_path",
             || {
                 format!(
-                    "is not read by data.source = \"{}\"; set data.source to text or indexed",
+                    "is not read by data.source = \"{}\"; set data.source to text, indexed or sft",
                     data.source
                 )
             },
@@ -456,22 +493,31 @@ impl Sections {
         if let Err(error) = data.split.parse::<SplitWeights>() {
             problems.add("data.split", error.to_string());
         }
+        problems.require(
+            data.source == DataSource::Sft || data.validation_path.is_empty(),
+            "data.validation_path",
+            || format!("is not read by data.source = \"{}\"", data.source),
+        );
         let has_folder = self.tokenizer.path.is_some() || model.is_none_or(|m| m.hf_dir.is_some());
         problems.require(self.tokenizer.kind != TokenizerKind::HuggingFace || has_folder, "tokenizer.path", || {
             "must be set: the folder with tokenizer.json (or set tokenizer.kind to bytes, bpe or null)".into()
         });
-        let needs_text = matches!(data.source, DataSource::Corpus | DataSource::Text);
+        let needs_text = matches!(
+            data.source,
+            DataSource::Corpus | DataSource::Text | DataSource::Sft
+        );
         problems.require(
             !needs_text || self.tokenizer.kind != TokenizerKind::Null,
             "tokenizer.kind",
             || format!("is null, but data.source = \"{}\" is text", data.source),
         );
         problems.require(
-            needs_text || self.tokenizer.kind != TokenizerKind::Bpe,
+            matches!(data.source, DataSource::Corpus | DataSource::Text)
+                || self.tokenizer.kind != TokenizerKind::Bpe,
             "tokenizer.kind",
             || {
                 format!(
-                    "is bpe, which is learnt from text, but data.source = \"{}\" is none",
+                    "is bpe, which is learnt from plain text, but data.source = \"{}\" is none",
                     data.source
                 )
             },
@@ -640,6 +686,7 @@ impl ResolvedConfig {
                 "checkpoint" => section_table(&self.checkpoint),
                 "eval" => section_table(&self.eval),
                 "logging" => section_table(&self.logging),
+                "peft" => section_table(&self.peft),
                 _ => self.model.keys.clone(),
             };
             sections.insert((*name).to_owned(), Value::Table(table));

@@ -69,7 +69,7 @@ impl<B: Ops> ChunkState<B> {
             hidden = Some(match (hidden.take(), recompute) {
                 // The embedding has no input to run again from, and keeps next to nothing.
                 (Some(input), RecomputeGranularity::Full) => {
-                    let tape = Tape::inference();
+                    let tape = Tape::inference().for_pass(ctx.pass());
                     let output = model.forward_segment(
                         index,
                         &tape,
@@ -97,7 +97,7 @@ impl<B: Ops> ChunkState<B> {
             return (state, ChunkOutput::Hidden(hidden));
         }
         hooks.before_pass(head, None);
-        let tape = Tape::new();
+        let tape = Tape::new().for_pass(ctx.pass());
         let input = tape.leaf(hidden);
         // The head is told what its losses will be seeded with, so that it can do forward and backward in one.
         let targets = Targets::weighted(labels, loss_scale as f32, ctx.device());
@@ -164,6 +164,7 @@ fn record<B: Ops>(
             Tape::new().recompute_cheap()
         }
     };
+    let tape = tape.for_pass(ctx.pass());
     let input = input.map(|value| tape.leaf(value));
     let output = model.forward_segment(index, &tape, input.as_ref(), ctx);
     (tape, input, output)

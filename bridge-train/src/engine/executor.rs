@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bridge_core::layout::PipelineSplit;
 use bridge_data::Batch;
 use bridge_models::{
     AuxiliaryLosses, AuxiliaryOptions, AuxiliaryReport, ForwardContext, SegmentedModel,
 };
-use bridge_ops::{Float, Ops, float_zeros, to_f32_vec};
+use bridge_ops::{Float, Ops, float_zeros, random, to_f32_vec};
 use bridge_parallel::pipeline::{Action, Schedule, Transfer, TransferKind};
 use bridge_parallel::{Axis, ParallelContext, Pending};
 
@@ -57,6 +58,8 @@ pub struct Executor<B: Ops> {
     parallel: Arc<ParallelContext<B>>,
     split: PipelineSplit,
     recompute: RecomputeGranularity,
+    /// The step of the run that is at work.
+    step: AtomicU64,
 }
 
 impl<B: Ops> Executor<B> {
@@ -82,6 +85,7 @@ impl<B: Ops> Executor<B> {
             split,
             recompute,
             parallel,
+            step: AtomicU64::new(0),
         };
         let stage = executor.parallel.coords().pp;
         for chunk in 0..executor.split.num_chunks() {
@@ -109,6 +113,21 @@ impl<B: Ops> Executor<B> {
     ) -> Result<Self> {
         let parallel = Arc::new(ParallelContext::single(device.clone()));
         Self::new(model, parallel, None, recompute)
+    }
+
+    /// Says which step of the run comes next: what layers drop at random is a function of it.
+    pub fn begin_step(&self, step: u64) {
+        self.step.store(step, Ordering::Relaxed);
+    }
+
+    /// Tells a micro-batch from every other one of the run, alike on all ranks that have its tokens.
+    fn pass_key(&self, micro_batch: usize) -> u64 {
+        let coords = self.parallel.coords();
+        [coords.dp, coords.cp, micro_batch]
+            .into_iter()
+            .fold(self.step.load(Ordering::Relaxed), |key, part| {
+                random::mix(random::mix(key) ^ part as u64)
+            })
     }
 
     /// The layout, and this rank's place in it.
@@ -444,6 +463,7 @@ impl<'r, B: Ops> Run<'r, B> {
                 Some(auxiliary) => ctx.with_auxiliary(auxiliary),
                 None => ctx,
             };
+            let ctx = ctx.for_pass(self.trains.then(|| self.executor.pass_key(micro_batch)));
             (Arc::new(ctx), passes)
         });
         Arc::clone(ctx)
