@@ -81,6 +81,10 @@ pub fn pretrain<B: Ops>(
     let resuming = store.has_checkpoint()?;
     let mut model = build_model::<B>(config, &context)?;
     if let Some(adapters) = config.peft.adapters(config.train.seed) {
+        let described = adapter_json(config, &adapters, context.hf_folder)?;
+        if resuming {
+            same_adapters(config, &described)?;
+        }
         attach_adapters(config, &context, &mut model, &adapters)?;
     }
     let options = TrainerOptions::from(config);
@@ -262,9 +266,11 @@ fn checkpoint_store(
         .with_file(CONFIG_FILE, config.to_toml().into_bytes())
         .with_file(format!("{HF_DIR}/config.json"), hf_config_json(config)?);
     if let Some(adapters) = config.peft.adapters(config.train.seed) {
-        store = store
-            .trained_weights_alone()
-            .with_file(ADAPTER_FILE, adapter_json(config, &adapters, hf_folder)?);
+        store = store.trained_weights_alone().with_file(
+            ADAPTER_FILE,
+            serde_json::to_vec_pretty(&adapter_json(config, &adapters, hf_folder)?)
+                .expect("plain data"),
+        );
     }
     for (name, bytes) in tokenizer_files(tokenizer)? {
         store = store.with_file(format!("{HF_DIR}/{name}"), bytes);
@@ -286,7 +292,7 @@ fn adapter_json(
     config: &ResolvedConfig,
     adapters: &AdapterConfig,
     hf_folder: &dyn Fn(&str) -> Result<PathBuf, String>,
-) -> Result<Vec<u8>> {
+) -> Result<serde_json::Value> {
     let base = config.checkpoint.pretrained.as_deref().unwrap_or_default();
     let path = Path::new(base);
     let dir = if path.is_dir() {
@@ -297,12 +303,41 @@ fn adapter_json(
             problem,
         })?
     };
-    let json = serde_json::json!({
+    Ok(serde_json::json!({
         "config": adapters,
         "base": base,
         "base_fingerprint": bridge_peft::base_fingerprint(&dir)?,
-    });
-    Ok(serde_json::to_vec_pretty(&json).expect("plain data"))
+    }))
+}
+
+/// Checks that the run to be continued trains such adapters beside the same model.
+fn same_adapters(config: &ResolvedConfig, described: &serde_json::Value) -> Result<()> {
+    let checkpoint =
+        NativeCheckpoint::open(&config.checkpoint.dir).map_err(bridge_core::Error::from)?;
+    let refused = |problem: String| Error::Setting {
+        key: "checkpoint.dir",
+        problem: format!(
+            "{} {problem}; give the same settings, or another checkpoint.dir to start anew",
+            checkpoint.dir().display()
+        ),
+    };
+    if !checkpoint.dir().join(ADAPTER_FILE).is_file() {
+        return Err(refused("trains every weight, not adapters".to_owned()));
+    }
+    let saved = checkpoint
+        .read_file(ADAPTER_FILE)
+        .map_err(bridge_core::Error::from)?;
+    let saved: serde_json::Value = serde_json::from_slice(&saved)
+        .map_err(|error| refused(format!("has an {ADAPTER_FILE} that is no JSON ({error})")))?;
+    for key in ["config", "base_fingerprint"] {
+        if saved[key] != described[key] {
+            return Err(refused(format!(
+                "trains other adapters, or beside another model: `{key}` was {} and is {}",
+                saved[key], described[key]
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The model's `config.json`: as it came, or written anew for a model that was described in the configuration.

@@ -7,6 +7,7 @@
 mod auxiliary;
 mod layers;
 pub mod model;
+mod peft;
 mod platform;
 mod resolve;
 mod section;
@@ -19,6 +20,7 @@ mod tests;
 
 pub use layers::ConfigLayers;
 pub use model::ModelConfig;
+pub use peft::{LoraDropoutPosition, LoraInit, PeftConfig, PeftScheme};
 pub use platform::Platform;
 pub use resolve::{ResolveContext, ResolvedConfig, resolve};
 pub use section::{Key, Problem, Problems, Section, SectionSchema};

@@ -10,6 +10,7 @@ use toml::{Table, Value};
 
 use super::auxiliary;
 use super::model::{self, ModelConfig};
+use super::peft::PeftConfig;
 use super::section::{Problems, Section};
 use super::sections::*;
 use super::{ConfigLayers, SECTION_ORDER};
@@ -228,7 +229,9 @@ impl Sections {
         self.check_optimizer(problems);
         self.check_schedule(problems);
         self.check_data(model, problems);
-        self.check_peft(model, problems);
+        let pretrained = self.checkpoint.pretrained.as_deref();
+        self.peft
+            .check(self.train.seed, pretrained, model, problems);
     }
 
     fn check_batches(&self, problems: &mut Problems) {
@@ -423,33 +426,6 @@ impl Sections {
             start == end || s.weight_decay_incr_style != WeightDecayIncrStyle::Constant,
             "scheduler.weight_decay_incr_style",
             || format!("is constant, but weight decay moves from {start} to {end}; choose linear or cosine"),
-        );
-    }
-
-    /// Adapters, and that the model has layers for them.
-    fn check_peft(&self, model: Option<&ModelConfig>, problems: &mut Problems) {
-        let Some(adapters) = self.peft.adapters(self.train.seed) else {
-            return;
-        };
-        let checked = match model {
-            Some(model) => bridge_peft::select(&model.decoder, &adapters).map(drop),
-            None => adapters.validate(),
-        };
-        match checked {
-            Ok(()) => {}
-            Err(bridge_peft::Error::Setting {
-                key,
-                value,
-                problem,
-            }) => {
-                problems.add(format!("peft.{key}"), format!("is {value}: {problem}"));
-            }
-            Err(error) => problems.add("peft", error.to_string()),
-        }
-        problems.require(
-            self.checkpoint.pretrained.is_some(),
-            "checkpoint.pretrained",
-            || "must be set: adapters are trained beside the weights of a model (the folder of one, or a hub id)".into(),
         );
     }
 

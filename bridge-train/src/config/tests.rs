@@ -360,3 +360,31 @@ fn router_losses_that_do_not_fit_are_refused() {
     );
     assert!(text.contains("must be more than 0"), "{text}");
 }
+
+#[test]
+fn adapters_need_a_model_and_layers_that_it_has() {
+    let base = "checkpoint.pretrained=somewhere";
+    assert_eq!(resolved(&[]).unwrap().peft.adapters(1), None);
+    let config = resolved(&["peft.scheme=dora", "peft.dim=4", base]).unwrap();
+    let adapters = config.peft.adapters(7).unwrap();
+    assert_eq!((adapters.dim, adapters.seed), (4, 7));
+    assert_eq!(adapters.kind, bridge_peft::AdapterKind::Dora);
+    fails(&["peft.scheme=lora"], &["checkpoint.pretrained"]);
+    let wrong = ["peft.target_modules=q_porj", "peft.scheme=lora", base];
+    fails(&wrong, &["did you mean `q_proj`?"]);
+    fails(
+        &["peft.dropout=1.5", "peft.scheme=lora", base],
+        &["peft.dropout"],
+    );
+    fails(&["peft.shceme=lora"], &["scheme"]);
+}
+
+#[test]
+fn answers_come_from_files() {
+    let sft = "data.source=sft";
+    fails(&[sft, "tokenizer.kind=bytes"], &["data.data_path"]);
+    fails(
+        &["data.validation_path=x.jsonl", "tokenizer.kind=bytes"],
+        &["data.validation_path"],
+    );
+}
