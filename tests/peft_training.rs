@@ -63,7 +63,7 @@ impl Run {
     fn run(&self, dir: Option<&Path>) -> (Vec<f64>, usize) {
         let (run, dir) = (self.clone(), dir.map(Path::to_owned));
         let results = run_threads::<Flex, _, String>(
-            self.layout.clone(),
+            self.layout,
             Duration::from_secs(120),
             move |parallel| {
                 let text = |error: &dyn std::fmt::Display| error.to_string();
@@ -180,7 +180,7 @@ fn adapters_train_alike_at_every_layout() {
             pp: 2,
             ..LayoutSpec::default()
         }]) {
-            let (other, changed) = run.at(layout.clone()).run(None);
+            let (other, changed) = run.at(layout).run(None);
             assert_eq!(changed, 0, "{layout}");
             same(&losses, &other, &format!("{kind:?} at {layout}"));
         }
@@ -212,7 +212,7 @@ fn latent_attention_and_mamba_take_adapters_at_layouts() {
         assert_eq!(changed, 0, "base weights are frozen");
         same(
             &losses,
-            &run.at(layout.clone()).run(None).0,
+            &run.at(layout).run(None).0,
             &format!("{targets:?} at {layout}"),
         );
     }
