@@ -1,5 +1,6 @@
 //! Matrix products through cuBLASLt: layouts instead of copies, cached plans, bias and accumulation.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::c_void;
@@ -22,6 +23,27 @@ const CANDIDATES: usize = 8;
 const WORTH_TUNING: f64 = 1e10;
 /// Most memory for a result that is thrown away, in bytes.
 const TUNING_SCRATCH: usize = 256 << 20;
+
+/// Multiprocessors that an exchange between GPUs keeps busy: NCCL takes one for each of its channels, 24 over NVLink.
+const EXCHANGE: i32 = 24;
+
+thread_local! {
+    /// How many multiprocessors this thread's products leave to others.
+    static SPARED: Cell<i32> = const { Cell::new(0) };
+}
+
+/// Does `work`, whose products leave room for an exchange between GPUs. One that covered the whole device would make the
+/// exchange, which has been queued before, wait for its end.
+pub(crate) fn beside_exchange<T>(work: impl FnOnce() -> T) -> T {
+    struct Restore(i32);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            SPARED.set(self.0);
+        }
+    }
+    let _restore = Restore(SPARED.replace(EXCHANGE));
+    work()
+}
 
 /// An operand as it lies in memory: column-major `rows` x `columns`, `ld` elements between columns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -68,6 +90,8 @@ struct Key {
     /// Whether C is D.
     in_place: bool,
     tf32: bool,
+    /// How many multiprocessors to leave to others.
+    spared: i32,
 }
 
 struct Plan {
@@ -160,6 +184,7 @@ impl Blas {
             alignment: [at.a, at.b, at.c, at.d].map(alignment),
             in_place: at.c == at.d,
             tf32,
+            spared: SPARED.get(),
         }
     }
 
@@ -250,7 +275,9 @@ impl Blas {
             a.columns
         };
         let operations = 2.0 * (d.rows * d.columns * batch) as f64 * inner as f64;
-        if operations < WORTH_TUNING || plan.candidates.len() < 2 || a.dtype != b.dtype {
+        // Beside an exchange a measurement would tell more of that than of the product.
+        let unfit = operations < WORTH_TUNING || key.spared > 0 || a.dtype != b.dtype;
+        if unfit || plan.candidates.len() < 2 {
             return Ok(0);
         }
         let mut tuned = self
@@ -366,6 +393,13 @@ impl Blas {
                 Attribute::CUBLASLT_MATMUL_DESC_TRANSB,
                 product.transpose_b.into(),
             )?;
+            if key.spared > 0 {
+                let count = self.gpu.multiprocessors as i32 - key.spared;
+                set(
+                    Attribute::CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET,
+                    count.max(1),
+                )?;
+            }
             if let Some(bias) = product.bias {
                 set(
                     Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE,

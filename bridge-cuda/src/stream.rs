@@ -43,9 +43,18 @@ impl SideStream {
         let (mut stream, mut event) = (std::ptr::null_mut(), std::ptr::null_mut());
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // What runs beside waits for nothing but room: kernels that hold other ranks up go first when both could start.
+        let (mut least, mut greatest) = (0, 0);
         // SAFETY: the calls write to locals, in the context that was just made current.
         unsafe {
-            check("cuStreamCreate", sys::cuStreamCreate(&mut stream, flags))?;
+            check(
+                "cuCtxGetStreamPriorityRange",
+                sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest),
+            )?;
+            check(
+                "cuStreamCreateWithPriority",
+                sys::cuStreamCreateWithPriority(&mut stream, flags, greatest),
+            )?;
             check("cuEventCreate", sys::cuEventCreate(&mut event, untimed))?;
         }
         Ok(Self {

@@ -39,6 +39,7 @@ mod chunks;
 mod clamped_swiglu;
 mod cross_entropy;
 mod data;
+mod deferred;
 mod elementwise;
 mod embedding;
 mod gated_delta_rule;
@@ -96,6 +97,7 @@ pub use data::{
     float_from_bytes, float_from_f32, float_from_vec, float_zeros, int_from_i64, to_f32_vec,
     to_i64_vec, to_scalar,
 };
+pub use deferred::Deferred;
 pub use elementwise::{add, add_bias, cast, mul, scale, scale_rows, softcap, sub};
 pub use embedding::{embedding, embedding_as};
 pub use gated_delta_rule::{DeltaRuleInputs, gated_delta_rule, gated_delta_rule_with_state};

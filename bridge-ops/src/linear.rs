@@ -9,6 +9,7 @@
 
 use burn_backend::TensorMetadata;
 
+use crate::deferred::{Deferred, now_or_later};
 use crate::grad_slot::GradSlot;
 use crate::ops::Ops;
 use crate::param::Param;
@@ -35,6 +36,7 @@ pub fn linear<B: Ops>(
     let weight = weight.clone();
     let bias = bias.cloned();
     let input_tracked = x.is_tracked();
+    let later = tape.deferred();
     // A frozen weight needs no x, which may then be freed early.
     let input = weight.requires_grad().then(|| x.saved());
     tape.record_accumulating(output, x, &params, move |dy, so_far| {
@@ -44,11 +46,7 @@ pub fn linear<B: Ops>(
         let dx =
             input_tracked.then(|| B::linear_backward_input_add(dy.clone(), weight.value(), so_far));
         if let Some(input) = input {
-            input.use_when_made(move |input| {
-                weight.accumulate_in_dtype_with(|slot| {
-                    B::linear_accumulate_weight_grad(input, dy, slot)
-                });
-            });
+            input.use_when_made(move |input| accumulate(&weight, input, dy, later));
         }
         dx
     })
@@ -70,7 +68,7 @@ pub fn linear_f32<B: Ops>(
     let output = B::linear_forward_f32(x.value(), weight.value(), bias.map(Param::value));
     let params: Vec<&Param<B>> = std::iter::once(weight).chain(bias).collect();
     let (weight, bias, dtype) = (weight.clone(), bias.cloned(), x.dtype());
-    let input_tracked = x.is_tracked();
+    let (input_tracked, later) = (x.is_tracked(), tape.deferred());
     let input = weight.requires_grad().then(|| x.saved());
     tape.record_accumulating(output, x, &params, move |dy, so_far| {
         if let Some(bias) = bias.filter(|bias| bias.requires_grad()) {
@@ -81,14 +79,20 @@ pub fn linear_f32<B: Ops>(
         let dx =
             input_tracked.then(|| B::linear_backward_input_add(dy.clone(), weight.value(), so_far));
         if let Some(input) = input {
-            input.use_when_made(move |input| {
-                weight.accumulate_in_dtype_with(|slot| {
-                    B::linear_accumulate_weight_grad(input, dy, slot)
-                });
-            });
+            input.use_when_made(move |input| accumulate(&weight, input, dy, later));
         }
         dx
     })
+}
+
+/// Adds `dy^T x` to the weight's gradient, now or later.
+fn accumulate<B: Ops>(weight: &Param<B>, x: Float<B>, dy: Float<B>, later: Option<Deferred>) {
+    let (rows, _) = rows_and_last(&dims(&dy));
+    let flops = 2.0 * rows as f64 * weight.numel() as f64;
+    let weight = weight.clone();
+    now_or_later(later, flops, move || {
+        weight.accumulate_in_dtype_with(|slot| B::linear_accumulate_weight_grad(x, dy, slot));
+    });
 }
 
 #[track_caller]
@@ -211,6 +215,27 @@ mod tests {
         assert_eq!(to_f32_vec::<Flex>(y.value()), to_f32_vec::<Flex>(wide));
         let grads = tape.backward(vec![(y, random(&[2, 5], 4))], &[&leaf]);
         assert_eq!(grads[0].as_ref().unwrap().dtype(), DType::BF16);
+    }
+
+    #[test]
+    fn weight_gradients_that_are_put_off_are_there_when_the_pass_ends() {
+        let gradient = |put_off: bool| {
+            let weight = Param::<Flex>::new("w", random(&[5, 6], 2));
+            let tape = Tape::new();
+            let x = tape.leaf(random(&[2, 6], 1));
+            // Comes last on the way back, when nobody has asked for the gradient yet.
+            let waits = put_off.then(|| tape.defer());
+            let probe = weight.clone();
+            let x = tape.record(x.value(), &[&x], move |dx| {
+                assert_eq!(waits.is_some_and(|waits| !waits.is_empty()), put_off);
+                assert_eq!(probe.grad().is_none(), put_off);
+                vec![Some(dx)]
+            });
+            let y = linear(&tape, &x, &weight, None);
+            tape.backward(vec![(y, random(&[2, 5], 4))], &[]);
+            to_f32_vec::<Flex>(weight.grad().expect("a gradient"))
+        };
+        assert_eq!(gradient(true), gradient(false));
     }
 
     #[test]

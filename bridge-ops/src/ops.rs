@@ -102,6 +102,12 @@ pub trait Ops: Backend {
         linear::portable_accumulate_bias_grad::<Self>(dy, slot)
     }
 
+    /// Does `work`, which queues products while the device exchanges data with others: they should leave it the room to do
+    /// so. The default just does it.
+    fn beside_exchange<T>(work: impl FnOnce() -> T) -> T {
+        work()
+    }
+
     /// Rows of `weight`. ids: [..] with values in `0..vocab`, weight: [vocab, h] -> [.., h] in `dtype`.
     fn embedding_forward(ids: Int<Self>, weight: Float<Self>, dtype: DType) -> Float<Self> {
         embedding::portable::<Self>(ids, weight, dtype)
@@ -425,6 +431,12 @@ pub trait Ops: Backend {
         spec: &CrossEntropySpec,
     ) -> Float<Self> {
         cross_entropy::portable_backward::<Self>(logits, targets, lse, dloss, spec)
+    }
+
+    /// How many tokens' logits to hold at once where there are `tokens` in all: enough for efficient products, which must
+    /// also make up for reading and writing the weight's gradient once for each piece.
+    fn tokens_per_piece(tokens: usize, vocab: usize, _dtype: DType) -> usize {
+        linear_cross_entropy::tokens_per_piece(tokens, vocab)
     }
 
     /// Loss per token of the logits `x W^T`, which are never held all at once. x: [tokens, h], weight: [vocab, h],

@@ -8,13 +8,14 @@
 //! The order of work is fixed: nodes run in the reverse order of recording, and where a value is used more than once
 //! the gradients are added in that order, so results repeat bit for bit.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::tensor::Tensor;
 use burn_backend::{DType, TensorMetadata};
 
+use crate::deferred::Deferred;
 use crate::ops::Ops;
 use crate::param::Param;
 use crate::primitive::{Float, dims, tensor};
@@ -104,6 +105,7 @@ pub struct Tape<B: Ops> {
     nodes: Option<RefCell<Vec<Node<B>>>>,
     recompute_cheap: bool,
     pass: Option<u64>,
+    deferred: OnceCell<Deferred>,
 }
 
 impl<B: Ops> Tape<B> {
@@ -119,6 +121,7 @@ impl<B: Ops> Tape<B> {
             nodes: Some(RefCell::new(Vec::new())),
             recompute_cheap: false,
             pass: None,
+            deferred: OnceCell::new(),
         }
     }
 
@@ -139,6 +142,17 @@ impl<B: Ops> Tape<B> {
     /// The key of the training pass, if this is one: without it nothing is to be dropped at random.
     pub fn pass(&self) -> Option<u64> {
         self.pass
+    }
+
+    /// Puts off the weight gradients of what is recorded from here on. For operations whose backward pass waits for other
+    /// ranks and can do such work meanwhile; see [`Deferred`].
+    pub fn defer(&self) -> Deferred {
+        self.deferred.get_or_init(Deferred::default).clone()
+    }
+
+    /// Where weight gradients are to wait, if they are put off.
+    pub(crate) fn deferred(&self) -> Option<Deferred> {
+        self.deferred.get().cloned()
     }
 
     /// A tape that records nothing: saved tensors are freed at once.
@@ -328,6 +342,9 @@ impl<B: Ops> Tape<B> {
                     add_grad::<B>(&mut grads[parent], grad);
                 }
             }
+        }
+        if let Some(deferred) = self.deferred.get() {
+            deferred.finish();
         }
         leaves
             .into_iter()

@@ -141,13 +141,17 @@ pub(super) fn backward(
         cast(lse, DType::F32).packed(),
         cast(dloss, DType::F32).packed(),
     );
-    let dlogits = CudaTensor::empty(logits.gpu(), logits.dims(), logits.dtype());
+    let dlogits = if logits.is_unique() {
+        logits.clone()
+    } else {
+        CudaTensor::empty(logits.gpu(), logits.dims(), logits.dtype())
+    };
     queue_backward(&dlogits, &logits, &targets, &lse, &dloss, spec);
     dlogits
 }
 
 /// Rows of a piece: like pieces that fit in [`PIECE`] bytes, in multiples of 128.
-fn piece_rows(tokens: usize, vocab: usize, element: usize) -> usize {
+pub(super) fn piece_rows(tokens: usize, vocab: usize, element: usize) -> usize {
     let most = (PIECE / (vocab * element).max(1)).max(128);
     let pieces = tokens.div_ceil(most).max(1);
     tokens

@@ -83,6 +83,10 @@ impl Ops for Cuda {
         linear::accumulate_bias_grad(dy, slot)
     }
 
+    fn beside_exchange<T>(work: impl FnOnce() -> T) -> T {
+        crate::cublaslt::beside_exchange(work)
+    }
+
     fn embedding_forward(ids: CudaTensor, weight: CudaTensor, dtype: DType) -> CudaTensor {
         embedding::lookup(ids, weight, dtype)
     }
@@ -356,6 +360,10 @@ impl Ops for Cuda {
         spec: &CrossEntropySpec,
     ) -> CudaTensor {
         cross_entropy::backward(logits, targets, lse, dloss, spec)
+    }
+
+    fn tokens_per_piece(tokens: usize, vocab: usize, dtype: DType) -> usize {
+        cross_entropy::piece_rows(tokens, vocab, dtype.size())
     }
 
     fn linear_cross_entropy_forward(

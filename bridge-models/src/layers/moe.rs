@@ -79,10 +79,24 @@ impl<B: Ops> Moe<B> {
         let router_name = format!("{name}.router");
         let shape = [moe.num_experts, hidden];
         // Each rank of a tensor-parallel group minds its own tokens, also where all of them have all tokens.
-        let router = Linear::build(&mut params.inside(), &router_name, shape, moe.router.bias)?;
+        let inside = &mut params.inside();
+        let router = if moe.router.correction_bias {
+            // Between scores this close even the rounding of a weight decides; the published models keep these in fp32.
+            Linear::build(
+                &mut inside.in_full_precision(),
+                &router_name,
+                shape,
+                moe.router.bias,
+            )?
+        } else {
+            Linear::build(inside, &router_name, shape, moe.router.bias)?
+        };
         let correction_bias = if moe.router.correction_bias {
             let name = format!("{router_name}.correction_bias");
-            let bias = params.param(&name, &[moe.num_experts])?;
+            // Its steps are too small for less than fp32.
+            let bias = params
+                .in_full_precision()
+                .param(&name, &[moe.num_experts])?;
             bias.set_requires_grad(false);
             Some(bias)
         } else {

@@ -1,23 +1,27 @@
 //! A model in bf16 against reference numbers that were computed in f32: not the same digits, but the same model.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use bridge_core::convert::HfModel;
 use bridge_core::{LayoutSpec, Registry};
 use bridge_ops::{DType, Ops, to_f32_vec};
+use bridge_parallel::ParallelContext;
 
 use super::{Reference, VerifyReport};
 use crate::context::ForwardContext;
+use crate::decoder::Decoder;
 use crate::error::Result;
+use crate::parallel::ParallelOptions;
 use crate::run::loss_and_gradients;
-use crate::weights::{DtypePolicy, load_hf};
+use crate::weights::{DtypePolicy, HfWeights, load_param};
 
 /// Largest relative difference of the mean loss. A bf16 number has 8 bits, so each is off by up to 0.4 %.
 const LOSS: f64 = 1e-2;
 /// How far the cosine between found and expected logits may be from 1.
 const COSINE: f64 = 1e-3;
 
-/// Like [`verify`](super::verify) with weights and activations in bf16: loss and direction of the logits.
+/// Like [`verify`](super::verify) with weights and activations in bf16, as it is trained: loss and direction of the logits.
 ///
 /// # Errors
 /// As [`verify`](super::verify), and if the backend does not compute in bf16 or the reference has no logits.
@@ -32,9 +36,14 @@ pub fn verify_bf16<B: Ops>(
     let folder = HfModel::open(hf, registry, &layout)?;
     let reference = Reference::load(reference)?;
     let (expected, targets) = reference.inputs(folder.config().vocab_size)?;
-    let model = load_hf::<B>(&folder, DtypePolicy::Float32, device)?;
+    // Exactly as a run in bf16 holds it.
+    let alone = Arc::new(ParallelContext::single(device.clone()));
+    let options = ParallelOptions::default();
+    let model =
+        Decoder::<B>::without_weights(folder.config().clone(), DType::BF16, &alone, &options)?;
+    let mut weights = HfWeights::new(&folder, DtypePolicy::Float32);
     for param in model.params() {
-        param.set_value(B::cast(param.value(), DType::BF16));
+        load_param(&param, &mut weights)?;
     }
     let name = folder.bridge().name();
     let mut report = VerifyReport::new(name, &layout.to_string(), backend, "bf16");

@@ -10,7 +10,6 @@ use bridge_ops::{DType, Float, FloatDType, GradReduction, Ops, Param, ParamShard
 use bridge_parallel::{ContextParallel, CpCommType, ExpertParallel, ParallelContext, TensorRegion};
 use burn::tensor::{Slice, TensorMetadata};
 
-use crate::auxiliary::is_correction_bias;
 use crate::error::{Error, Result};
 
 /// Gives a model its weights, one at a time, by canonical name.
@@ -46,6 +45,7 @@ pub struct ParamBuilder<'a, B: Ops> {
     device: B::Device,
     shards: Option<Arc<Shards<B>>>,
     inside: bool,
+    full_precision: bool,
 }
 
 /// Where values come from.
@@ -70,6 +70,7 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
             device: device.clone(),
             shards: None,
             inside: false,
+            full_precision: false,
         }
     }
 
@@ -84,7 +85,7 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
     }
 
     /// As [`parallel`](Self::parallel), without values: [`load_param`] brings each of them. They are to be of `dtype`,
-    /// except for what stays in fp32 in any case.
+    /// except for those built [in full precision](Self::in_full_precision).
     pub fn without_values(
         dtype: DType,
         ctx: &Arc<ParallelContext<B>>,
@@ -114,6 +115,7 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
             device,
             shards,
             inside: false,
+            full_precision: false,
         }
     }
 
@@ -121,13 +123,29 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
     /// their gradients are summed over the region's ranks.
     pub fn inside(&mut self) -> ParamBuilder<'_, B> {
         ParamBuilder {
+            inside: true,
+            ..self.again()
+        }
+    }
+
+    /// A builder for weights that are trained in fp32 whatever the dtype of the others.
+    pub fn in_full_precision(&mut self) -> ParamBuilder<'_, B> {
+        ParamBuilder {
+            full_precision: true,
+            ..self.again()
+        }
+    }
+
+    fn again(&mut self) -> ParamBuilder<'_, B> {
+        ParamBuilder {
             source: match &mut self.source {
                 Source::Weights(source) => Source::Weights(&mut **source),
                 Source::Later(dtype) => Source::Later(*dtype),
             },
             device: self.device.clone(),
             shards: self.shards.clone(),
-            inside: true,
+            inside: self.inside,
+            full_precision: self.full_precision,
         }
     }
 
@@ -190,7 +208,11 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
                     Ok(Param::new(name, checked::<B>(name, value, shape)?))
                 }
                 Source::Later(dtype) => {
-                    let dtype = dtype_in_training(name, *dtype);
+                    let dtype = if self.full_precision {
+                        DType::F32
+                    } else {
+                        *dtype
+                    };
                     Ok(Param::released(name, shape, dtype, &self.device, None))
                 }
             };
@@ -222,7 +244,12 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
                 Ok(Param::sharded(name, value, shard))
             }
             Source::Later(dtype) => {
-                let (dtype, local) = (dtype_in_training(name, *dtype), &slice.local_shape);
+                let dtype = if self.full_precision {
+                    DType::F32
+                } else {
+                    *dtype
+                };
+                let local = &slice.local_shape;
                 Ok(Param::released(
                     name,
                     local,
@@ -256,16 +283,6 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
                 }
             }
         }
-    }
-}
-
-/// The dtype in which a weight is trained where weights are of `dtype`: the steps of a router's correction bias are too
-/// small for less than fp32.
-fn dtype_in_training(name: &str, dtype: DType) -> DType {
-    if is_correction_bias(name) {
-        DType::F32
-    } else {
-        dtype
     }
 }
 

@@ -13,10 +13,11 @@ use burn::tensor::Tensor;
 use burn_backend::{DType, TensorMetadata};
 
 use super::permute::ExpertOffsets;
+use crate::deferred::{Deferred, now_or_later};
 use crate::grad_slot::GradSlot;
 use crate::ops::Ops;
 use crate::param::Param;
-use crate::primitive::{Float, dims, float, matrix, tensor, to_dtype, to_f32};
+use crate::primitive::{Float, dims, float, matrix, rows_and_last, tensor, to_dtype, to_f32};
 use crate::saved::Saved;
 use crate::tape::{Tape, Var};
 
@@ -36,7 +37,7 @@ pub fn grouped_linear<B: Ops>(
     let output =
         B::grouped_linear_forward(x.value(), weight.value(), bias.map(Param::value), offsets);
     let params: Vec<&Param<B>> = std::iter::once(weight).chain(bias).collect();
-    let gradients = WeightGradients::new(x, weight, bias, offsets);
+    let gradients = WeightGradients::new(tape, x, weight, bias, offsets);
     let (input_tracked, weight, offsets) = (x.is_tracked(), weight.clone(), offsets.clone());
     tape.record_accumulating(output, x, &params, move |dy, so_far| {
         let dx = input_tracked.then(|| {
@@ -79,7 +80,7 @@ pub fn grouped_linear_pair<B: Ops>(
         (
             output,
             params,
-            WeightGradients::new(x, weight, bias, offsets),
+            WeightGradients::new(tape, x, weight, bias, offsets),
         )
     };
     let (tracked, offsets_of_rows) = (x.is_tracked(), offsets.clone());
@@ -126,10 +127,13 @@ struct WeightGradients<B: Ops> {
     weight: Param<B>,
     bias: Option<Param<B>>,
     offsets: ExpertOffsets<B>,
+    /// Where the weight's waits, if it is put off.
+    later: Option<Deferred>,
 }
 
 impl<B: Ops> WeightGradients<B> {
     fn new(
+        tape: &Tape<B>,
         x: &Var<B>,
         weight: &Param<B>,
         bias: Option<&Param<B>>,
@@ -141,16 +145,18 @@ impl<B: Ops> WeightGradients<B> {
             weight: weight.clone(),
             bias: bias.filter(|bias| bias.requires_grad()).cloned(),
             offsets: offsets.clone(),
+            later: tape.deferred(),
         }
     }
 
-    /// Adds them to the weights' slots.
+    /// Adds them to the weights' slots, now or later.
     fn accumulate(self, dy: Float<B>) {
         let Self {
             input,
             weight,
             bias,
             offsets,
+            later,
         } = self;
         if let Some(bias) = bias {
             bias.accumulate_with(|slot| {
@@ -158,9 +164,13 @@ impl<B: Ops> WeightGradients<B> {
             });
         }
         if let Some(input) = input {
+            let (rows, out) = rows_and_last(&dims(&dy));
             input.use_when_made(move |input| {
-                weight.accumulate_in_dtype_with(|slot| {
-                    B::grouped_linear_accumulate_weight_grad(input, dy, &offsets, slot)
+                let flops = 2.0 * (rows * out) as f64 * rows_and_last(&dims(&input)).1 as f64;
+                now_or_later(later, flops, move || {
+                    weight.accumulate_in_dtype_with(|slot| {
+                        B::grouped_linear_accumulate_weight_grad(input, dy, &offsets, slot)
+                    });
                 });
             });
         }

@@ -14,10 +14,9 @@ use std::ops::Range;
 
 use bridge_ops::{
     CrossEntropySpec, DType, Float, GradSlot, Int, Ops, Param, TARGET_ELSEWHERE, Tape, Var,
-    tokens_per_piece,
 };
 use burn::tensor::{Int as IntKind, Tensor};
-use burn_backend::Slice;
+use burn_backend::{Slice, TensorMetadata};
 
 use crate::comm::Group;
 use crate::tensors::{dims, float, narrow, replaced, reshaped, tensor, zeros};
@@ -124,7 +123,7 @@ impl<B: Ops> Part<B> {
     /// The same pieces on all ranks: they go by the padded size, which is the same.
     fn pieces(&self) -> impl Iterator<Item = Range<usize>> + use<B> {
         let tokens = dims(&self.x)[0];
-        let piece = tokens_per_piece(tokens, self.weight.shape()[0]);
+        let piece = B::tokens_per_piece(tokens, self.weight.shape()[0], self.x.dtype());
         (0..tokens)
             .step_by(piece)
             .map(move |start| start..(start + piece).min(tokens))
@@ -191,19 +190,18 @@ impl<B: Ops> Part<B> {
                 self.weight.accumulate_with(|slot| self.padded(None, slot));
             }
             let device = B::float_device(&x);
-            return input
-                .then(|| zeros::<B>(&dims(&x), &device, burn_backend::TensorMetadata::dtype(&x)));
+            return input.then(|| zeros::<B>(&dims(&x), &device, x.dtype()));
         };
         let dlogits =
             B::cross_entropy_backward(logits, self.targets(piece), lse, dloss, &self.spec);
         let dx = input.then(|| B::linear_backward_input(dlogits.clone(), self.matrix()));
         if self.weight.requires_grad() {
-            self.weight.accumulate_with(|slot| {
+            self.weight.accumulate_in_dtype_with(|slot| {
                 if self.held == self.weight.shape()[0] {
                     return B::linear_accumulate_weight_grad(x, dlogits, slot);
                 }
                 let own = B::linear_accumulate_weight_grad(x, dlogits, GradSlot::Empty);
-                self.padded(Some(own), slot)
+                slot.rounded_once(|slot| self.padded(Some(own), slot))
             });
         }
         dx

@@ -27,7 +27,10 @@ pub fn vocab_parallel_embedding<B: Ops>(
         .clone()
         .lower_elem(0)
         .bool_or(local.clone().greater_equal_elem(held.len() as i64));
-    let local = local.mask_fill(outside.clone(), 0).into_primitive();
+    // Those of other ranks' rows stand for zeros, which may go anywhere. Each goes to a row of its own: all in one place
+    // would have to be added up one after the other.
+    let anywhere = Tensor::arange(0..count as i64, &local.device()).remainder_scalar(rows as i64);
+    let local = local.mask_where(outside.clone(), anywhere).into_primitive();
     let hidden_rows = outside.unsqueeze_dim::<2>(1); // [tokens, 1]
 
     let dtype = B::activation_dtype(weight.dtype());
