@@ -240,16 +240,29 @@ if in_stage train; then
         [ "$gpus" -gt 2 ] && train "$recipe tp=2 dp=$half" "$gpus" "$recipe" "$seq" $one "train.global_batch_size=$((4 * half))" \
             "$p.tensor_model_parallel_size=2" "$p.data_parallel_size=$half" "$p.sequence_parallel=true"
     fi
-    if [ "$gpus" -eq 8 ] && [ -z "$tiny" ]; then
-        big() { local name="$1"; shift; train "llama3_8b $name" 8 llama3_8b 8192 $one "$p.context_parallel_size=1" "$@"; }
-        big dp=8 train.global_batch_size=16 "$p.data_parallel_size=8" "$p.use_distributed_optimizer=true" \
-            train.recompute_granularity=full
-        big tp=8 train.global_batch_size=8 "$p.tensor_model_parallel_size=8" "$p.sequence_parallel=true"
-        big "tp=2 dp=4" train.global_batch_size=16 "$p.tensor_model_parallel_size=2" "$p.data_parallel_size=4" \
-            "$p.sequence_parallel=true" "$p.use_distributed_optimizer=true"
-        big pp=8 train.global_batch_size=32 "$p.pipeline_model_parallel_size=8"
-        big cp=8 train.global_batch_size=8 "$p.context_parallel_size=8" "$p.use_distributed_optimizer=true" \
-            train.recompute_granularity=full
+    if [ -z "$tiny" ]; then
+        # Eight of the layers fit one GPU of 80 GB as they are: what scaling is measured against.
+        few() { local name="$1" ranks="$2"; shift 2; train "llama3_8b/8 $name" "$ranks" llama3_8b 8192 $one \
+            model.num_hidden_layers=8 "$p.context_parallel_size=1" "$@"; }
+        few "one GPU" 0 train.global_batch_size=2
+        # All of them, with layers recomputed, and gradients and first moments in bf16. One GPU needs 93 GiB.
+        all() { local name="$1" ranks="$2"; shift 2; train "llama3_8b $name" "$ranks" llama3_8b 8192 $one \
+            train.recompute_granularity=full optimizer.main_grads_dtype=bf16 optimizer.exp_avg_dtype=bf16 \
+            "$p.context_parallel_size=1" "$@"; }
+        roomy="$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)"
+        [ "${roomy:-0}" -gt 100000 ] && all "one GPU" 0 train.global_batch_size=2
+        if [ "$gpus" -gt 1 ]; then
+            few "tp=$gpus" "$gpus" train.global_batch_size=2 "$p.tensor_model_parallel_size=$gpus" "$p.sequence_parallel=true"
+            all "tp=$gpus" "$gpus" train.global_batch_size=2 "$p.tensor_model_parallel_size=$gpus" "$p.sequence_parallel=true"
+            all "pp=$gpus" "$gpus" "train.global_batch_size=$((4 * gpus))" "$p.pipeline_model_parallel_size=$gpus"
+            all "dp=$gpus" "$gpus" "train.global_batch_size=$((2 * gpus))" "$p.data_parallel_size=$gpus" \
+                "$p.use_distributed_optimizer=true" "$p.data_parallel_sharding_strategy=optim_grads_params"
+            all "cp=$gpus" "$gpus" train.global_batch_size=2 "$p.context_parallel_size=$gpus" "$p.use_distributed_optimizer=true" \
+                "$p.data_parallel_sharding_strategy=optim_grads_params"
+        fi
+        [ "$gpus" -gt 2 ] && all "tp=2 dp=$half" "$gpus" "train.global_batch_size=$((2 * half))" \
+            "$p.tensor_model_parallel_size=2" "$p.data_parallel_size=$half" "$p.sequence_parallel=true" \
+            "$p.use_distributed_optimizer=true"
     fi
 fi
 
@@ -268,8 +281,8 @@ if in_stage peer; then
         [ -n "$tiny" ] && settings+=(--steps 3 --warmup 1)
         peer "$recipe one GPU" 1 "${settings[@]}"
         [ "$gpus" -gt 1 ] && peer "$recipe dp=$gpus" "$gpus" "${settings[@]}"
-        if [ "$gpus" -eq 8 ] && [ -z "$tiny" ]; then
-            peer "llama3_8b dp=8" 8 --shape llama3_8b --seq 8192 --batch 1 --checkpoint
+        if [ "$gpus" -gt 1 ] && [ -z "$tiny" ]; then
+            peer "llama3_8b dp=$gpus" "$gpus" --shape llama3_8b --seq 8192 --batch 1 --checkpoint
         fi
     else
         echo '{"stage": "peer", "name": "torch", "ok": false, "reason": "no PyTorch here; PEER_PYTHON names one that has it"}' \

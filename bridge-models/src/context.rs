@@ -10,6 +10,7 @@ use bridge_ops::{
 use bridge_parallel::{ParallelContext, SequenceShard};
 
 use crate::auxiliary::AuxiliaryLosses;
+use crate::expert_choices::ExpertChoices;
 use crate::layers::rotary_table;
 
 /// The position of each token in its text, which is what rotary embeddings rotate by.
@@ -45,6 +46,7 @@ pub struct ForwardContext<'a, B: Ops> {
     cu_seqlens: Option<Arc<[usize]>>,
     cache: Option<&'a DecoderCache<B>>,
     auxiliary: Option<&'a AuxiliaryLosses<B>>,
+    expert_choices: Option<&'a ExpertChoices<B>>,
     pass: Option<u64>,
     tables: Mutex<Vec<CachedTable<B>>>,
 }
@@ -102,6 +104,7 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
             cu_seqlens: None,
             cache: None,
             auxiliary: None,
+            expert_choices: None,
             pass: None,
             tables: Mutex::default(),
         }
@@ -178,6 +181,17 @@ impl<'a, B: Ops> ForwardContext<'a, B> {
     /// The losses besides that of the next token, in training.
     pub fn auxiliary(&self) -> Option<&'a AuxiliaryLosses<B>> {
         self.auxiliary
+    }
+
+    /// The same context in a pass whose routers write their choices down, or make given ones.
+    pub fn with_expert_choices(mut self, choices: &'a ExpertChoices<B>) -> Self {
+        self.expert_choices = Some(choices);
+        self
+    }
+
+    /// Where routers write their choices down, or which they are to make.
+    pub fn expert_choices(&self) -> Option<&'a ExpertChoices<B>> {
+        self.expert_choices
     }
 
     /// Token ids: `[batch, seq]`.

@@ -24,6 +24,7 @@ mod auxiliary;
 mod context;
 mod decoder;
 mod error;
+mod expert_choices;
 pub mod families;
 pub mod generate;
 pub mod layers;
@@ -42,6 +43,7 @@ pub use context::{
 };
 pub use decoder::Decoder;
 pub use error::{Error, Result};
+pub use expert_choices::ExpertChoices;
 pub use families::registry;
 pub use layers::DecoderLayer;
 pub use parallel::{ParallelOptions, check_layout};

@@ -115,7 +115,7 @@ pub use moe::{
     BalanceLoss, CountsAcross, DropPolicy, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups,
     RouterLossSpec, RouterLosses, RouterOutput, RouterScore, RouterSpec, Routing, SortedExperts,
     ValidTokens, count_assignments, drop_over_capacity, expert_capacity, grouped_linear,
-    grouped_linear_pair, permute, route, unpermute, with_router_losses,
+    grouped_linear_pair, permute, route, route_to, unpermute, with_router_losses,
 };
 pub use ops::Ops;
 pub use param::{GradReduction, Param, ParamShard};

@@ -7,7 +7,7 @@ use bridge_ops::{
     Activation, ExpertOffsets, ExpertOrder, GroupScore, Int, Ops, Param, RouterGroups, RouterScore,
     RouterSpec, SwigluClamp, Tape, ValidTokens, Var, activation, add, clamped_swiglu,
     gated_activation, grouped_linear, grouped_linear_pair, linear_f32, permute, reshape, route,
-    scale_rows, unpermute,
+    route_to, scale_rows, unpermute,
 };
 use bridge_parallel::{ExpertParallel, TensorRegion};
 use burn::tensor::{Int as IntKind, Tensor, TensorPrimitive};
@@ -156,6 +156,11 @@ impl<B: Ops> Moe<B> {
         );
         let bias = self.correction_bias.as_ref().map(Param::value);
         let mut routing = route(tape, &logits, bias, &self.spec);
+        let choices = ctx.expert_choices();
+        if let Some(choices) = choices.filter(|_| !self.spec.fills_up(self.num_experts)) {
+            let experts = choices.decide(&self.name, routing.experts);
+            routing = route_to(tape, &logits, experts, &self.spec);
+        }
         let valid = ctx.valid_tokens(self.sequence_part);
         if let Some(valid) = &valid {
             routing.experts = without_padding::<B>(routing.experts, valid, self.num_experts);

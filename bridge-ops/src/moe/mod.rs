@@ -24,7 +24,9 @@ mod tests;
 pub use capacity::{DropPolicy, drop_over_capacity, expert_capacity};
 pub use grouped_linear::{grouped_linear, grouped_linear_pair};
 pub use permute::{ExpertOffsets, ExpertOrder, SortedExperts, permute, unpermute};
-pub use router::{GroupScore, RouterGroups, RouterOutput, RouterScore, RouterSpec, Routing, route};
+pub use router::{
+    GroupScore, RouterGroups, RouterOutput, RouterScore, RouterSpec, Routing, route, route_to,
+};
 pub use router_loss::{
     BalanceLoss, CountsAcross, RouterLossSpec, RouterLosses, ValidTokens, count_assignments,
     with_router_losses,

@@ -20,7 +20,7 @@ use burn::tensor::{IndexingUpdateOp, Int as IntKind, Tensor, activation};
 use burn_backend::DType;
 
 use crate::ops::Ops;
-use crate::primitive::{Float, Int, float, tensor, to_dtype, to_f32};
+use crate::primitive::{Float, Int, dims, float, tensor, to_dtype, to_f32};
 use crate::tape::{Tape, Var};
 
 /// Keeps a sum of sigmoids from being a divisor of zero, as in the reference implementations.
@@ -103,6 +103,44 @@ pub fn route<B: Ops>(
     check(&logits.shape(), spec);
     let RouterOutput { weights, experts } =
         B::router_forward(logits.value(), correction_bias, spec);
+    recorded(tape, logits, weights, experts, spec)
+}
+
+/// [`route`] to experts that have been chosen already: `experts`, [tokens, k], get the weights that their scores give them.
+/// For a model that is compared with itself in another precision, where rounding would choose others. Not for a spec that
+/// [fills up](RouterSpec::fills_up), whose experts from outside have other weights.
+///
+/// # Panics
+/// When shapes and spec do not fit each other.
+#[track_caller]
+pub fn route_to<B: Ops>(
+    tape: &Tape<B>,
+    logits: &Var<B>,
+    experts: Int<B>,
+    spec: &RouterSpec,
+) -> Routing<B> {
+    check(&logits.shape(), spec);
+    assert!(
+        !spec.fills_up(logits.shape()[1]),
+        "route_to: the groups hold fewer experts than a token is given"
+    );
+    let (found, expected) = (dims(&experts), [logits.shape()[0], spec.top_k]);
+    assert_eq!(found, expected, "route_to: experts are [tokens, k]");
+    let values = tensor::<B, 2>(to_f32::<B>(logits.value()));
+    let scores = scores(values.clone(), spec.score);
+    let chosen = Tensor::from_primitive(experts.clone());
+    let weights = float(weights_of(values, scores, chosen, spec));
+    recorded(tape, logits, weights, experts, spec)
+}
+
+/// The weights with their way back to the logits.
+fn recorded<B: Ops>(
+    tape: &Tape<B>,
+    logits: &Var<B>,
+    weights: Float<B>,
+    experts: Int<B>,
+    spec: &RouterSpec,
+) -> Routing<B> {
     let (logits_value, chosen, spec) = (logits.value(), experts.clone(), *spec);
     // An expert from outside the groups has the constant weight 0.
     let constant = spec.fills_up(logits.shape()[1]) && spec.score == RouterScore::Softmax;
@@ -229,23 +267,34 @@ pub fn portable<B: Ops>(
     } else {
         choice.topk_with_indices(spec.top_k, 1)
     };
-    let weights = match (spec.score, spec.normalize) {
-        (RouterScore::Softmax, true) => activation::softmax(logits.gather(1, experts.clone()), 1),
-        (RouterScore::Sigmoid, true) => {
-            let chosen = scores.gather(1, experts.clone());
-            let sum = chosen.clone().sum_dim(1).add_scalar(SUM_FLOOR);
-            chosen / sum
-        }
-        (_, false) => scores.gather(1, experts.clone()),
-    };
+    let weights = weights_of(logits, scores, experts.clone(), spec);
     let weights = match spec.score {
         RouterScore::Softmax => weights.mask_fill(chosen.equal_elem(f32::NEG_INFINITY), 0.0),
         RouterScore::Sigmoid => weights,
     };
     RouterOutput {
-        weights: float(weights.mul_scalar(spec.scale)),
+        weights: float(weights),
         experts: experts.into_primitive(),
     }
+}
+
+/// The weights of given experts, `[tokens, k]`. logits, scores: [tokens, E].
+fn weights_of<B: Ops>(
+    logits: Tensor<B, 2>,
+    scores: Tensor<B, 2>,
+    experts: Tensor<B, 2, IntKind>,
+    spec: &RouterSpec,
+) -> Tensor<B, 2> {
+    let weights = match (spec.score, spec.normalize) {
+        (RouterScore::Softmax, true) => activation::softmax(logits.gather(1, experts), 1),
+        (RouterScore::Sigmoid, true) => {
+            let chosen = scores.gather(1, experts);
+            let sum = chosen.clone().sum_dim(1).add_scalar(SUM_FLOOR);
+            chosen / sum
+        }
+        (_, false) => scores.gather(1, experts),
+    };
+    weights.mul_scalar(spec.scale)
 }
 
 /// [`select`] for every token: the chosen scores and their experts, [tokens, k] each.

@@ -7,7 +7,7 @@ use crate::testing::{
     DEVICE, ROUNDING, assert_close, assert_fast, check, numbers, random, random_bf16, run,
 };
 use crate::{
-    Float, GradSlot, Ops, Param, Tape, float_from_f32, int_from_i64, to_f32_vec, to_i64_vec,
+    Float, GradSlot, Int, Ops, Param, Tape, float_from_f32, int_from_i64, to_f32_vec, to_i64_vec,
 };
 
 fn spec(score: RouterScore, normalize: bool, groups: Option<RouterGroups>) -> RouterSpec {
@@ -44,6 +44,31 @@ fn specs() -> Vec<RouterSpec> {
 /// Spread wide enough that no two choices are close.
 fn logits(tokens: usize) -> Float<Flex> {
     Flex::scale(random(&[tokens, 12], 5), 3.0)
+}
+
+#[test]
+fn experts_chosen_before_get_the_weights_of_a_choice() {
+    for spec in specs() {
+        let run = |given: Option<Int<Flex>>| {
+            let tape = Tape::<Flex>::new();
+            let x = tape.leaf(logits(37));
+            let routing = match given {
+                Some(experts) => route_to(&tape, &x, experts, &spec),
+                None => route(&tape, &x, None, &spec),
+            };
+            let weights = routing.weights.value();
+            let grads = tape.backward(vec![(routing.weights, random(&[37, 3], 7))], &[&x]);
+            (
+                weights,
+                grads[0].clone().expect("a gradient"),
+                routing.experts,
+            )
+        };
+        let (weights, gradient, experts) = run(None);
+        let (same_weights, same_gradient, _) = run(Some(experts));
+        assert_close("weights", &same_weights, &weights, ROUNDING);
+        assert_close("gradient", &same_gradient, &gradient, ROUNDING);
+    }
 }
 
 #[test]
