@@ -29,7 +29,7 @@ PEERS = {
 }
 
 
-def peer(shape):
+def peer_script(shape):
     """The script that trains a shape in PyTorch."""
     name = next((name for name, shapes in PEERS.items() if shape.startswith(shapes)), "torch_llama_train.py")
     return str(Path(__file__).with_name(name))
@@ -62,7 +62,7 @@ def main():
         ours_command = [args.bridge, "bench", "train", "--backend", "cuda", *common, *args.option]
         best = [None, None]
         for _ in range(args.rounds):
-            for side, command in enumerate([ours_command, [sys.executable, peer(shape), *common]]):
+            for side, command in enumerate([ours_command, [sys.executable, peer_script(shape), *common]]):
                 found = run(command)
                 failed |= found is None
                 if found and (best[side] is None or found["tokens_per_s"] > best[side]["tokens_per_s"]):
