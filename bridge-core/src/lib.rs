@@ -19,6 +19,7 @@ pub mod mapping;
 pub mod plan;
 pub mod quant;
 pub mod registry;
+mod simd;
 
 #[cfg(test)]
 mod test_model;

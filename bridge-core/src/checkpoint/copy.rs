@@ -10,8 +10,9 @@ use super::source::RangeReader;
 /// Bytes that one kernel copy moves. Small enough that a stop request or progress bar is served in between.
 #[cfg(target_os = "linux")]
 const KERNEL_COPY_BYTES: u64 = 64 << 20;
-/// Size of the buffer when bytes pass through this process.
-pub(super) const BUFFER_BYTES: usize = 1 << 20;
+/// Size of the buffer when bytes pass through this process: small enough that what was read, or computed, is still in the
+/// second-level cache when it is written.
+pub(super) const BUFFER_BYTES: usize = 256 << 10;
 
 /// Copies `len` bytes of `source` from `source_offset` on to `file` (called `path` in errors) at `offset`.
 pub(super) fn copy_range(

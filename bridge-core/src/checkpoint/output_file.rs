@@ -81,6 +81,11 @@ impl OutputFiles {
             .map_err(|error| CheckpointError::write(path, bytes.len() as u64, error))
     }
 
+    /// Number of the file that a tensor lies in.
+    pub(super) fn file_of(&self, tensor: usize) -> usize {
+        self.tensors[tensor].file
+    }
+
     pub(super) fn write_at(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()> {
         let (file, at) = self.claim(tensor, offset, bytes.len() as u64)?;
         let written = write_all_at(&file.file, at, bytes);

@@ -192,6 +192,14 @@ impl ShardedWriter {
             .copy_from(self.slots[tensor], offset, source, source_offset, len)
     }
 
+    /// Number of the file that tensor number `tensor` lies in, counted from 0.
+    ///
+    /// # Panics
+    /// When there is no tensor of that number.
+    pub fn file_of(&self, tensor: usize) -> usize {
+        self.files.file_of(self.slots[tensor])
+    }
+
     /// The temporary folder, into which other files of the checkpoint may be put before [`ShardedWriter::finish`].
     pub fn staging_dir(&self) -> &Path {
         self.staging.dir()

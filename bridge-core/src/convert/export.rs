@@ -206,6 +206,10 @@ impl Sink for ShardedWriter {
     ) -> Result<()> {
         Ok(self.copy_from(tensor, offset, reader, start, len)?)
     }
+
+    fn file(&self, tensor: usize) -> usize {
+        self.file_of(tensor)
+    }
 }
 
 /// The tensors of the source as the model knows them, and those that were quantized by their names.

@@ -7,12 +7,13 @@ use std::sync::Mutex;
 
 use super::companions::{Companions, SkippedFile, write_new};
 use super::load::HfModel;
+use super::piece_files::PieceFiles;
 use super::source_record::{CARRIED_DIR, SourceRecord};
-use super::transfer::{self, Sink, Transfer};
+use super::transfer::{self, Transfer};
 use super::{ConvertOptions, HF_DIR, Progress};
-use crate::checkpoint::native::{Group, NativeWriter, PieceSpec, PieceWriter, list_iterations};
+use crate::checkpoint::native::{NativeWriter, PieceSpec, list_iterations};
 use crate::checkpoint::{
-    Checkpoint, CheckpointError, Existing, RangeReader, ShardedWriter, TensorSpec, WriterOptions,
+    Checkpoint, CheckpointError, Existing, ShardedWriter, TensorSpec, WriterOptions,
 };
 use crate::error::{Error, Result};
 use crate::layout::LayoutSpec;
@@ -87,23 +88,22 @@ pub(super) fn import_opened(
     let tensors = &model.plan().tensors;
     let pieces = order.iter().map(|index| {
         let tensor = &tensors[*index];
-        PieceSpec::whole(
-            tensor.canonical.as_str(),
-            tensor.dtype,
-            tensor.shape.as_slice(),
+        let (name, shape) = (tensor.canonical.as_str(), tensor.shape.as_slice());
+        (
+            PieceSpec::whole(name, tensor.dtype, shape),
+            tensor.dtype.byte_len(shape).unwrap_or(0),
         )
     });
-    let file = writer.piece_file(Group::Model, 0, pieces.collect())?;
+    let files = PieceFiles::create(&writer, parts(pieces.collect()))?;
     let transfers: Vec<Transfer<'_>> = order
         .iter()
         .enumerate()
         .map(|(piece, index)| model.transfer(*index, &whole(&tensors[*index].shape), piece))
         .collect();
-    transfer::run(&transfers, &file, options.resources(), progress)?;
+    transfer::run(&transfers, &files, options.resources(), progress)?;
     drop(transfers);
     check_tied(&model, options, progress)?;
-    file.finish()?;
-    let dir = writer.finish(1, 0)?;
+    let dir = files.finish(writer)?;
     Ok(ImportReport {
         dir,
         bytes,
@@ -112,21 +112,30 @@ pub(super) fn import_opened(
     })
 }
 
-impl Sink for PieceWriter {
-    fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()> {
-        Ok(self.write_at(tensor, offset, bytes)?)
+/// Cuts the pieces, each with its bytes, into files of about equal size. Several, because a file is locked while it is
+/// written, so that two threads are faster in two; and few, whatever the size of the model. The same for any number of
+/// threads.
+fn parts(pieces: Vec<(PieceSpec, u64)>) -> Vec<Vec<PieceSpec>> {
+    const WORTH_A_FILE: u64 = 256 << 20;
+    const MOST_FILES: u64 = 8;
+    let total: u64 = pieces.iter().map(|(_, bytes)| bytes).sum();
+    let count = (total / WORTH_A_FILE).clamp(1, MOST_FILES);
+    let mut parts: Vec<Vec<PieceSpec>> = Vec::new();
+    let (mut before, mut current) = (0u64, None);
+    for (piece, bytes) in pieces {
+        // By its middle, so that no part is empty but for those that a single large piece spans.
+        let middle = u128::from(before) + u128::from(bytes / 2);
+        let part = middle * u128::from(count) / u128::from(total.max(1));
+        if current != Some(part) {
+            current = Some(part);
+            parts.push(Vec::new());
+        }
+        if let Some(part) = parts.last_mut() {
+            part.push(piece);
+        }
+        before += bytes;
     }
-
-    fn copy(
-        &self,
-        tensor: usize,
-        offset: u64,
-        reader: &dyn RangeReader,
-        start: u64,
-        len: u64,
-    ) -> Result<()> {
-        Ok(self.copy_from(tensor, offset, reader, start, len)?)
-    }
+    parts
 }
 
 pub(super) fn whole(shape: &[usize]) -> Vec<Range<usize>> {

@@ -13,6 +13,7 @@ mod export;
 mod import;
 mod load;
 mod megatron;
+mod piece_files;
 mod reshard;
 mod roundtrip;
 mod run_config;

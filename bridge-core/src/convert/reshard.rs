@@ -4,11 +4,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::export::stored_segments;
-use super::transfer::{self, Sink, Transfer};
+use super::piece_files::PieceFiles;
+use super::transfer::{self, Transfer};
 use super::{ConvertOptions, Progress};
 use crate::bridge::CanonicalTensor;
-use crate::checkpoint::RangeReader;
-use crate::checkpoint::native::{Group, NativeCheckpoint, NativeWriter, PieceSpec, PieceWriter};
+use crate::checkpoint::native::{Group, NativeCheckpoint, NativeWriter, PieceSpec};
 use crate::error::Result;
 use crate::layout::{LayoutSpec, PipelineSplit, local_slice};
 use crate::mapping::View;
@@ -55,26 +55,17 @@ pub fn reshard(
     }
 
     let writer = NativeWriter::begin(out, source.iteration(), options.durability)?;
-    let mut sink = Ranks {
-        files: Vec::new(),
-        places: Vec::new(),
-    };
+    let mut parts = Vec::new();
     let mut transfers = Vec::new();
-    for (part, owned) in ranks.into_iter().enumerate() {
+    for owned in ranks {
         let (specs, own): (Vec<PieceSpec>, Vec<Transfer<'_>>) = owned.into_iter().unzip();
-        sink.places
-            .extend((0..specs.len()).map(|piece| (part, piece)));
-        sink.files
-            .push(writer.piece_file(Group::Model, part, specs)?);
+        parts.push(specs);
         transfers.extend(own);
     }
+    let files = PieceFiles::create(&writer, parts)?;
     progress.begin("reshard", transfers.iter().map(Transfer::bytes).sum());
-    transfer::run(&transfers, &sink, options.resources(), progress)?;
-    let parts = sink.files.len();
-    for file in sink.files {
-        file.finish()?;
-    }
-    Ok(writer.finish(parts, 0)?)
+    transfer::run(&transfers, &files, options.resources(), progress)?;
+    files.finish(writer)
 }
 
 fn piece<'a>(
@@ -101,30 +92,4 @@ fn piece<'a>(
         region: crate::checkpoint::Region::new(offset, shape),
     };
     Ok((spec, transfer))
-}
-
-/// The files of all ranks; tensors are numbered through.
-struct Ranks {
-    files: Vec<PieceWriter>,
-    /// File and piece of each number.
-    places: Vec<(usize, usize)>,
-}
-
-impl Sink for Ranks {
-    fn write(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<()> {
-        let (file, piece) = self.places[tensor];
-        Ok(self.files[file].write_at(piece, offset, bytes)?)
-    }
-
-    fn copy(
-        &self,
-        tensor: usize,
-        offset: u64,
-        reader: &dyn RangeReader,
-        start: u64,
-        len: u64,
-    ) -> Result<()> {
-        let (file, piece) = self.places[tensor];
-        Ok(self.files[file].copy_from(piece, offset, reader, start, len)?)
-    }
 }

@@ -2,7 +2,7 @@
 //! within a memory budget.
 
 use std::ops::{Deref, Range};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::Progress;
@@ -12,7 +12,6 @@ use crate::dtype::{DType, cast_bytes};
 use crate::error::{Error, Result};
 use crate::mapping::{View, ViewPair};
 use crate::quant::{Band, MXFP4_BLOCK, QuantScheme, quantize_band};
-use half::bf16;
 
 /// Some elements of a target tensor, and where they are stored.
 pub(super) struct Segment<'a> {
@@ -77,6 +76,13 @@ pub(super) trait Sink: Sync {
         start: u64,
         len: u64,
     ) -> Result<()>;
+
+    /// Number of the file that a tensor lies in, where there are several and it is known. A file is locked while it is
+    /// written, so threads are kept in different ones.
+    fn file(&self, tensor: usize) -> usize {
+        let _ = tensor;
+        0
+    }
 }
 
 /// How much a conversion may use.
@@ -100,6 +106,9 @@ impl Resources {
 
 /// Bytes per kernel copy: large enough to cost nothing, small enough for progress to move and a stop to be noticed.
 const COPY_BYTES: u64 = 64 << 20;
+
+/// Bytes of values that are computed, or coded, at a time: what a processor's second-level cache holds.
+const COMPUTED_BYTES: usize = 256 << 10;
 
 impl<'a> Transfer<'a> {
     /// Size of an element as written. Plans admit types of whole bytes only.
@@ -222,6 +231,7 @@ struct Buffers {
     scratch: Vec<u8>,
     stored: Vec<u8>,
     cast: Vec<u8>,
+    band: Band,
 }
 
 /// What a thread does at a time.
@@ -247,8 +257,12 @@ pub(super) fn run(
     progress: &dyn Progress,
 ) -> Result<()> {
     let chunk = resources.chunk_bytes();
-    let items = items(transfers, chunk);
-    each(&items, resources.threads, |item, buffers| {
+    let mut queues = Queues::default();
+    for item in items(transfers, chunk) {
+        let (Item::Copy { transfer, .. } | Item::Gather { transfer, .. }) = &item;
+        queues.push(sink.file(transfers[*transfer].tensor), item);
+    }
+    queues.each(resources.threads, |item, buffers| {
         let (transfer, bytes) = match item {
             Item::Copy {
                 transfer,
@@ -296,14 +310,19 @@ pub(super) fn compare(
 ) -> Result<()> {
     // Two chunks are held at a time.
     let chunk = resources.chunk_bytes() / 2;
-    let mut items = Vec::new();
+    let mut queues = Queues::default();
     for (index, (one, _)) in pairs.iter().enumerate() {
-        items.extend(element_ranges(one, chunk).map(|elements| Item::Gather {
-            transfer: index,
-            elements,
-        }));
+        for elements in element_ranges(one, chunk) {
+            queues.push(
+                0,
+                Item::Gather {
+                    transfer: index,
+                    elements,
+                },
+            );
+        }
     }
-    each(&items, resources.threads, |item, buffers| {
+    queues.each(resources.threads, |item, buffers| {
         let Item::Gather { transfer, elements } = item else {
             return Ok(());
         };
@@ -347,20 +366,25 @@ pub(super) fn run_quantized(
     progress: &dyn Progress,
 ) -> Result<()> {
     let chunk = resources.chunk_bytes();
-    let mut items = Vec::new();
+    let mut queues = Queues::default();
     for (index, job) in jobs.iter().enumerate() {
         let height = match job.scheme {
             QuantScheme::Fp8Block { rows, .. } => rows,
-            QuantScheme::Mxfp4 => (chunk / 2 / job.cols.max(1)).max(1),
+            QuantScheme::Mxfp4 => (COMPUTED_BYTES / 2 / job.cols.max(1)).max(1),
         };
         let step = height.saturating_mul(job.cols).max(1);
         let numel = job.values.numel;
-        items.extend((0..numel).step_by(step).map(|start| Item::Gather {
-            transfer: index,
-            elements: start..start.saturating_add(step).min(numel),
-        }));
+        for start in (0..numel).step_by(step) {
+            queues.push(
+                sink.file(job.targets[0]),
+                Item::Gather {
+                    transfer: index,
+                    elements: start..start.saturating_add(step).min(numel),
+                },
+            );
+        }
     }
-    each(&items, resources.threads, |item, buffers| {
+    queues.each(resources.threads, |item, buffers| {
         let Item::Gather { transfer, elements } = item else {
             return Ok(());
         };
@@ -369,12 +393,6 @@ pub(super) fn run_quantized(
         out.resize(2 * elements.len(), 0);
         job.values
             .gather(elements.clone(), &mut out, buffers, chunk)?;
-        let values: Vec<bf16> = out
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .map(|bytes| bf16::from_le_bytes(*bytes))
-            .collect();
         let (codes_at, scales_at, scales_len) = match job.scheme {
             QuantScheme::Fp8Block { rows, cols } => {
                 let row = elements.start / job.cols.max(1) / rows;
@@ -394,8 +412,8 @@ pub(super) fn run_quantized(
                 Some(scales)
             }
         };
-        let mut band = Band::default();
-        quantize_band(job.scheme, &values, job.cols, stored.as_deref(), &mut band).map_err(
+        let (values, band) = (out.as_chunks::<2>().0, &mut buffers.band);
+        quantize_band(job.scheme, values, job.cols, stored.as_deref(), band).map_err(
             |problem| Error::InvalidArgument(format!("tensor `{}` {problem}", job.values.name)),
         )?;
         sink.write(job.targets[0], codes_at as u64, &band.codes)?;
@@ -446,6 +464,12 @@ fn element_ranges(
     chunk: usize,
 ) -> impl Iterator<Item = Range<usize>> + use<> {
     let numel = transfer.numel;
+    let computed = |segment: &Segment<'_>| matches!(segment.reader, SegmentReader::Computed(_));
+    let chunk = match transfer.segments.iter().all(computed) {
+        // Written while they are still in the cache.
+        true => chunk.min(COMPUTED_BYTES),
+        false => chunk,
+    };
     let widest = transfer
         .segments
         .iter()
@@ -458,38 +482,83 @@ fn element_ranges(
         .map(move |start| start..(start + step).min(numel))
 }
 
-/// Hands `items` to threads in order; returns the first error, after which no further item is begun.
-fn each(
-    items: &[Item],
-    threads: usize,
-    work: impl Fn(&Item, &mut Buffers) -> Result<()> + Sync,
-) -> Result<()> {
-    let next = AtomicUsize::new(0);
-    let failed: Mutex<Option<Error>> = Mutex::new(None);
-    let worker = || {
-        let mut buffers = Buffers::default();
-        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = work(item, &mut buffers) {
-                next.store(items.len(), Ordering::Relaxed);
-                failed
-                    .lock()
-                    .unwrap_or_else(|poisoned| poisoned.into_inner())
-                    .get_or_insert(error);
+/// Items by the file that they are written to.
+#[derive(Default)]
+struct Queues(Vec<Queue>);
+
+#[derive(Default)]
+struct Queue {
+    items: Vec<Item>,
+    /// The first item that no thread has taken, or beyond the last.
+    next: AtomicUsize,
+}
+
+impl Queue {
+    fn left(&self) -> usize {
+        let taken = self.next.load(Ordering::Relaxed);
+        self.items.len().saturating_sub(taken)
+    }
+}
+
+impl Queues {
+    fn push(&mut self, file: usize, item: Item) {
+        if self.0.len() <= file {
+            self.0.resize_with(file + 1, Queue::default);
+        }
+        self.0[file].items.push(item);
+    }
+
+    /// Hands the items to threads, those of a file in order; returns the first error, after which no further item is begun.
+    /// Threads begin with different files, and go on with the one of which most is left.
+    fn each(
+        &self,
+        threads: usize,
+        work: impl Fn(&Item, &mut Buffers) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let failed: Mutex<Option<Error>> = Mutex::new(None);
+        let stop = AtomicBool::new(false);
+        let count: usize = self.0.iter().map(|queue| queue.items.len()).sum();
+        let threads = threads.clamp(1, count.max(1));
+        let worker = |number: usize| {
+            let mut buffers = Buffers::default();
+            let mut queue = self.0.get(number * self.0.len() / threads);
+            while let Some(current) = queue {
+                while let Some(item) = current
+                    .items
+                    .get(current.next.fetch_add(1, Ordering::Relaxed))
+                {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    if let Err(error) = work(item, &mut buffers) {
+                        stop.store(true, Ordering::Relaxed);
+                        failed
+                            .lock()
+                            .unwrap_or_else(|poisoned| poisoned.into_inner())
+                            .get_or_insert(error);
+                        return;
+                    }
+                }
+                queue = self
+                    .0
+                    .iter()
+                    .max_by_key(|queue| queue.left())
+                    .filter(|queue| queue.left() > 0);
             }
+        };
+        std::thread::scope(|scope| {
+            for number in 1..threads {
+                let worker = &worker;
+                scope.spawn(move || worker(number));
+            }
+            worker(0);
+        });
+        match failed
+            .into_inner()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+        {
+            Some(error) => Err(error),
+            None => Ok(()),
         }
-    };
-    let threads = threads.clamp(1, items.len().max(1));
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(worker);
-        }
-        worker();
-    });
-    match failed
-        .into_inner()
-        .unwrap_or_else(|poisoned| poisoned.into_inner())
-    {
-        Some(error) => Err(error),
-        None => Ok(()),
     }
 }

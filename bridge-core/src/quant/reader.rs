@@ -64,10 +64,8 @@ impl<'a> DequantizingReader<'a> {
     ) -> Result<(), CheckpointError> {
         let blocks = self.cols.div_ceil(cols);
         let mut codes = vec![0; CHUNK.min(out.len() / 2)];
-        let mut scales = vec![0; blocks * 4];
+        let (mut stored, mut scales) = (vec![0; blocks * 4], vec![0.0; blocks]);
         let mut scale_row = None;
-        // Of the blocks in the row of blocks at hand that were met so far.
-        let mut decoders: Vec<Option<fp8::Decoder>> = Vec::new();
         while !out.is_empty() {
             let count = CHUNK.min(out.len() / 2);
             let codes = &mut codes[..count];
@@ -76,20 +74,16 @@ impl<'a> DequantizingReader<'a> {
             while !codes.is_empty() {
                 let (row, col) = (at / self.cols, at % self.cols);
                 if scale_row != Some(row / rows) {
-                    self.scales.read(row / rows * blocks * 4, &mut scales)?;
+                    self.scales.read(row / rows * blocks * 4, &mut stored)?;
                     scale_row = Some(row / rows);
-                    decoders.clear();
-                    decoders.resize_with(blocks, || None);
+                    for (scale, bytes) in scales.iter_mut().zip(stored.as_chunks::<4>().0) {
+                        *scale = f32::from_le_bytes(*bytes);
+                    }
                 }
-                // To the end of the row or of the block, whichever comes first.
-                let run = (cols - col % cols).min(self.cols - col).min(codes.len());
-                let block = col / cols;
-                let decoder = decoders[block].get_or_insert_with(|| {
-                    fp8::Decoder::new(f32::from_le_bytes(scales.as_chunks::<4>().0[block]))
-                });
+                let run = (self.cols - col).min(codes.len());
                 let (now, later) = codes.split_at(run);
                 let (target, rest) = out.split_at_mut(2 * run);
-                decoder.decode(now, target);
+                fp8::decode_row(now, col, cols, &scales, target);
                 (codes, out, at) = (later, rest, at + run);
             }
         }
@@ -100,7 +94,7 @@ impl<'a> DequantizingReader<'a> {
         const BYTES: usize = 2 * MXFP4_BLOCK;
         let end = start + out.len() / 2;
         let (first, last) = (start / MXFP4_BLOCK, end.div_ceil(MXFP4_BLOCK));
-        let step = CHUNK / MXFP4_BLOCK;
+        let step = (CHUNK / MXFP4_BLOCK).min(last - first).max(1);
         let (mut codes, mut scales) = (vec![0; step * 16], vec![0; step]);
         let mut edge = Vec::new();
         for block in (first..last).step_by(step) {

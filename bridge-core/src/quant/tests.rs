@@ -6,6 +6,10 @@ use serde_json::{Value, json};
 use super::*;
 use crate::checkpoint::{Checkpoint, RangeReader, ShardedWriter, TensorSpec, WriterOptions};
 
+fn bytes_of(values: &[bf16]) -> Vec<[u8; 2]> {
+    values.iter().map(|value| value.to_le_bytes()).collect()
+}
+
 fn config(settings: Value) -> HfConfig {
     let Value::Object(keys) = json!({ "quantization_config": settings }) else {
         unreachable!("an object literal")
@@ -173,7 +177,7 @@ fn check(
     };
     for (index, rows) in values.chunks(height * cols).enumerate() {
         let known = &scales[index * scale_bytes..][..scale_bytes];
-        quantize_band(scheme, rows, cols, Some(known), &mut band).unwrap();
+        quantize_band(scheme, &bytes_of(rows), cols, Some(known), &mut band).unwrap();
         found_codes.extend_from_slice(&band.codes);
         found_scales.extend_from_slice(&band.scales);
     }
@@ -191,14 +195,14 @@ fn changed_blocks_get_a_scale_of_their_own_and_stay_close() {
         let height = if scheme == FP8 { 4 } else { 24 };
         for rows in values.chunks(height * 64) {
             let stale = vec![0; 4 * 64];
-            quantize_band(scheme, rows, 64, Some(&stale), &mut band).unwrap();
+            quantize_band(scheme, &bytes_of(rows), 64, Some(&stale), &mut band).unwrap();
             let mut bytes = vec![0; 2 * rows.len()];
             match scheme {
                 QuantScheme::Fp8Block { cols, .. } => {
-                    for (i, pair) in bytes.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                        let scale = band.scales.as_chunks::<4>().0[i % 64 / cols];
-                        fp8::Decoder::new(f32::from_le_bytes(scale))
-                            .decode(&band.codes[i..=i], pair);
+                    let scales = band.scales.as_chunks::<4>().0.iter();
+                    let scales: Vec<f32> = scales.map(|s| f32::from_le_bytes(*s)).collect();
+                    for (codes, bytes) in band.codes.chunks(64).zip(bytes.chunks_mut(128)) {
+                        fp8::decode_row(codes, 0, cols, &scales, bytes);
                     }
                 }
                 QuantScheme::Mxfp4 => mxfp4::decode(&band.codes, &band.scales, &mut bytes),
@@ -215,7 +219,7 @@ fn changed_blocks_get_a_scale_of_their_own_and_stay_close() {
     }
     let infinite = vec![bf16::INFINITY; 32];
     for scheme in [FP8, QuantScheme::Mxfp4] {
-        let error = quantize_band(scheme, &infinite, 32, None, &mut Band::default());
+        let error = quantize_band(scheme, &bytes_of(&infinite), 32, None, &mut Band::default());
         assert!(error.unwrap_err().contains("not finite"));
     }
 }
@@ -270,4 +274,154 @@ fn misfits_are_named() {
         ],
         "has shape [8, 2, 15]",
     );
+}
+
+/// The plainest form of each step, of which the vector code must give the same bits.
+mod plain {
+    use half::bf16;
+
+    pub(super) fn fp8_code(x: f32) -> u8 {
+        let sign = ((x.to_bits() >> 24) & 0x80) as u8;
+        let magnitude = x.abs();
+        if magnitude.is_nan() {
+            return sign | 0x7f;
+        }
+        if magnitude < 1.0 / 64.0 {
+            return sign | (magnitude * 512.0).round_ties_even() as u8;
+        }
+        let bits = magnitude.min(448.0).to_bits();
+        let rounded = bits + 0x7_ffff + ((bits >> 20) & 1);
+        sign | ((rounded >> 20) - (120 << 3)) as u8
+    }
+
+    pub(super) fn fp8_value(code: u8, scale: f32) -> bf16 {
+        let value = crate::dtype::float8_value(crate::dtype::DType::F8E4M3, code).unwrap();
+        bf16::from_f32(value * scale)
+    }
+
+    const E2M1: [f64; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+    fn factor(scale: u8) -> f64 {
+        2f64.powi(i32::from(scale) - 127)
+    }
+
+    pub(super) fn mxfp4_value(code: u8, scale: u8) -> bf16 {
+        let sign = if code & 8 == 0 { 1.0 } else { -1.0 };
+        bf16::from_f64(sign * E2M1[usize::from(code & 7)] * factor(scale))
+    }
+
+    pub(super) fn mxfp4_nearest(x: bf16, scale: u8) -> u8 {
+        let magnitude = ((x.to_f64() / factor(scale)) as f32).abs();
+        let mut best = 0u8;
+        for code in 1..8u8 {
+            let apart = |code: u8| (E2M1[usize::from(code)] as f32 - magnitude).abs();
+            if apart(code) < apart(best) || (apart(code) == apart(best) && code % 2 == 0) {
+                best = code;
+            }
+        }
+        best | if x.is_sign_negative() { 8 } else { 0 }
+    }
+
+    pub(super) fn mxfp4_scale(largest: bf16) -> u8 {
+        match largest.to_f32() {
+            0.0 => 127,
+            largest => (largest.log2().floor() as i32 - 2 + 127).clamp(0, 254) as u8,
+        }
+    }
+}
+
+#[test]
+fn codes_of_any_number_are_those_of_the_plain_form() {
+    for bits in (0..=u32::MAX).step_by(9973) {
+        let x = f32::from_bits(bits);
+        assert_eq!(fp8::encode(x), plain::fp8_code(x), "{bits:#x}");
+    }
+    // Around every boundary between two codes.
+    for code in 0..0x7eu8 {
+        let [below, above] = [code, code + 1].map(fp8::value);
+        let middle = (below + above) / 2.0;
+        for bits in middle.to_bits() - 3..middle.to_bits() + 4 {
+            let x = f32::from_bits(bits);
+            assert_eq!(fp8::encode(x), plain::fp8_code(x), "{x}");
+            assert_eq!(fp8::encode(-x), plain::fp8_code(-x), "{x}");
+        }
+    }
+    for scale in 0..0xffu8 {
+        let codes: Vec<u8> = (0..16).map(|byte| byte << 4 | (15 - byte)).collect();
+        let mut bytes = [0; 64];
+        mxfp4::decode(&codes, &[scale], &mut bytes);
+        for (i, found) in bytes.as_chunks::<2>().0.iter().enumerate() {
+            let code = codes[i / 2] >> (i % 2 * 4) & 15;
+            let expected = plain::mxfp4_value(code, scale);
+            assert_eq!(
+                u16::from_le_bytes(*found),
+                expected.to_bits(),
+                "{code} {scale}"
+            );
+        }
+    }
+}
+
+proptest::proptest! {
+    /// Bands of values near what a scale makes, and of any bits at all; stored scales that fit, and that do not.
+    #[test]
+    fn bands_are_quantized_as_in_the_plain_form(
+        bits in proptest::collection::vec(proptest::prelude::any::<u16>(), 4 * 64),
+        scale in 1e-4f32..1e4,
+        spread in 0u32..3,
+        fits in proptest::prelude::any::<bool>(),
+    ) {
+        let (cols, width): (usize, usize) = (64, 24);
+        let scheme = QuantScheme::Fp8Block { rows: 4, cols: width };
+        let values: Vec<bf16> = bits.iter().map(|&bits| match spread {
+            0 => plain::fp8_value(if bits as u8 & 0x7f == 0x7f { 0 } else { bits as u8 }, scale),
+            1 => bf16::from_f32(f32::from(bits as i16) * scale),
+            _ => bf16::from_bits(if bits & 0x7f80 == 0x7f80 { 0 } else { bits }),
+        }).collect();
+        let stored = if fits { scale } else { scale * 0.77 }.to_le_bytes().repeat(cols.div_ceil(width));
+        let mut band = Band::default();
+        quantize_band(scheme, &bytes_of(&values), cols, Some(&stored), &mut band).unwrap();
+        let stored = f32::from_le_bytes(stored[..4].try_into().unwrap());
+        for (block, start) in (0..cols).step_by(width).enumerate() {
+            let places: Vec<usize> = (0..4)
+                .flat_map(|row| (start..(start + width).min(cols)).map(move |col| row * cols + col))
+                .collect();
+            let exact = places.iter().all(|at| {
+                let code = plain::fp8_code(values[*at].to_f32() / stored);
+                plain::fp8_value(code, stored).to_bits() == values[*at].to_bits()
+            });
+            let largest = places.iter().map(|at| values[*at].to_f32().abs()).fold(0.0, f32::max);
+            let fresh = if largest == 0.0 { 1.0 } else { largest / 448.0 }.max(f32::MIN_POSITIVE);
+            let expected = if exact { stored } else { fresh };
+            let found = f32::from_le_bytes(band.scales.as_chunks::<4>().0[block]);
+            proptest::prop_assert_eq!(found.to_bits(), expected.to_bits());
+            for at in places {
+                let code = plain::fp8_code(values[at].to_f32() / expected);
+                proptest::prop_assert_eq!(band.codes[at], code, "{}", values[at]);
+            }
+        }
+
+        let known = 60 + (bits[0] % 120) as u8;
+        let values: Vec<bf16> = match spread {
+            0 => bits.iter().map(|&bits| plain::mxfp4_value(bits as u8 & 15, known)).collect(),
+            _ => values,
+        };
+        let stored = vec![if fits { known } else { known + 1 }; values.len() / 32];
+        quantize_band(QuantScheme::Mxfp4, &bytes_of(&values), cols, Some(&stored), &mut band).unwrap();
+        for (block, values) in values.chunks(32).enumerate() {
+            let code = |i: usize| band.codes[block * 16 + i / 2] >> (i % 2 * 4) & 15;
+            let exactly = |x: bf16| (0..16u8).find(|code| {
+                plain::mxfp4_value(*code, stored[block]).to_bits() == x.to_bits()
+            });
+            let exact: Option<Vec<u8>> = values.iter().map(|x| exactly(*x)).collect();
+            let largest = values.iter().map(|x| bf16::from_bits(x.to_bits() & 0x7fff));
+            let largest = largest.fold(bf16::ZERO, |a, b| if b > a { b } else { a });
+            let fresh = plain::mxfp4_scale(largest);
+            proptest::prop_assert_eq!(band.scales[block], if exact.is_some() { stored[block] } else { fresh });
+            for (i, x) in values.iter().enumerate() {
+                let expected = exact.as_ref().map_or_else(|| plain::mxfp4_nearest(*x, fresh), |codes| codes[i]);
+                proptest::prop_assert_eq!(code(i), expected, "{}", x);
+            }
+        }
+    }
 }

@@ -1,7 +1,5 @@
 //! Quantizing a band of rows.
 
-use half::bf16;
-
 use super::{MXFP4_BLOCK, QuantScheme, fp8, mxfp4};
 
 /// A band of rows in codes and scales, as they are stored.
@@ -11,82 +9,92 @@ pub(crate) struct Band {
     pub(crate) scales: Vec<u8>,
 }
 
-/// Quantizes whole rows of `cols` values. A band of FP8 is one row of blocks, or what is left of it at the end; a band of
-/// MXFP4 any number of rows. `stored` are the scales that the values came with, if they are known; each is used again
-/// where it gives its block's values back exactly.
+/// Quantizes whole rows of `cols` values, bf16 in little-endian order. A band of FP8 is one row of blocks, or what is left
+/// of it at the end; a band of MXFP4 any number of rows. `stored` are the scales that the values came with, if they are
+/// known; each is used again where it gives its block's values back exactly.
 ///
 /// # Errors
 /// What is wrong with the values, in words.
 pub(crate) fn quantize_band(
     scheme: QuantScheme,
-    values: &[bf16],
+    values: &[[u8; 2]],
     cols: usize,
     stored: Option<&[u8]>,
     band: &mut Band,
 ) -> Result<(), String> {
-    band.codes.clear();
-    band.scales.clear();
     match scheme {
         QuantScheme::Fp8Block { cols: width, .. } => {
+            // Every byte is written, so what was there before need not go.
             band.codes.resize(values.len(), 0);
-            let rows = values.len() / cols.max(1);
-            let (mut block, mut codes) = (Vec::new(), Vec::new());
+            band.scales.clear();
             for (index, start) in (0..cols).step_by(width).enumerate() {
-                let run = start..(start + width).min(cols);
-                block.clear();
-                for row in 0..rows {
-                    block.extend_from_slice(&values[row * cols..][run.clone()]);
-                }
-                codes.resize(block.len(), 0);
+                let block = Block {
+                    values,
+                    cols,
+                    run: [start, (start + width).min(cols)],
+                };
                 let known = stored
                     .and_then(|scales| scales.as_chunks::<4>().0.get(index))
                     .map(|bytes| f32::from_le_bytes(*bytes))
-                    .filter(|scale| fp8::encode_exactly(&block, *scale, &mut codes));
+                    .filter(|scale| block.encode_exactly(*scale, &mut band.codes));
                 let scale = match known {
                     Some(scale) => scale,
-                    None => fresh_fp8(&block, &mut codes)?,
+                    None => block.encode(&mut band.codes)?,
                 };
-                for row in 0..rows {
-                    band.codes[row * cols..][run.clone()]
-                        .copy_from_slice(&codes[row * run.len()..][..run.len()]);
-                }
                 band.scales.extend_from_slice(&scale.to_le_bytes());
             }
         }
         QuantScheme::Mxfp4 => {
-            for (index, block) in values.as_chunks::<MXFP4_BLOCK>().0.iter().enumerate() {
-                let known = stored.and_then(|scales| scales.get(index).copied());
-                let (codes, scale) = mxfp4::encode(block, known)
-                    .ok_or("holds a value that is not finite, which MXFP4 does not have")?;
-                band.codes.extend_from_slice(&codes);
-                band.scales.push(scale);
+            let blocks = values.len() / MXFP4_BLOCK;
+            band.codes.resize(blocks * (MXFP4_BLOCK / 2), 0);
+            band.scales.resize(blocks, 0);
+            if !mxfp4::encode(values, stored, &mut band.codes, &mut band.scales) {
+                return Err(
+                    "holds a value that is not finite, which MXFP4 does not have".to_owned(),
+                );
             }
         }
     }
     Ok(())
 }
 
-/// Codes under the scale that takes the largest magnitude to the largest code.
-fn fresh_fp8(block: &[bf16], codes: &mut [u8]) -> Result<f32, String> {
-    let mut largest = 0f32;
-    for value in block {
-        let magnitude = value.to_f32().abs();
-        if !magnitude.is_finite() {
+/// A block of FP8: columns `run[0]..run[1]` of all rows of a band, encoded where it stands.
+struct Block<'a> {
+    values: &'a [[u8; 2]],
+    cols: usize,
+    run: [usize; 2],
+}
+
+impl Block<'_> {
+    /// The places in the band at which the block's rows lie.
+    fn rows(&self) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
+        let [start, end] = self.run;
+        (0..self.values.len())
+            .step_by(self.cols)
+            .map(move |row| row + start..row + end)
+    }
+
+    /// Codes under a scale that gives every value back exactly; `false` if it does not.
+    fn encode_exactly(&self, scale: f32, codes: &mut [u8]) -> bool {
+        scale.is_finite()
+            && self
+                .rows()
+                .all(|row| fp8::encode_exactly(&self.values[row.clone()], scale, &mut codes[row]))
+    }
+
+    /// Codes under the scale that takes the largest magnitude to the largest code.
+    fn encode(&self, codes: &mut [u8]) -> Result<f32, String> {
+        let largest = self.rows().map(|row| fp8::largest(&self.values[row]));
+        let largest = f32::from_bits(u32::from(largest.fold(0, u16::max)) << 16);
+        if !largest.is_finite() {
             return Err(
                 "holds a value that is not finite, of which no scale can be made".to_owned(),
             );
         }
-        largest = largest.max(magnitude);
+        let scale = fp8::scale_for(largest);
+        for row in self.rows() {
+            fp8::encode_nearest(&self.values[row.clone()], scale, &mut codes[row]);
+        }
+        Ok(scale)
     }
-    let scale = if largest == 0.0 {
-        1.0
-    } else {
-        largest / fp8::MAX
-    };
-    // The smallest magnitudes have a scale that is no normal number, or none at all.
-    let scale = scale.max(f32::MIN_POSITIVE);
-    for (code, value) in codes.iter_mut().zip(block) {
-        *code = fp8::encode(value.to_f32() / scale);
-    }
-    Ok(scale)
 }
