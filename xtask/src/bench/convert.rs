@@ -8,7 +8,8 @@ use std::time::Instant;
 use bridge_core::convert::{ExportOptions, ModelPlace, convert};
 use serde_json::{Value, json};
 
-use super::{memory, rounded, synthetic};
+use super::synthetic::{self, Stored};
+use super::{memory, rounded};
 use crate::conversion::{ConversionProgress, options};
 use crate::failure::{Blame, Failure, Result};
 use crate::flags::{byte_size, hugging_face_folder};
@@ -29,6 +30,9 @@ pub(crate) struct Args {
     /// Make the projections of the synthetic checkpoint FP8 in blocks, as DeepSeek-V3 is published.
     #[arg(long, requires = "synthetic")]
     fp8: bool,
+    /// Make the synthetic checkpoint a gpt-oss with its experts in MXFP4.
+    #[arg(long, requires = "synthetic", conflicts_with = "fp8")]
+    mxfp4: bool,
     /// Convert to a Megatron-Core checkpoint and back, in place of a native one.
     #[arg(long)]
     megatron: bool,
@@ -51,11 +55,16 @@ struct Source {
 pub(crate) fn run(args: Args, report: Report) -> Result {
     let parent = args.dir.clone().unwrap_or_else(std::env::temp_dir);
     let scratch = Scratch::new(&parent)?;
+    let stored = match (args.fp8, args.mxfp4) {
+        (true, _) => Stored::Fp8,
+        (_, true) => Stored::Mxfp4,
+        _ => Stored::Bf16,
+    };
     let (source, made) = match (&args.source.hf, args.source.synthetic) {
         (_, Some(size)) => {
             let folder = scratch.0.join("source");
             let started = Instant::now();
-            synthetic::write(&folder, size, args.fp8)?;
+            synthetic::write(&folder, size, stored)?;
             (folder, Some(started.elapsed().as_secs_f64()))
         }
         (hf, None) => (
@@ -101,6 +110,7 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
         "bench": "convert",
         "bytes": bytes,
         "fp8": args.fp8,
+        "mxfp4": args.mxfp4,
         "megatron": args.megatron,
         "threads": options().threads,
         "synthetic_s": made.map(|s| rounded(s, 2)),

@@ -1,4 +1,4 @@
-//! A made-up Llama checkpoint of any size, quickly.
+//! Made-up checkpoints of any size, quickly.
 
 use std::path::Path;
 
@@ -11,23 +11,47 @@ use serde_json::json;
 use crate::failure::{Failure, Result};
 use crate::progress::ByteProgress;
 
+/// How the weights of a synthetic checkpoint are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stored {
+    /// A Llama in bf16.
+    Bf16,
+    /// A Llama with its projections in FP8 blocks, as DeepSeek-V3 is published.
+    Fp8,
+    /// A gpt-oss with its experts in MXFP4.
+    Mxfp4,
+}
+
+/// What a tensor is filled with.
+#[derive(Debug, Clone, Copy)]
+enum Content {
+    Random,
+    Fp8Scales,
+    Mxfp4Scales,
+}
+
 /// Rows and columns of a block of FP8 codes that share a scale.
 const FP8_BLOCK: usize = 128;
+/// Scale of every block of MXFP4: 2^-7.
+const MXFP4_SCALE: u8 = 120;
 /// Bytes written at a time.
 const BLOCK: usize = 8 << 20;
 
-/// Writes a Llama-shaped checkpoint of about `bytes` to `folder`, in bf16 or with its projections in FP8 blocks, and
-/// returns its exact size in tensor bytes.
-pub(crate) fn write(folder: &Path, bytes: u64, fp8: bool) -> Result<u64> {
-    // Codes are half as large as the numbers they stand for.
-    let mut config = config(if fp8 { 2 * bytes } else { bytes })?;
+/// Writes a checkpoint of about `bytes` to `folder`, and returns its exact size in tensor bytes.
+pub(crate) fn write(folder: &Path, bytes: u64, stored: Stored) -> Result<u64> {
+    let mut config = match stored {
+        Stored::Bf16 => llama(bytes)?,
+        // Codes are half as large as the numbers they stand for.
+        Stored::Fp8 => llama(2 * bytes)?,
+        Stored::Mxfp4 => gpt_oss(bytes)?,
+    };
     let bridge = bridge_models::registry().detect(&config)?;
     let plan = plan_from_shapes(bridge, &config, DType::BF16, &LayoutSpec::default())?;
     let mut tensors: Vec<TensorSpec> = Vec::new();
     for tensor in &plan.mapping().foreign {
         let (name, shape) = (tensor.name.as_str(), tensor.shape.as_slice());
-        match shape {
-            [rows, cols] if fp8 && name.ends_with("_proj.weight") => {
+        match (stored, shape) {
+            (Stored::Fp8, [rows, cols]) if name.ends_with("_proj.weight") => {
                 let scales = [rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK)];
                 tensors.push(TensorSpec::new(name, DType::F8E4M3, shape));
                 tensors.push(TensorSpec::new(
@@ -36,34 +60,57 @@ pub(crate) fn write(folder: &Path, bytes: u64, fp8: bool) -> Result<u64> {
                     scales,
                 ));
             }
+            // In bf16 these are stored the other way round.
+            (Stored::Mxfp4, &[experts, cols, rows]) => {
+                let blocks = [experts, rows, cols / 32];
+                let codes = [experts, rows, cols / 32, 16];
+                tensors.push(TensorSpec::new(format!("{name}_blocks"), DType::U8, codes));
+                tensors.push(TensorSpec::new(format!("{name}_scales"), DType::U8, blocks));
+            }
             _ => tensors.push(TensorSpec::new(name, DType::BF16, shape)),
         }
     }
-    if fp8 {
+    let settings = match stored {
+        Stored::Bf16 => None,
+        Stored::Fp8 => {
+            Some(json!({"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}))
+        }
+        Stored::Mxfp4 => Some(json!({"quant_method": "mxfp4"})),
+    };
+    if let Some(settings) = settings {
         let mut keys = config.json().clone();
-        keys.insert(
-            "quantization_config".to_owned(),
-            json!({"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}),
-        );
+        keys.insert("quantization_config".to_owned(), settings);
         config = HfConfig::from_json(keys, "the synthetic checkpoint");
     }
-    let sizes: Vec<(DType, u64)> = tensors
+    let sizes: Vec<(Content, u64)> = tensors
         .iter()
-        .map(|t| (t.dtype, t.dtype.byte_len(&t.shape).unwrap_or(0)))
+        .map(|t| {
+            let content = match (t.dtype, t.name.ends_with("_scales")) {
+                (DType::F32, _) => Content::Fp8Scales,
+                (DType::U8, true) => Content::Mxfp4Scales,
+                _ => Content::Random,
+            };
+            (content, t.dtype.byte_len(&t.shape).unwrap_or(0))
+        })
         .collect();
     let total: u64 = sizes.iter().map(|(_, size)| size).sum();
     let writer = ShardedWriter::create(folder, tensors, WriterOptions::default())?;
     let progress = ByteProgress::new("making the checkpoint");
     let mut block = random_bf16(BLOCK);
-    let scales: Vec<u8> = 0.01f32.to_le_bytes().repeat(BLOCK / 4);
+    let fp8_scales: Vec<u8> = 0.01f32.to_le_bytes().repeat(BLOCK / 4);
+    let mxfp4_scales = vec![MXFP4_SCALE; BLOCK];
     let mut done = 0u64;
-    for (tensor, (dtype, size)) in sizes.into_iter().enumerate() {
+    for (tensor, (content, size)) in sizes.into_iter().enumerate() {
         let mut offset = 0;
         while offset < size {
             let n = (size - offset).min(BLOCK as u64);
             // No two blocks are alike, so that nothing below can store one for many.
             block[..8].copy_from_slice(&(done | 0x3c00_3c00_3c00_3c00).to_le_bytes());
-            let bytes = if dtype == DType::F32 { &scales } else { &block };
+            let bytes = match content {
+                Content::Random => &block,
+                Content::Fp8Scales => &fp8_scales,
+                Content::Mxfp4Scales => &mxfp4_scales,
+            };
             writer.write_at(tensor, offset, &bytes[..n as usize])?;
             offset += n;
             done += n;
@@ -75,8 +122,43 @@ pub(crate) fn write(folder: &Path, bytes: u64, fp8: bool) -> Result<u64> {
     Ok(total)
 }
 
+/// A gpt-oss of few experts, with layers of the published width; whole layers as near to `bytes` as they come.
+fn gpt_oss(bytes: u64) -> Result<HfConfig> {
+    const EXPERTS: u64 = 8;
+    const HIDDEN: u64 = 2880;
+    // Three matrices an expert, 17 bytes for 32 numbers.
+    let layer = EXPERTS * 3 * HIDDEN * HIDDEN / 32 * 17;
+    let layers = (bytes / layer).max(1);
+    let json = json!({
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_size": HIDDEN,
+        "intermediate_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "layer_types": vec!["full_attention"; layers as usize],
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 4,
+        "attention_bias": true,
+        "vocab_size": 1024,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150_000.0,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16",
+    });
+    Ok(HfConfig::from_slice(
+        json.to_string().as_bytes(),
+        "the synthetic checkpoint",
+    )?)
+}
+
 /// A Llama whose bf16 weights come as near to `bytes` as whole layers allow.
-fn config(bytes: u64) -> Result<HfConfig> {
+fn llama(bytes: u64) -> Result<HfConfig> {
     // Of the widths that leave at least four layers, the largest.
     let widths = [4096u64, 2048, 1024, 512, 256, 128, 64];
     let layer = |h: u64| 2 * 13 * h * h;
