@@ -7,31 +7,25 @@ use burn_backend::{Backend, DType};
 use crate::activation::{self, Activation};
 use crate::adamw::{self, AdamWStep, AdamWTensors};
 use crate::attention::{self, AttentionGrads, AttentionOutput, AttentionRule};
-use crate::cache;
 use crate::causal_conv1d::{self, ConvGrads, ConvSpec};
 use crate::clamped_swiglu::{self, SwigluClamp};
 use crate::cross_entropy::{self, CrossEntropyOutput, CrossEntropySpec};
-use crate::elementwise;
-use crate::embedding;
 use crate::gated_delta_rule::{self, DeltaRuleInputs};
 use crate::gated_rms_norm::{self, GatedNormGrads, GatedNormSpec};
 use crate::grad_slot::GradSlot;
-use crate::l2_norm;
-use crate::latent_heads;
-use crate::layer_norm;
-use crate::linear;
 use crate::linear_cross_entropy::{self, LossGradRequest, LossGrads};
 use crate::moe::{
     ExpertOffsets, ExpertOrder, RouterOutput, RouterSpec, SortedExperts, grouped_linear, permute,
     router,
 };
 use crate::primitive::{self, Float, Int};
-use crate::random;
-use crate::reduce;
 use crate::rms_norm::{self, NormSpec};
 use crate::rotary::{self, RotaryDirection, RotaryStyle};
 use crate::ssd_scan::{self, ScanSpec, SsdGrads, SsdInputs};
-use crate::time_step;
+use crate::{
+    cache, elementwise, embedding, l2_norm, latent_heads, layer_norm, linear, random, reduce,
+    time_step,
+};
 
 /// Kernels of a language model over the primitives of a backend.
 ///

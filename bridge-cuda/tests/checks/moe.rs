@@ -5,8 +5,8 @@ use std::any::TypeId;
 
 use bridge_cuda::{Cuda, GroupedPath, force_grouped_path};
 use bridge_ops::{
-    DType, ExpertOffsets, ExpertOrder, Float, GradSlot, GroupScore, Ops, RotaryDirection,
-    RotaryStyle, RouterGroups, RouterScore, RouterSpec, SwigluClamp, int_from_i64,
+    DType, DropPolicy, ExpertOffsets, ExpertOrder, Float, GradSlot, GroupScore, Ops,
+    RotaryDirection, RotaryStyle, RouterGroups, RouterScore, RouterSpec, SwigluClamp, int_from_i64,
 };
 use burn::tensor::{Int as IntKind, Tensor};
 use burn_backend::TensorMetadata;
@@ -19,6 +19,7 @@ pub(crate) fn groups() -> Vec<Group> {
     vec![
         group!(router, FLOATS),
         group!(expert_order, &[DType::F32]),
+        group!(drop_over_capacity, &[DType::F32]),
         group!(permute_rows, FLOATS),
         group!(grouped_linear, FLOATS),
         group!(grouped_linear_views, FLOATS),
@@ -110,6 +111,28 @@ fn expert_order<B: Ops>(c: &mut Context<B>) {
             "offsets",
             Tensor::<B, 1, IntKind>::from_primitive(sorted.offsets),
         );
+    }
+}
+
+fn drop_over_capacity<B: Ops>(c: &mut Context<B>) {
+    for (seed, tokens, k, experts, capacity) in [
+        (715, 5, 2, 4, 2),
+        (716, 1, 1, 1, 0),
+        (717, 3001, 3, 37, 200),
+        (718, 700, 8, 1500, 3),
+        (719, 600, 1, 1, 1000),
+    ] {
+        for policy in [DropPolicy::Position, DropPolicy::Weight] {
+            let ids = assignments(c, seed, [tokens, k], experts);
+            // Few enough different weights that many are equal; some are zero.
+            let weights: Vec<f32> = super::numbers(seed + 20, tokens * k)
+                .iter()
+                .map(|x| ((x.abs() * 40.0) as i32 % 16) as f32 / 16.0)
+                .collect();
+            let weights = bridge_ops::float_from_f32::<B>(&weights, &[tokens, k], &c.device);
+            let kept = bridge_ops::drop_over_capacity::<B>(ids, weights, experts, capacity, policy);
+            c.put_int("kept", Tensor::<B, 2, IntKind>::from_primitive(kept));
+        }
     }
 }
 
