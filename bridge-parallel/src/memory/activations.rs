@@ -1,5 +1,5 @@
 //! What the tape of a layer keeps of each token between its forward and its backward pass, part by part as the layers of
-//! `bridge-models` record it.
+//! `bridge-models` record it, and what recurrences lay out beside it as the kernels of `bridge-cuda` do.
 
 use bridge_core::DecoderConfig;
 use bridge_core::config::{Ffn, LayerConfig, Mixer};
@@ -30,22 +30,24 @@ pub(super) fn layer_bytes(
     let mut count = Count::new(config, layout, spec);
     count.mixer(&layer.mixer, index);
     count.ffn(&layer.ffn, index);
-    let Count { kept, again, .. } = count;
+    let Count {
+        kept, again, scan, ..
+    } = count;
     match spec.recompute {
         Recompute::None => LayerBytes {
             kept: kept + again,
-            working: 0.0,
+            working: scan,
         },
         Recompute::Selective => LayerBytes {
             kept,
-            working: again,
+            working: again + scan,
         },
         // It runs again on a tape that makes cheap values again, too.
         Recompute::Full => {
             let input = count.residual;
             LayerBytes {
                 kept: input,
-                working: kept + again - input,
+                working: kept + again + scan - input,
             }
         }
     }
@@ -63,6 +65,8 @@ struct Count<'a> {
     kept: f64,
     /// Outputs of norms and of activation functions, which can be made again.
     again: f64,
+    /// What the backward pass of a recurrence lays out for itself, in chunks of tokens.
+    scan: f64,
 }
 
 impl<'a> Count<'a> {
@@ -77,6 +81,7 @@ impl<'a> Count<'a> {
             residual: (config.hidden_size as f64) * bytes / divided as f64,
             kept: 0.0,
             again: 0.0,
+            scan: 0.0,
         }
     }
 
@@ -119,6 +124,9 @@ impl<'a> Count<'a> {
                 // Before and after the convolution; what the scan gives, its gate, and both together.
                 self.keep(2 * (inner + 2 * group) + 3 * inner);
                 self.steps(own.num_heads / tp, 1);
+                // The state before each chunk, and the gradient of the one after it.
+                let state = filled(own.head_dim) * filled(own.state_size);
+                self.scan = self.scanned(own.num_heads / tp, 2 * state, 0);
             }
             Mixer::GatedDeltaNet => {
                 self.block_input();
@@ -129,6 +137,10 @@ impl<'a> Count<'a> {
                 // Before and after the convolution, queries and keys at length 1; the result, its gate, and both together.
                 self.keep(3 * (2 * key) + 2 * value + 3 * value);
                 self.steps(own.num_value_heads / tp, 3);
+                let (key, value) = (filled(own.key_head_dim), filled(own.value_head_dim));
+                // Beside the states: U, W, T, and V with its gradient.
+                let rows = 3 * value + key + self.chunk_tokens();
+                self.scan = self.scanned(own.num_value_heads / tp, 2 * key * value, rows);
             }
             // No mixer, or one that this count does not know of: nothing.
             _ => {}
@@ -139,6 +151,17 @@ impl<'a> Count<'a> {
     fn steps(&mut self, heads: usize, projected: usize) {
         self.keep(projected * heads);
         self.kept += 2.0 * heads as f64 * FP32;
+    }
+
+    /// Bytes per token of what a scan's kernels pass to each other: `per_chunk` and `per_token` numbers of each head.
+    fn scanned(&self, heads: usize, per_chunk: usize, per_token: usize) -> f64 {
+        let numbers = per_chunk as f64 / self.chunk_tokens() as f64 + per_token as f64;
+        heads as f64 * numbers * self.bytes
+    }
+
+    /// Tokens of a chunk, as `bridge-cuda` cuts them for this dtype whatever the model says.
+    fn chunk_tokens(&self) -> usize {
+        if self.bytes < FP32 { 64 } else { 32 }
     }
 
     fn attention(&mut self, index: usize) {
@@ -219,4 +242,9 @@ impl<'a> Count<'a> {
         let row = (2 * config.hidden_size + projections * inner) as f64 * self.bytes;
         self.kept += rows * row;
     }
+}
+
+/// A size filled up to whole tiles of the tensor cores.
+fn filled(size: usize) -> usize {
+    size.next_multiple_of(16)
 }

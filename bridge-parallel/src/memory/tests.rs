@@ -1,4 +1,6 @@
-use bridge_core::config::{LayerConfig, MlaConfig, MoeConfig, QkNorm};
+use bridge_core::config::{
+    GatedDeltaNetConfig, LayerConfig, Mamba2Config, Mixer, MlaConfig, MoeConfig, QkNorm,
+};
 
 use super::*;
 
@@ -227,6 +229,62 @@ fn latent_attention_keeps_its_latents() {
     let attention = 2 * (6 * (2 * 24 + 28 + 12) + 28 + 20) + 6 * 4;
     let rest = 2 * (4 * 48 + 3 * 80);
     assert_eq!(found.activations, 128 * (4 * (attention + rest) + HEAD));
+}
+
+/// A scan's backward pass lays out a state before and after each chunk of 64 tokens (32 in fp32), whatever is recomputed.
+#[test]
+fn recurrences_lay_out_the_states_between_chunks() {
+    let mamba2 = Mamba2Config {
+        num_heads: 6,
+        head_dim: 20,
+        num_groups: 2,
+        state_size: 16,
+        conv_kernel: 4,
+        conv_bias: true,
+        proj_bias: false,
+        chunk_size: 256,
+        time_step_min: 0.0,
+    };
+    let delta = GatedDeltaNetConfig {
+        num_key_heads: 2,
+        num_value_heads: 4,
+        key_head_dim: 16,
+        value_head_dim: 32,
+        conv_kernel: 4,
+    };
+    let layer = |mixer| LayerConfig {
+        mixer,
+        ..LayerConfig::dense()
+    };
+    let config = DecoderConfig {
+        mamba2: Some(mamba2),
+        gated_delta_net: Some(delta),
+        layers: vec![layer(Mixer::Mamba2), layer(Mixer::GatedDeltaNet)],
+        num_hidden_layers: 2,
+        ..model()
+    };
+    let working = |index: usize, state, recompute| {
+        let spec = MemorySpec {
+            recompute,
+            state,
+            ..spec()
+        };
+        let layout = LayoutSpec::default();
+        layer_bytes(&config, index, &config.layers[index], &layout, &spec).working
+    };
+    let none = |index, state| working(index, state, Recompute::None);
+    let scan = 6.0 * 2.0 * 32.0 * 16.0;
+    assert_eq!(none(0, StateBytes::bf16(false)), 2.0 * scan / 64.0);
+    assert_eq!(none(0, StateBytes::fp32()), 4.0 * scan / 32.0);
+    let rows = 3.0 * 32.0 + 16.0;
+    let (short, long) = (
+        2.0 * 16.0 * 32.0 / 32.0 + rows + 32.0,
+        2.0 * 16.0 * 32.0 / 64.0 + rows + 64.0,
+    );
+    assert_eq!(none(1, StateBytes::bf16(false)), 4.0 * 2.0 * long);
+    assert_eq!(none(1, StateBytes::fp32()), 4.0 * 4.0 * short);
+    let selective = working(0, StateBytes::bf16(false), Recompute::Selective);
+    assert_eq!(selective, AGAIN as f64 + 2.0 * scan / 64.0);
 }
 
 #[test]
