@@ -2,11 +2,11 @@
 
     megatron_core.py available
     megatron_core.py names HF_DIR
-    megatron_core.py check [--tp N] [--pp N] [--ep N] CHECKPOINT,HF_DIR[,RESAVE_DIR] ...
+    megatron_core.py check [--tp N] [--pp N] [--vpp N] [--ep N] [--singleton] CHECKPOINT,HF_DIR[,RESAVE_DIR] ...
 
 CHECKPOINT is an iteration's folder, HF_DIR the Hugging Face folder of the same model with its `oracle.safetensors`. `check`
 prints a line of JSON for each model: the largest difference of the logits, or why this version has no such model. Into
-RESAVE_DIR Megatron-Core saves what it has loaded. `names` prints the tensors that it asks for, with their shapes.
+RESAVE_DIR Megatron-Core saves what it has loaded, with a name for each expert where `--singleton` says so. `names` prints the tensors that it asks for, with their shapes.
 """
 import argparse
 import contextlib
@@ -87,6 +87,16 @@ def experts_of(config):
     return fields
 
 
+def pipeline_stages(layers, args):
+    """Keywords for virtual stages: equal ones, or one layer after the other with what remains in the last."""
+    stages = args.pp * args.vpp
+    if layers % stages == 0:
+        return dict(virtual_pipeline_model_parallel_size=args.vpp)
+    cut = ["t"] * min(layers, stages - 1) + ["t" * max(layers - stages + 1, 0)]
+    cut = ["E" + cut[0], *cut[1:-1], cut[-1] + "L"]
+    return dict(pipeline_model_parallel_layout="|".join(cut))
+
+
 def transformer_config(config, args):
     import torch
     from megatron.core.transformer import transformer_config as module
@@ -123,6 +133,8 @@ def transformer_config(config, args):
         params_dtype=torch.float32,
         **experts_of(config),
     )
+    if args.vpp > 1:
+        fields.update(pipeline_stages(config["num_hidden_layers"], args))
     if config.get("sliding_window") and kind in ("mistral", "gpt_oss"):
         fields.update(window_size=(config["sliding_window"] - 1, 0))
     if kind == "gpt_oss":
@@ -164,14 +176,14 @@ def transformer_config(config, args):
     return module.MLATransformerConfig(**accepted(module.MLATransformerConfig, fields))
 
 
-def layer_spec(transformer):
+def layer_spec(transformer, stage):
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.identity_op import IdentityOp
 
     layered = isinstance(getattr(transformer, "moe_layer_freq", 1), list)
     if layered:
         spec = gpt_layer_specs.get_gpt_decoder_block_spec(
-            transformer, use_transformer_engine=False, normalization=transformer.normalization
+            transformer, use_transformer_engine=False, normalization=transformer.normalization, **stage
         )
         layers = spec.layer_specs
     else:
@@ -229,10 +241,15 @@ def windows_without_transformer_engine():
     return "config.window_size is None" not in inspect.getsource(DotProductAttention.__init__)
 
 
-def build(config, args):
+def build(config, args, virtual=0):
+    """The model, or its part for a virtual stage of this rank."""
     from megatron.core import parallel_state as mpu
     from megatron.core.models.gpt.gpt_model import GPTModel
 
+    # Versions before virtual stages were told to the model's parts have none here.
+    stage = {"vp_stage": virtual} if args.vpp > 1 else {}
+    if stage and "vp_stage" not in inspect.signature(GPTModel.__init__).parameters:
+        raise Unsupported("its models are not told their virtual stage")
     transformer = transformer_config(config, args)
     rope = rope_of(config)
     kind = rope.get("rope_type")
@@ -250,16 +267,17 @@ def build(config, args):
     vocab = -(-config["vocab_size"] // (16 * args.tp)) * 16 * args.tp
     model = GPTModel(
         transformer,
-        layer_spec(transformer),
+        layer_spec(transformer, stage),
         vocab_size=vocab,
         max_sequence_length=config["max_position_embeddings"],
-        pre_process=mpu.is_pipeline_first_stage(),
-        post_process=mpu.is_pipeline_last_stage(),
+        pre_process=mpu.is_pipeline_first_stage() and virtual == 0,
+        post_process=mpu.is_pipeline_last_stage() and virtual == args.vpp - 1,
         share_embeddings_and_output_weights=config.get("tie_word_embeddings", False),
         position_embedding_type="yarn" if yarn else "rope",
         rotary_base=rope["rope_theta"],
         rotary_percent=rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)),
         parallel_output=False,
+        **stage,
     )
     if kind == "llama3":
         # Megatron-Core's constructor takes the factor alone.
@@ -285,24 +303,27 @@ def adapt(model, config):
         model.embedding.register_forward_hook(lambda _module, _inputs, output: output * scale)
 
 
-def forward(model, ids, args):
+def forward(parts, ids, args):
+    """The logits, on the rank that has them. `parts` are this rank's, one for each virtual stage."""
     import torch
     from megatron.core import parallel_state as mpu
 
     batch, seq = ids.shape
     positions = torch.arange(seq).expand(batch, seq)
     mask = torch.ones(1, 1, seq, seq, dtype=torch.bool).triu(1)
-    if args.pp == 1:
-        return model(ids, positions, mask)
+    output = None
     # A plain relay from stage to stage; hidden states are [seq, batch, hidden].
-    hidden = torch.empty(seq, batch, model.config.hidden_size)
-    if not mpu.is_pipeline_first_stage():
-        torch.distributed.recv(hidden, src=mpu.get_pipeline_model_parallel_prev_rank())
-        model.set_input_tensor(hidden)
-    output = model(ids, positions, mask)
-    if not mpu.is_pipeline_last_stage():
-        torch.distributed.send(output.contiguous(), dst=mpu.get_pipeline_model_parallel_next_rank())
-        return None
+    for virtual, model in enumerate(parts):
+        first = mpu.is_pipeline_first_stage() and virtual == 0
+        last = mpu.is_pipeline_last_stage() and virtual == args.vpp - 1
+        if not first:
+            hidden = torch.empty(seq, batch, model.config.hidden_size)
+            torch.distributed.recv(hidden, src=mpu.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(hidden)
+        output = model(ids, positions, mask)
+        if not last:
+            torch.distributed.send(output.contiguous(), dst=mpu.get_pipeline_model_parallel_next_rank())
+            output = None
     return output
 
 
@@ -355,6 +376,15 @@ def collect(state, names):
             names[value.key if is_tensor else value.unique_key] = list(value.global_shape) if is_tensor else None
 
 
+def named(parts):
+    """The parts by the names that training runs give them."""
+    return [("model", parts[0])] if len(parts) == 1 else [(f"model{index}", part) for index, part in enumerate(parts)]
+
+
+def sharded(parts, metadata=None):
+    return {name: part.sharded_state_dict(prefix="", metadata=metadata) for name, part in named(parts)}
+
+
 def check(rank, args, checkpoint, hf, resave):
     import torch
     from megatron.core import dist_checkpointing
@@ -363,24 +393,26 @@ def check(rank, args, checkpoint, hf, resave):
 
     with open(os.path.join(hf, "config.json")) as file:
         config = json.load(file)
-    model = build(config, args).eval()
-    state = model.sharded_state_dict(prefix="")
-    loaded = dist_checkpointing.load(state, checkpoint)
-    model.load_state_dict(loaded, strict=False)
+    parts = [build(config, args, virtual).eval() for virtual in range(args.vpp)]
+    loaded = dist_checkpointing.load(sharded(parts), checkpoint)
+    for name, part in named(parts):
+        part.load_state_dict(loaded[name], strict=False)
     result = {"hf": hf}
     if resave:
         if rank == 0:
             os.makedirs(resave)
         torch.distributed.barrier()
         try:
-            dist_checkpointing.save(model.sharded_state_dict(prefix=""), resave)
+            metadata = {"singleton_local_shards": True} if args.singleton else None
+            dist_checkpointing.save(sharded(parts, metadata), resave)
         except Exception as reason:  # An old version that this PyTorch no longer fits.
             result["not_saved"] = str(reason)
-    adapt(model, config)
+    for part in parts:
+        adapt(part, config)
 
     reference = load_file(os.path.join(hf, "oracle.safetensors"))
     with torch.no_grad():
-        logits = forward(model, reference["input_ids"], args)
+        logits = forward(parts, reference["input_ids"], args)
     # One rank speaks for those that compute the same.
     if logits is None or mpu.get_tensor_model_parallel_rank() != 0 or mpu.get_data_parallel_rank() != 0:
         return None
@@ -397,7 +429,8 @@ def rank_main(rank, args):
     torch.set_num_threads(1)
     world = args.tp * args.pp * args.ep
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    mpu.initialize_model_parallel(args.tp, args.pp, expert_model_parallel_size=args.ep)
+    stages = args.vpp if args.vpp > 1 else None
+    mpu.initialize_model_parallel(args.tp, args.pp, stages, expert_model_parallel_size=args.ep)
     on_a_cpu()
     if args.what == "names":
         from megatron.core.dist_checkpointing.mapping import apply_factories
@@ -436,9 +469,11 @@ def main():
         command = commands.add_parser(name)
         command.add_argument("--tp", type=int, default=1)
         command.add_argument("--pp", type=int, default=1)
+        command.add_argument("--vpp", type=int, default=1)
         command.add_argument("--ep", type=int, default=1)
         command.add_argument("--port", type=int, default=29561)
     commands.choices["names"].add_argument("hf")
+    commands.choices["check"].add_argument("--singleton", action="store_true")
     commands.choices["check"].add_argument("models", nargs="+", metavar="CHECKPOINT,HF_DIR[,RESAVE_DIR]")
     args = parser.parse_args()
     world = args.tp * args.pp * args.ep

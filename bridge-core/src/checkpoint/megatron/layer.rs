@@ -238,11 +238,17 @@ impl<'a> Layer<'a> {
     fn mlp(&self, mut map: WeightMap, own: &str, theirs: &str, leaf: &str) -> WeightMap {
         let up = format!("{own}.up_proj.{leaf}");
         let first = format!("{theirs}.linear_fc1.{leaf}");
-        map = if self.config.gated_mlp {
-            let gate = format!("{own}.gate_proj.{leaf}");
-            self.fused(map, &[gate, up], &first, 0, 1)
-        } else {
-            self.one(map, &up, &first)
+        map = match (self.config.gated_mlp, self.form.singleton_shards) {
+            (false, _) => self.one(map, &up, &first),
+            (true, halves) => {
+                let gate = format!("{own}.gate_proj.{leaf}");
+                if halves {
+                    map = self.one(map, &gate, &format!("{first}_w"));
+                    self.one(map, &up, &format!("{first}_v"))
+                } else {
+                    self.fused(map, &[gate, up], &first, 0, 1)
+                }
+            }
         };
         let down = format!("{own}.down_proj.{leaf}");
         self.one(map, &down, &format!("{theirs}.linear_fc2.{leaf}"))
@@ -262,20 +268,51 @@ impl<'a> Layer<'a> {
                 "mlp.shared_experts.gate_weight",
             );
         }
-        // [experts, rows, columns], or [experts, rows], on both sides: rows are along dim 1.
+        map = if self.form.singleton_shards {
+            self.named_experts(map, leaf)
+        } else {
+            self.stacked_experts(map, leaf)
+        };
+        self.mlp(map, "mlp.shared_expert", "mlp.shared_experts", leaf)
+    }
+
+    /// [experts, rows, columns], or [experts, rows], on both sides: rows are along dim 1.
+    fn stacked_experts(&self, map: WeightMap, leaf: &str) -> WeightMap {
         let up = format!("mlp.experts.up_proj.{leaf}");
         let first = format!("mlp.experts.experts.linear_fc1.{leaf}");
-        map = if self.config.gated_mlp {
+        let map = if self.config.gated_mlp {
             let gate = format!("mlp.experts.gate_proj.{leaf}");
             self.fused(map, &[gate, up], &first, 1, 1)
         } else {
             self.one(map, &up, &first)
         };
-        map = self.one(
+        self.one(
             map,
             &format!("mlp.experts.down_proj.{leaf}"),
             &format!("mlp.experts.experts.linear_fc2.{leaf}"),
-        );
-        self.mlp(map, "mlp.shared_expert", "mlp.shared_experts", leaf)
+        )
+    }
+
+    /// Experts with names of their own, [rows, columns] or [rows] each. Layers have names of their own then, too.
+    fn named_experts(&self, map: WeightMap, leaf: &str) -> WeightMap {
+        let (up, gate) = match self.config.gated_mlp {
+            true => (
+                format!("linear_fc1.{leaf}_v"),
+                Some(format!("linear_fc1.{leaf}_w")),
+            ),
+            false => (format!("linear_fc1.{leaf}"), None),
+        };
+        let parts = [
+            ("gate", gate),
+            ("up", Some(up)),
+            ("down", Some(format!("linear_fc2.{leaf}"))),
+        ];
+        parts.iter().fold(map, |map, (own, theirs)| match theirs {
+            None => map,
+            Some(theirs) => map.unstacked_experts(
+                &format!("{}.mlp.experts.{own}_proj.{leaf}", self.own),
+                &format!("{}.mlp.experts.experts.{{e}}.{theirs}", self.theirs),
+            ),
+        })
     }
 }

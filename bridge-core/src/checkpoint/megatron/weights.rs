@@ -28,6 +28,9 @@ pub struct MegatronForm {
     /// Whether the norms of latent attention belong to the projection after them, as Transformer Engine's layers have
     /// it.
     pub fused_latent_norms: bool,
+    /// Whether each expert's tensors have names of their own, and the halves of a gated MLP's first projection too, as
+    /// `singleton_local_shards` has Megatron-Core save them; otherwise experts are stacked and halves lie in one tensor.
+    pub singleton_shards: bool,
     /// What the decoder layer in a multi-token prediction module is called.
     pub mtp_layer: &'static str,
 }
@@ -41,6 +44,7 @@ impl MegatronForm {
             pre_dense_norm: false,
             fused_mixer_norm: true,
             fused_latent_norms: true,
+            singleton_shards: false,
             mtp_layer: "mtp_model_layer",
         }
     }
@@ -64,6 +68,8 @@ impl MegatronForm {
             pre_dense_norm,
             fused_mixer_norm: !has(".mixer.") || has(".mixer.in_proj.layer_norm_"),
             fused_latent_norms: !has(".self_attention.kv_layernorm."),
+            singleton_shards: has(".linear_fc1.weight_w")
+                || has(".mlp.experts.experts.0.linear_fc1."),
             mtp_layer: if has(".transformer_layer.") {
                 "transformer_layer"
             } else {
