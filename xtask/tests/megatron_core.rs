@@ -67,9 +67,9 @@ fn versions() -> Vec<(String, Version)> {
     found
 }
 
-/// Layouts, and the families that are loaded at each. Megatron-Core ties the embeddings of pipeline stages on a GPU only.
+/// Layouts and ways to save, and the families that are loaded and saved so. Megatron-Core ties the embeddings of pipeline stages on a GPU only.
 /// Gemma 2 and 3, OLMoE and the hybrids need parts of Megatron-Bridge, of Transformer Engine or of a GPU.
-const CASES: [(&[&str], &[&str]); 5] = [
+const CASES: [(&[&str], &[&str]); 12] = [
     (
         &[],
         &[
@@ -96,6 +96,38 @@ const CASES: [(&[&str], &[&str]); 5] = [
     (&["--pp", "2"], &["gpt_oss"]),
     (&["--pp", "3"], &["llama2"]),
     (&["--ep", "2"], &["qwen3_moe", "deepseek_v3", "gpt_oss"]),
+    // Virtual stages: of one layer each, and of unequal ones where there are three layers.
+    (
+        &["--pp", "2", "--vpp", "2"],
+        &["llama2", "qwen3_moe", "deepseek_v3", "gpt_oss"],
+    ),
+    // A name for each expert, and for the halves of gated MLPs.
+    (
+        &["--ep", "2", "--singleton"],
+        &["qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss"],
+    ),
+    (&["--tp", "2", "--singleton"], &["llama2", "nemotron"]),
+    // Beside all that a training run keeps. What is shared out in the way of one version is refused by others.
+    (&["--dp", "2", "--optimizer", "plain"], &["llama2"]),
+    (
+        &["--ep", "2", "--dp", "2", "--optimizer", "dp_reshardable"],
+        &["qwen3_moe", "deepseek_v3"],
+    ),
+    (
+        &["--dp", "2", "--optimizer", "fully_reshardable"],
+        &["llama2", "qwen3_moe"],
+    ),
+    (
+        &[
+            "--ep",
+            "2",
+            "--dp",
+            "2",
+            "--optimizer",
+            "fully_sharded_model_space",
+        ],
+        &["qwen3_moe"],
+    ),
 ];
 
 #[test]
@@ -158,7 +190,7 @@ fn megatron_core_computes_the_same_with_what_is_written_for_it() {
                 );
                 if let Some(reason) = result["not_saved"].as_str() {
                     eprintln!(
-                        "skipped: megatron-core {number} cannot save with this PyTorch ({reason})"
+                        "skipped: megatron-core {number} cannot save {family} {layout:?} ({reason})"
                     );
                     continue;
                 }

@@ -2,14 +2,17 @@
 
     megatron_core.py available
     megatron_core.py names HF_DIR
-    megatron_core.py check [--tp N] [--pp N] [--vpp N] [--ep N] [--singleton] CHECKPOINT,HF_DIR[,RESAVE_DIR] ...
+    megatron_core.py check [--tp N] [--pp N] [--vpp N] [--ep N] [--dp N] [--singleton] [--optimizer SHARDING]
+        CHECKPOINT,HF_DIR[,RESAVE_DIR] ...
 
 CHECKPOINT is an iteration's folder, HF_DIR the Hugging Face folder of the same model with its `oracle.safetensors`. `check`
 prints a line of JSON for each model: the largest difference of the logits, or why this version has no such model. Into
-RESAVE_DIR Megatron-Core saves what it has loaded, with a name for each expert where `--singleton` says so. `names` prints the tensors that it asks for, with their shapes.
+RESAVE_DIR Megatron-Core saves what it has loaded: with a name for each expert where `--singleton` says so, and with all that a training run keeps,
+optimizer state included, where `--optimizer` names one of its ways of storing that. `names` prints the tensors that it asks for, with their shapes.
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import importlib.util
 import inspect
@@ -327,6 +330,13 @@ def forward(parts, ids, args):
     return output
 
 
+def on_the_cpu(constructor):
+    def construct(*args, device=None, **kwargs):
+        return constructor(*args, device="cpu" if str(device).startswith("cuda") else device, **kwargs)
+
+    return construct
+
+
 def on_a_cpu():
     """What asks for the GPU of this process gets the CPU."""
     import torch
@@ -345,6 +355,24 @@ def on_a_cpu():
             setattr(multi_latent_attention, name, type(name, (), {}))
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *_: None
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+    torch.tensor = on_the_cpu(torch.tensor)
+    torch.zeros = on_the_cpu(torch.zeros)
+    # The optimizer asks for the kind of a parameter by the name of its class.
+    type_of = torch.Tensor.type
+    torch.Tensor.type = lambda tensor, *kind, **options: (
+        type_of(tensor, *kind, **options) if kind or options else type_of(tensor).replace("torch.", "torch.cuda.")
+    )
+    # 0.12 hands the list of its FP8 weights, an empty one here, to what only Transformer Engine has.
+    from megatron.core.optimizer import distrib_optimizer
+
+    if hasattr(distrib_optimizer, "quantize_param_shard"):
+        distrib_optimizer.quantize_param_shard = lambda *_: None
+    # 0.12 calls it so, and today's NumPy does not.
+    import numpy
+
+    if not hasattr(numpy, "product"):
+        numpy.product = numpy.prod
     # Without dropout nothing is drawn, and the tracker's states live on a GPU.
     tracker = tensor_parallel.random.get_cuda_rng_tracker()
     type(tracker).fork = lambda *_, **__: contextlib.nullcontext()
@@ -385,6 +413,42 @@ def sharded(parts, metadata=None):
     return {name: part.sharded_state_dict(prefix="", metadata=metadata) for name, part in named(parts)}
 
 
+def training_state(parts, model_state, args):
+    """What a training run saves beside the model: here after a step that changes no weight."""
+    import torch
+    from megatron.core import optimizer as optimizers
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    plain = args.optimizer == "plain"
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=not plain, overlap_grad_reduce=False)
+    parts = [DistributedDataParallel(part.config, settings, part) for part in parts]
+    config = optimizers.OptimizerConfig(
+        optimizer="adam", lr=1e-3, weight_decay=0.0, clip_grad=0.0, use_distributed_optimizer=not plain
+    )
+    optimizer = optimizers.get_megatron_optimizer(config, parts)
+    for part in parts:
+        part.zero_grad_buffer()
+    optimizer.step()
+    rank = torch.distributed.get_rank()
+    world = torch.distributed.get_world_size()
+    if plain:
+        kind = {}
+    elif "metadata" in inspect.signature(optimizers.DistributedOptimizer.sharded_state_dict).parameters:
+        kind = {"metadata": {"distrib_optim_sharding_type": args.optimizer, "chained_optim_avoid_prefix": True}}
+    else:
+        kind = {"sharding_type": args.optimizer}
+    return {
+        "args": argparse.Namespace(**vars(args)),
+        "checkpoint_version": 3.0,
+        "iteration": 1,
+        "opt_param_scheduler": {"max_lr": 1e-3, "num_steps": 1},
+        "num_floating_point_operations_so_far": 0,
+        "rng_state": ShardedObject("rng_state", [{"torch_rng_state": torch.get_rng_state()}], (world,), (rank,)),
+        "optimizer": optimizer.sharded_state_dict(model_state, **kind),
+    }
+
+
 def check(rank, args, checkpoint, hf, resave):
     import torch
     from megatron.core import dist_checkpointing
@@ -404,7 +468,10 @@ def check(rank, args, checkpoint, hf, resave):
         torch.distributed.barrier()
         try:
             metadata = {"singleton_local_shards": True} if args.singleton else None
-            dist_checkpointing.save(sharded(parts, metadata), resave)
+            state = sharded(parts, metadata)
+            if args.optimizer:
+                state.update(training_state(parts, state, args))
+            dist_checkpointing.save(state, resave)
         except Exception as reason:  # An old version that this PyTorch no longer fits.
             result["not_saved"] = str(reason)
     for part in parts:
@@ -421,14 +488,21 @@ def check(rank, args, checkpoint, hf, resave):
     return result
 
 
+def world_size(args):
+    # Experts are divided among the ranks that divide the batch.
+    return args.tp * args.pp * max(args.dp, args.ep)
+
+
 def rank_main(rank, args):
     import torch
     from megatron.core import parallel_state as mpu
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
     torch.set_num_threads(1)
-    world = args.tp * args.pp * args.ep
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    world = world_size(args)
+    # A rank that fails must not have the others wait for half an hour.
+    patience = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=patience)
     stages = args.vpp if args.vpp > 1 else None
     mpu.initialize_model_parallel(args.tp, args.pp, stages, expert_model_parallel_size=args.ep)
     on_a_cpu()
@@ -471,12 +545,14 @@ def main():
         command.add_argument("--pp", type=int, default=1)
         command.add_argument("--vpp", type=int, default=1)
         command.add_argument("--ep", type=int, default=1)
+        command.add_argument("--dp", type=int, default=1)
         command.add_argument("--port", type=int, default=29561)
     commands.choices["names"].add_argument("hf")
     commands.choices["check"].add_argument("--singleton", action="store_true")
+    commands.choices["check"].add_argument("--optimizer", metavar="SHARDING")
     commands.choices["check"].add_argument("models", nargs="+", metavar="CHECKPOINT,HF_DIR[,RESAVE_DIR]")
     args = parser.parse_args()
-    world = args.tp * args.pp * args.ep
+    world = world_size(args)
     if world == 1:
         rank_main(0, args)
         return
