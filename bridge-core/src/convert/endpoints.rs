@@ -90,7 +90,11 @@ pub fn convert(
             )),
         };
     }
-    let (model, hf) = open(from, registry, &LayoutSpec::default())?;
+    let (mut model, hf) = open(from, registry, &LayoutSpec::default())?;
+    if options.dtype.is_some() {
+        model.round();
+    }
+    model.check_values()?;
     match to {
         ModelPlace::Native(out) => {
             if options.dtype.is_some() || options.quantize.is_some() {

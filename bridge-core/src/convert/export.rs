@@ -3,12 +3,14 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::canonical::CanonicalSource;
 use super::companions::{Companions, SkippedFile};
 use super::config_edit::{add_value, replace_values};
+use super::less_one::{Shift, ShiftedReader};
 use super::source_record::{CARRIED_DIR, SourceRecord};
-use super::transfer::{self, Quantization, Segment, Sink, Transfer};
+use super::transfer::{self, Quantization, Segment, SegmentReader, Sink, Transfer};
 use super::{ConvertOptions, HF_DIR, Progress};
 use crate::checkpoint::native::{Group, NativeCheckpoint, NativeTensor};
 use crate::checkpoint::{
@@ -253,6 +255,12 @@ pub(super) fn transfers<'a>(
             let (canonical, foreign) = (&piece.canonical_view, &piece.foreign_view);
             segments.extend(weights.segments(name, canonical, foreign)?);
         }
+        if plan.mapping.is_less_one(written.foreign) {
+            segments = segments
+                .into_iter()
+                .map(|segment| less_one(segment, &tensor.name, plan.rounds))
+                .collect();
+        }
         let transfer = Transfer {
             tensor: position,
             name: tensor.name.clone(),
@@ -284,6 +292,21 @@ pub(super) fn transfers<'a>(
         }
     }
     Ok((transfers, quantizations))
+}
+
+/// The same elements, each less one.
+fn less_one<'a>(segment: Segment<'a>, name: &str, rounds: bool) -> Segment<'a> {
+    Segment {
+        reader: SegmentReader::Computed(Arc::new(ShiftedReader {
+            inner: segment.reader,
+            base: segment.base,
+            dtype: segment.dtype,
+            name: name.to_owned(),
+            shift: Shift::Subtract,
+            rounds,
+        })),
+        ..segment
+    }
 }
 
 /// The stored elements of the view `canonical` of a native tensor, piece by piece, each with its part of `target`.

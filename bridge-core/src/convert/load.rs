@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::less_one::{Shift, ShiftedReader};
 use super::source::Source;
 use super::strided::Paired;
 use super::transfer::{Resources, Segment, SegmentReader, Transfer};
@@ -29,6 +30,8 @@ pub struct HfModel {
     source: Source,
     plan: Plan,
     by_name: HashMap<String, usize>,
+    /// Whether weights that are stored less one may be rounded.
+    rounds: bool,
 }
 
 impl HfModel {
@@ -84,7 +87,28 @@ impl HfModel {
             source,
             plan,
             by_name,
+            rounds: false,
         }
+    }
+
+    /// Has weights that are stored less one rounded where that is not exact.
+    pub(super) fn round(&mut self) {
+        self.rounds = true;
+    }
+
+    /// Checks that weights which are stored less one can be read as they are: there are few, and it is better to know
+    /// before anything is written.
+    ///
+    /// # Errors
+    /// If one cannot, and was not to be rounded.
+    pub(super) fn check_values(&self) -> Result<()> {
+        let mapping = &self.plan.mapping;
+        for foreign in (0..mapping.foreign.len()).filter(|index| mapping.is_less_one(*index)) {
+            for piece in mapping.pieces_of_foreign(foreign) {
+                self.read(&mapping.canonical[piece.canonical].name)?;
+            }
+        }
+        Ok(())
     }
 
     /// The family's bridge.
@@ -289,6 +313,17 @@ impl HfModel {
                 let (source, reader, base) = match self.source.within_block(name, &part.far) {
                     Some((file, base, view)) => (view, file.into(), base),
                     None => (part.far, reader.clone(), base),
+                };
+                let reader = match self.plan.mapping.is_less_one(foreign) {
+                    false => reader,
+                    true => SegmentReader::Computed(Arc::new(ShiftedReader {
+                        inner: reader,
+                        base,
+                        dtype,
+                        name: name.clone(),
+                        shift: Shift::Add,
+                        rounds: self.rounds,
+                    })),
                 };
                 segments.push(Segment {
                     target: part.near,

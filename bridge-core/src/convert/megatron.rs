@@ -61,6 +61,11 @@ pub(super) fn write_megatron(
         })
         .collect();
     let (transfers, _) = transfers(weights, &plan, None)?;
+    // Few and small, and it is better to know before anything is written that one cannot be.
+    let written = plan.written.iter().zip(&transfers);
+    for (_, transfer) in written.filter(|(tensor, _)| plan.mapping.is_less_one(tensor.foreign)) {
+        transfer.read(options.convert.resources())?;
+    }
     let objects = extra_states(&typed, form);
     let writer = MegatronWriter::create(
         out,

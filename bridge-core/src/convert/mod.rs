@@ -11,6 +11,7 @@ mod config_edit;
 mod endpoints;
 mod export;
 mod import;
+mod less_one;
 mod load;
 mod megatron;
 mod piece_files;

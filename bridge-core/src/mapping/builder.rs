@@ -5,6 +5,9 @@ use std::sync::Arc;
 use super::pattern::Pattern;
 use super::view::{Arranged, View, ViewError};
 
+/// What [`WeightMap::less_one`] is called in plans.
+pub(super) const LESS_ONE: &str = "less one";
+
 /// Puts a canonical tensor's elements into the order of its foreign counterpart.
 pub(super) type Arrange = Arc<dyn Fn(View) -> Result<Arranged, ViewError> + Send + Sync>;
 
@@ -135,6 +138,13 @@ impl WeightMap {
         self.one(canonical, foreign, "map", move |view| {
             arrange(view).map(Into::into)
         })
+    }
+
+    /// A renamed tensor whose elements the foreign checkpoint stores less one: the weight of a norm that scales by one
+    /// plus its weight there, and by its weight here. Whoever moves elements must see
+    /// [`Mapping::is_less_one`](super::Mapping::is_less_one).
+    pub fn less_one(self, canonical: &str, foreign: &str) -> Self {
+        self.one(canonical, foreign, LESS_ONE, |view| Ok(view.into()))
     }
 
     /// Several canonical tensors concatenated along `dim` of one foreign tensor.

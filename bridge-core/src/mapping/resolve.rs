@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::builder::{Arrange, Entry, Form, WeightMap};
+use super::builder::{Arrange, Entry, Form, LESS_ONE, WeightMap};
 use super::coverage;
 use super::pattern::{Captures, Pattern};
 use super::view::{View, ViewError};
@@ -32,7 +32,7 @@ pub struct ForeignTensor {
     pub role: ForeignRole,
 }
 
-/// Equal elements: the view `canonical_view` of one canonical tensor and `foreign_view` of one foreign tensor, of equal
+/// Equal elements (but for [`Mapping::is_less_one`]): the view `canonical_view` of one canonical tensor and `foreign_view` of one foreign tensor, of equal
 /// shape, element by element.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
@@ -53,7 +53,7 @@ pub struct Mapping {
     pub canonical: Vec<CanonicalTensor>,
     /// The foreign tensors, in the order of the canonical ones that they first meet.
     pub foreign: Vec<ForeignTensor>,
-    /// What each foreign tensor is made by, in words: "copy", "map", "fused", "stacked", "unstacked".
+    /// What each foreign tensor is made by, in words: "copy", "map", "less one", "fused", "stacked", "unstacked".
     pub ops: Vec<&'static str>,
     /// The pieces.
     pub pieces: Vec<Piece>,
@@ -67,6 +67,12 @@ impl Mapping {
     /// Index of the foreign tensor called `name`.
     pub fn foreign_index(&self, name: &str) -> Option<usize> {
         self.by_name.get(name).copied()
+    }
+
+    /// Whether foreign tensor number `foreign` holds the canonical elements less one. Of all others the elements are
+    /// equal.
+    pub fn is_less_one(&self, foreign: usize) -> bool {
+        self.ops[foreign] == LESS_ONE
     }
 
     /// The pieces of foreign tensor number `foreign`.

@@ -20,6 +20,8 @@ pub struct ExportPlan {
     pub mapping: Mapping,
     /// The stored dtype of each canonical tensor, in the order of the mapping.
     pub stored: Vec<DType>,
+    /// Whether weights are written in a type that was asked for, so that they may be rounded.
+    pub rounds: bool,
     /// The foreign tensors to write.
     pub written: Vec<WrittenTensor>,
 }
@@ -165,6 +167,7 @@ pub fn plan_export(
             family: bridge.name().to_owned(),
             mapping,
             stored: dtypes,
+            rounds: dtype.is_some(),
             written,
         });
     }

@@ -98,7 +98,15 @@ impl Keys {
             }
             (Mixer::Mamba2, _) => self.push(place, &["mixer.in_proj", "mixer.out_proj"]),
             (Mixer::Linear, _) => self.push(place, &["self_attention"]),
-            (Mixer::GatedDeltaNet | Mixer::None, _) => {}
+            (Mixer::GatedDeltaNet, _) => self.push(
+                place,
+                &[
+                    "self_attention.in_proj",
+                    "self_attention.out_norm",
+                    "self_attention.out_proj",
+                ],
+            ),
+            (Mixer::None, _) => {}
         }
         if config.attention_output_norm {
             self.push(place, &["self_attention.linear_proj.post_layernorm"]);

@@ -75,7 +75,7 @@ impl<'a> Layer<'a> {
                     &format!("attention_linear.{leaf}"),
                     &format!("self_attention.{leaf}"),
                 ),
-                // Refused before a map is asked for.
+                Mixer::GatedDeltaNet if leaf == "weight" => self.delta_net(map),
                 Mixer::GatedDeltaNet | Mixer::None => map,
             };
             map = self.one(
@@ -111,6 +111,7 @@ impl<'a> Layer<'a> {
                 format!("self_attention.linear_qkv.layer_norm_{leaf}")
             }
             Mixer::Linear => format!("self_attention.layer_norm_{leaf}"),
+            Mixer::GatedDeltaNet => format!("self_attention.in_proj.layer_norm_{leaf}"),
             Mixer::Mamba2 if self.form.fused_mixer_norm => {
                 format!("mixer.in_proj.layer_norm_{leaf}")
             }
@@ -146,15 +147,7 @@ impl<'a> Layer<'a> {
                 leaf,
             ) {
                 (true, _) => map,
-                (false, "weight") => map.map(
-                    &format!("{}.{own}", self.own),
-                    &format!("{}.{theirs}", self.theirs),
-                    // [channels, taps] as the weight of a convolution with one filter per channel.
-                    |filters| {
-                        let channels = filters.shape().first().copied().unwrap_or(0);
-                        filters.split(0, &[channels, 1])
-                    },
-                ),
+                (false, "weight") => self.filters(map, &own, &theirs),
                 (false, _) => self.one(map, &own, &theirs),
             };
         }
@@ -171,6 +164,68 @@ impl<'a> Layer<'a> {
             }
         }
         map
+    }
+
+    /// [channels, taps] as the weight of a convolution with one filter per channel.
+    fn filters(&self, map: WeightMap, own: &str, theirs: &str) -> WeightMap {
+        let (own, theirs) = (
+            format!("{}.{own}", self.own),
+            format!("{}.{theirs}", self.theirs),
+        );
+        map.map(&own, &theirs, |filters| {
+            let channels = filters.shape().first().copied().unwrap_or(0);
+            filters.split(0, &[channels, 1])
+        })
+    }
+
+    /// As with a state space, the parts of fused tensors are tensors of their own in a checkpoint.
+    fn delta_net(&self, mut map: WeightMap) -> WeightMap {
+        for (own, theirs) in [
+            ("q", "query"),
+            ("k", "key"),
+            ("v", "value"),
+            ("z", "z"),
+            ("b", "beta"),
+            ("a", "alpha"),
+        ] {
+            map = self.one(
+                map,
+                &format!("delta_net.{own}_proj.weight"),
+                &format!("self_attention.in_proj.weight.{theirs}"),
+            );
+        }
+        for (own, theirs) in [("q", "query"), ("k", "key"), ("v", "value")] {
+            map = self.filters(
+                map,
+                &format!("delta_net.{own}_conv.weight"),
+                &format!("self_attention.conv1d.weight.{theirs}"),
+            );
+        }
+        for (own, theirs) in [
+            ("dt_bias", "dt_bias"),
+            ("a_log", "A_log"),
+            ("out_proj.weight", "out_proj.weight"),
+        ] {
+            map = self.one(
+                map,
+                &format!("delta_net.{own}"),
+                &format!("self_attention.{theirs}"),
+            );
+        }
+        // All norms of a model scale by one plus their weight there, or none does.
+        let (own, theirs) = (
+            "delta_net.gated_norm.weight",
+            "self_attention.out_norm.weight",
+        );
+        if self.config.norm.unit_offset {
+            let (own, theirs) = (
+                format!("{}.{own}", self.own),
+                format!("{}.{theirs}", self.theirs),
+            );
+            map.less_one(&own, &theirs)
+        } else {
+            self.one(map, own, theirs)
+        }
     }
 
     fn attention(&self, mut map: WeightMap, leaf: &str) -> WeightMap {

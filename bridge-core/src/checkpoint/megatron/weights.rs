@@ -171,12 +171,6 @@ fn unsupported(config: &DecoderConfig) -> Problems {
                 "layer {index} has two parts, but a layer of its hybrid model, which alone has state spaces, has one"
             ));
         }
-        if layer.mixer == Mixer::GatedDeltaNet {
-            problems.push(format!(
-                "layer {index} is a gated delta net, of whose last norm it stores the weight less one: written so, the \
-                 weight could not be had back bit for bit"
-            ));
-        }
     }
     if config
         .mamba2
