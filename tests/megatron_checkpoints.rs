@@ -45,11 +45,13 @@ fn same_tensors(found: &Path, expected: &Path) {
 }
 
 /// Fixture of Megatron-Core, and the Hugging Face model it was made from.
-const CASES: [(&str, &str); 4] = [
+const CASES: [(&str, &str); 6] = [
     ("core016_qwen3_tp2", "qwen3"),
     ("core019_llama3_2_tp2", "llama3_2"),
     ("core019_qwen3_moe_tp2ep2", "qwen3_moe"),
     ("core019_qwen3_tp1_nonhomogeneous", "qwen3"),
+    ("core016_qwen3_moe_ep2_singleton", "qwen3_moe"),
+    ("core016_qwen3_next_tp2", "qwen3_next"),
 ];
 
 #[test]
@@ -104,6 +106,50 @@ fn what_is_written_for_megatron_core_comes_back_bit_by_bit() {
         written += 1;
     }
     assert!(written >= 25, "{written} families were written");
+}
+
+#[test]
+fn a_weight_that_would_not_come_back_is_refused_by_name_unless_it_may_be_rounded() {
+    let work = tempfile::tempdir().unwrap();
+    let (hf, megatron) = (work.path().join("hf"), work.path().join("megatron"));
+    std::fs::create_dir(&hf).unwrap();
+    for entry in std::fs::read_dir(fixtures().join("qwen3_next")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, hf.join(path.file_name().unwrap())).unwrap();
+    }
+    // Stored less one, 0.1 has too few digits left.
+    let name = "model.layers.1.linear_attn.norm.weight";
+    let checkpoint = Checkpoint::open(&hf).unwrap();
+    let info = checkpoint.tensor(name).unwrap();
+    let (file, offset) = (
+        hf.join(checkpoint.files()[info.file].name()),
+        info.offset as usize,
+    );
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[offset + 4..offset + 8].copy_from_slice(&0.1_f32.to_le_bytes());
+    drop(checkpoint);
+    std::fs::write(file, bytes).unwrap();
+    let (from, to) = (
+        ModelPlace::Hf(hf),
+        ModelPlace::Megatron {
+            dir: megatron.clone(),
+            hf_config: None,
+        },
+    );
+    let options = ExportOptions::default();
+    let error = convert(&from, &to, &registry(), &options, &()).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.contains("decoder.layers.1.self_attention.out_norm.weight")
+            && text.contains("less one has no exact F32"),
+        "{text}"
+    );
+    assert!(!megatron.exists());
+    let options = ExportOptions {
+        dtype: Some(DType::F32),
+        ..ExportOptions::default()
+    };
+    convert(&from, &to, &registry(), &options, &()).unwrap();
 }
 
 /// A model's config as a `run_config.yaml` can say it: without the tokens that begin and end a text.

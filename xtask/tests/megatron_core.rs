@@ -68,8 +68,8 @@ fn versions() -> Vec<(String, Version)> {
 }
 
 /// Layouts and ways to save, and the families that are loaded and saved so. Megatron-Core ties the embeddings of pipeline stages on a GPU only.
-/// Gemma 2 and 3, OLMoE and the hybrids need parts of Megatron-Bridge, of Transformer Engine or of a GPU.
-const CASES: [(&[&str], &[&str]); 12] = [
+/// Gemma 2 and 3 and OLMoE need parts of Megatron-Bridge.
+const CASES: [(&[&str], &[&str]); 16] = [
     (
         &[],
         &[
@@ -128,6 +128,32 @@ const CASES: [(&[&str], &[&str]); 12] = [
         ],
         &["qwen3_moe"],
     ),
+    // Training runs' own models, without what they compute: Transformer Engine's layers, experts in one product, state
+    // spaces, delta nets, layers that differ. Where the same family is above, this is about its names.
+    (
+        &["--stand-ins"],
+        &[
+            "qwen3",
+            "deepseek_v2",
+            "moonlight",
+            "nemotron_h",
+            "nemotron_h_moe",
+            "llama_nemotron_super",
+            "qwen3_next",
+        ],
+    ),
+    (
+        &["--stand-ins", "--tp", "2"],
+        &["nemotron_h", "llama_nemotron_super", "qwen3_next"],
+    ),
+    (
+        &["--stand-ins", "--ep", "2", "--singleton"],
+        &["qwen3_moe", "deepseek_v3", "qwen3_next"],
+    ),
+    (
+        &["--stand-ins", "--ep", "2", "--legacy-experts"],
+        &["qwen3_moe"],
+    ),
 ];
 
 #[test]
@@ -179,15 +205,17 @@ fn megatron_core_computes_the_same_with_what_is_written_for_it() {
                     eprintln!("skipped: {family} with megatron-core {number} ({reason})");
                     continue;
                 }
-                let difference = result["logits_max_abs_diff"].as_f64();
-                let difference = difference.unwrap_or(f64::INFINITY);
-                eprintln!(
-                    "megatron-core {number}, {family} {layout:?}: logits differ by {difference:.1e}"
-                );
-                assert!(
-                    difference <= LOGITS,
-                    "{number} {family} {layout:?}: {difference}"
-                );
+                if !layout.contains(&"--stand-ins") {
+                    let difference = result["logits_max_abs_diff"].as_f64();
+                    let difference = difference.unwrap_or(f64::INFINITY);
+                    eprintln!(
+                        "megatron-core {number}, {family} {layout:?}: logits differ by {difference:.1e}"
+                    );
+                    assert!(
+                        difference <= LOGITS,
+                        "{number} {family} {layout:?}: {difference}"
+                    );
+                }
                 if let Some(reason) = result["not_saved"].as_str() {
                     eprintln!(
                         "skipped: megatron-core {number} cannot save {family} {layout:?} ({reason})"

@@ -3,12 +3,13 @@
     megatron_core.py available
     megatron_core.py names HF_DIR
     megatron_core.py check [--tp N] [--pp N] [--vpp N] [--ep N] [--dp N] [--singleton] [--optimizer SHARDING]
-        CHECKPOINT,HF_DIR[,RESAVE_DIR] ...
+        [--stand-ins [--legacy-experts]] CHECKPOINT,HF_DIR[,RESAVE_DIR] ...
 
 CHECKPOINT is an iteration's folder, HF_DIR the Hugging Face folder of the same model with its `oracle.safetensors`. `check`
 prints a line of JSON for each model: the largest difference of the logits, or why this version has no such model. Into
 RESAVE_DIR Megatron-Core saves what it has loaded: with a name for each expert where `--singleton` says so, and with all that a training run keeps,
-optimizer state included, where `--optimizer` names one of its ways of storing that. `names` prints the tensors that it asks for, with their shapes.
+optimizer state included, where `--optimizer` names one of its ways of storing that. `--stand-ins` builds the model of Transformer
+Engine's layers and of others that need a GPU, which are there by name and shape alone: without logits, then. `names` prints the tensors that it asks for, with their shapes.
 """
 import argparse
 import contextlib
@@ -108,16 +109,16 @@ def transformer_config(config, args):
     heads = config["num_attention_heads"]
     rope = rope_of(config)
     fields = dict(
-        num_layers=config["num_hidden_layers"],
+        num_layers=config.get("num_hidden_layers"),
         hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
+        ffn_hidden_size=config["intermediate_size"] or 4 * config["hidden_size"],
         num_attention_heads=heads,
-        num_query_groups=config["num_key_value_heads"],
+        num_query_groups=config["num_key_value_heads"] or heads,
         kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
         normalization="LayerNorm" if kind == "nemotron" else "RMSNorm",
-        layernorm_epsilon=config.get("rms_norm_eps") or config.get("norm_eps"),
+        layernorm_epsilon=config.get("rms_norm_eps") or config.get("norm_eps") or config["layer_norm_epsilon"],
         gated_linear_unit=kind != "nemotron",
-        activation_func=activation(config["hidden_act"]),
+        activation_func=activation(config.get("hidden_act") or config["mlp_hidden_act"]),
         add_bias_linear=kind == "gpt_oss",
         add_qkv_bias=config.get("attention_bias", kind == "qwen2"),
         qk_layernorm=kind.startswith("qwen3") or bool(config.get("use_qk_norm")),
@@ -153,6 +154,13 @@ def transformer_config(config, args):
             softmax_type="learnable",
             window_attn_skip_freq=2,
         )
+    if args.stand_ins:
+        fields.update(moe_grouped_gemm="num_moe_experts" in fields)
+        fields.update(gpu_fields(config), moe_use_legacy_grouped_gemm=args.legacy_experts)
+    if kind == "nemotron-nas":
+        from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+
+        return HeterogeneousTransformerConfig(**accepted(HeterogeneousTransformerConfig, fields))
     if "kv_lora_rank" not in config:
         return module.TransformerConfig(**accepted(module.TransformerConfig, fields))
     yarn = rope.get("rope_type") == "yarn"
@@ -177,6 +185,66 @@ def transformer_config(config, args):
             beta_slow=rope["beta_slow"],
         )
     return module.MLATransformerConfig(**accepted(module.MLATransformerConfig, fields))
+
+
+def gpu_layer_spec(transformer, kind, stage):
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    if kind == "qwen3_next":
+        from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
+
+        return variants.get_transformer_block_with_experimental_attention_variant_spec(transformer, **stage)
+    if kind == "nemotron-nas":
+        from megatron.core.models.gpt.heterogeneous import heterogeneous_layer_specs
+
+        return heterogeneous_layer_specs.get_gpt_heterogeneous_layer_spec(transformer, use_te=True)
+    return gpt_layer_specs.get_gpt_decoder_block_spec(
+        transformer, use_transformer_engine=True, normalization=transformer.normalization, **stage
+    )
+
+
+def gpu_fields(config):
+    """Keywords of models whose layers need a GPU."""
+    kind = config["model_type"]
+    if kind == "qwen3_next":
+        return dict(
+            experimental_attention_variant="gated_delta_net",
+            linear_attention_freq=[int(layer == "linear_attention") for layer in config["layer_types"]],
+            linear_conv_kernel_dim=config["linear_conv_kernel_dim"],
+            linear_key_head_dim=config["linear_key_head_dim"],
+            linear_value_head_dim=config["linear_value_head_dim"],
+            linear_num_key_heads=config["linear_num_key_heads"],
+            linear_num_value_heads=config["linear_num_value_heads"],
+            attention_output_gate=True,
+            layernorm_zero_centered_gamma=True,
+            moe_shared_expert_gate=True,
+            moe_shared_expert_intermediate_size=config["shared_expert_intermediate_size"],
+        )
+    if kind == "nemotron_h":
+        fields = dict(
+            num_layers=len(config["layers_block_type"]),
+            mamba_state_dim=config["ssm_state_size"],
+            mamba_head_dim=config["mamba_head_dim"],
+            mamba_num_groups=config["n_groups"],
+            mamba_num_heads=config["mamba_num_heads"],
+            is_hybrid_model=True,
+            gated_linear_unit=False,
+        )
+        if "moe" in config["layers_block_type"]:
+            fields.update(
+                moe_shared_expert_intermediate_size=config["moe_shared_expert_intermediate_size"],
+                moe_router_enable_expert_bias=True,
+                moe_router_score_function="sigmoid",
+                moe_router_pre_softmax=False,
+                moe_latent_size=config["moe_latent_size"],
+            )
+        else:
+            sizes = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+            fields.update(dict.fromkeys(sizes), moe_grouped_gemm=False)
+        return fields
+    if kind == "nemotron-nas":
+        return dict(heterogeneous_layers_config_encoded_json=json.dumps(config))
+    return {}
 
 
 def layer_spec(transformer, stage):
@@ -265,12 +333,14 @@ def build(config, args, virtual=0):
         transformer.yarn_mscale = None
         transformer.yarn_mscale_all_dim = None
         transformer.yarn_correction_range_round_to_int = rope.get("truncate", True)
-    if transformer.window_size is not None and not windows_without_transformer_engine():
+    if config["model_type"] == "nemotron_h":
+        return hybrid(config, transformer)
+    if transformer.window_size is not None and not args.stand_ins and not windows_without_transformer_engine():
         raise Unsupported("its own attention has no windows")
     vocab = -(-config["vocab_size"] // (16 * args.tp)) * 16 * args.tp
     model = GPTModel(
         transformer,
-        layer_spec(transformer, stage),
+        gpu_layer_spec(transformer, config["model_type"], stage) if args.stand_ins else layer_spec(transformer, stage),
         vocab_size=vocab,
         max_sequence_length=config["max_position_embeddings"],
         pre_process=mpu.is_pipeline_first_stage() and virtual == 0,
@@ -293,6 +363,26 @@ def build(config, args, virtual=0):
             original_max_position_embeddings=rope["original_max_position_embeddings"],
         )
     return model
+
+
+def hybrid(config, transformer):
+    from megatron.core import parallel_state as mpu
+    from megatron.core.models.mamba import mamba_layer_specs
+    from megatron.core.models.mamba.mamba_model import MambaModel
+
+    signs = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
+    pattern = "".join(signs[kind] for kind in config["layers_block_type"])
+    known = inspect.signature(MambaModel.__init__).parameters
+    return MambaModel(
+        transformer,
+        mamba_layer_specs.mamba_stack_spec,
+        vocab_size=config["vocab_size"],
+        max_sequence_length=config["max_position_embeddings"],
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=config["tie_word_embeddings"],
+        **{"hybrid_layer_pattern" if "hybrid_layer_pattern" in known else "hybrid_override_pattern": pattern},
+    )
 
 
 def adapt(model, config):
@@ -474,6 +564,8 @@ def check(rank, args, checkpoint, hf, resave):
             dist_checkpointing.save(state, resave)
         except Exception as reason:  # An old version that this PyTorch no longer fits.
             result["not_saved"] = str(reason)
+    if args.stand_ins:
+        return result if torch.distributed.get_rank() == 0 else None
     for part in parts:
         adapt(part, config)
 
@@ -494,6 +586,10 @@ def world_size(args):
 
 
 def rank_main(rank, args):
+    if args.stand_ins:
+        import stand_ins
+
+        stand_ins.install()
     import torch
     from megatron.core import parallel_state as mpu
 
@@ -550,6 +646,9 @@ def main():
     commands.choices["names"].add_argument("hf")
     commands.choices["check"].add_argument("--singleton", action="store_true")
     commands.choices["check"].add_argument("--optimizer", metavar="SHARDING")
+    for name in ("names", "check"):
+        commands.choices[name].add_argument("--stand-ins", action="store_true")
+        commands.choices[name].add_argument("--legacy-experts", action="store_true")
     commands.choices["check"].add_argument("models", nargs="+", metavar="CHECKPOINT,HF_DIR[,RESAVE_DIR]")
     args = parser.parse_args()
     world = world_size(args)

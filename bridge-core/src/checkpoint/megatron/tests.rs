@@ -114,6 +114,51 @@ fn rows_that_only_pad_the_vocabulary_are_cut() {
 }
 
 #[test]
+fn optimizer_state_is_listed_and_never_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("ckpt");
+    let state = [
+        "optimizer.state.exp_avg.decoder.final_layernorm.weight",
+        "chained_1.optimizer.distributed.dp_group_idx_0.gbuf_idx_0.param",
+    ];
+    let mut tensors = vec![tensor(
+        "decoder.final_layernorm.weight",
+        DType::F32,
+        &[3],
+        0,
+    )];
+    tensors.extend(state.map(|name| tensor(name, DType::F64, &[3], 0)));
+    let options = MegatronWriterOptions::default();
+    let writer = MegatronWriter::create(&target, tensors, &[], options).unwrap();
+    writer.write_at(0, 0, &[1; 12]).unwrap();
+    writer.write_at(1, 0, &[2; 24]).unwrap();
+    writer.write_at(2, 0, &[3; 24]).unwrap();
+    writer.finish().unwrap();
+    // Archives that nobody could read.
+    let path = target.join("iter_0000000/__0_0.distcp");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let class = b"DoubleStorage";
+    let places: Vec<usize> = (0..bytes.len() - class.len())
+        .filter(|at| bytes[*at..].starts_with(class))
+        .collect();
+    assert_eq!(places.len(), 2);
+    for at in places {
+        bytes[at..at + 5].copy_from_slice(b"Error");
+    }
+    std::fs::write(path, bytes).unwrap();
+    let checkpoint = MegatronCheckpoint::open(&target).unwrap();
+    let found = contents(checkpoint.store());
+    assert_eq!(
+        found.keys().collect::<Vec<_>>(),
+        ["decoder.final_layernorm.weight"]
+    );
+    assert_eq!(
+        checkpoint.other_state(),
+        state.map(|name| (name.to_owned(), 24))
+    );
+}
+
+#[test]
 fn an_unfinished_write_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("ckpt");
