@@ -144,7 +144,7 @@ const CASES: [(&[&str], &[&str]); 16] = [
     ),
     (
         &["--stand-ins", "--tp", "2"],
-        &["nemotron_h", "llama_nemotron_super", "qwen3_next"],
+        &["nemotron_h", "deepseek_v3", "qwen3_next"],
     ),
     (
         &["--stand-ins", "--ep", "2", "--singleton"],
