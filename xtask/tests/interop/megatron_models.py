@@ -138,6 +138,8 @@ def transformer_config(config, args):
         return HeterogeneousTransformerConfig(**accepted(HeterogeneousTransformerConfig, fields))
     if "kv_lora_rank" not in config:
         return module.TransformerConfig(**accepted(module.TransformerConfig, fields))
+    if config["q_lora_rank"] is None and importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config"):
+        raise Unsupported("its queries without a latent vector have a norm that the model lacks")
     yarn = rope.get("rope_type") == "yarn"
     fields.update(
         multi_latent_attention=True,
@@ -246,8 +248,6 @@ def layer_spec(transformer, stage):
         if transformer.multi_latent_attention:
             attention.core_attention = latent_core_attention(attention.core_attention)
             if transformer.q_lora_rank is None:
-                if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config"):
-                    raise Unsupported("its own layers want Transformer Engine where queries have no latent vector")
                 attention.q_layernorm = IdentityOp
         # Names as in training runs, which use Transformer Engine's layers: norms belong to the projection after them,
         # but for those before experts and before latent attention.
