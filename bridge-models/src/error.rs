@@ -86,6 +86,10 @@ pub enum Error {
         problem: String,
     },
 
+    /// What was to stand beside the layers' weights could not be attached; the text says why.
+    #[error("{0}")]
+    Adapter(String),
+
     /// A token id lies outside the vocabulary.
     #[error(
         "token id {id} at position {position} lies outside the vocabulary of {vocab_size} tokens"

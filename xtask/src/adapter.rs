@@ -6,7 +6,7 @@ use bridge_core::LayoutSpec;
 use bridge_core::checkpoint::native::{Group, NativeCheckpoint, NativeWriter, PieceSpec};
 use bridge_core::convert::{HF_DIR, HfModel};
 use bridge_core::dtype::{DType, encode_f32};
-use bridge_core::{HfConfig, Registry};
+use bridge_core::{DecoderConfig, HfConfig, ModelBridge};
 use bridge_models::registry;
 use bridge_models::weights::native_config;
 use bridge_peft::{ADAPTER_FILE, AdapterWeights, base_fingerprint, hf, merge};
@@ -78,7 +78,7 @@ struct MergeArgs {
     /// The adapter: a checkpoint of adapters.
     #[arg(long, value_name = "CKPT", required_unless_present = "adapter")]
     checkpoint: Option<PathBuf>,
-    /// The adapter: a PEFT folder.
+    /// The adapter: a PEFT folder, or a checkpoint of adapters.
     #[arg(long, value_name = "DIR", conflicts_with = "checkpoint")]
     adapter: Option<PathBuf>,
     /// The Hugging Face folder to make; must not exist.
@@ -189,18 +189,19 @@ fn run_merge(args: MergeArgs, report: Report) -> Result {
     let registry = registry();
     let hf_dir = args.hf.as_deref().map(hugging_face_folder).transpose()?;
     let base = args.base_checkpoint.as_deref().map(open).transpose()?;
-    let weights = match (&args.checkpoint, &args.adapter) {
-        (Some(path), _) => {
-            let checkpoint = open(path)?;
-            let place = hf_dir.as_deref().or(args.base_checkpoint.as_deref());
-            if let Some(place) = place.filter(|_| !args.any_base) {
-                same_base(&adapter_json(&checkpoint)?, place)?;
-            }
-            AdapterWeights::from_native(&checkpoint)?
+    // The parser makes sure that one of either two is there.
+    let adapter = (args.checkpoint.as_deref().or(args.adapter.as_deref()))
+        .ok_or_else(|| Failure::input("give --checkpoint or --adapter"))?;
+    let weights = match (&base, &hf_dir, &args.base_checkpoint) {
+        (Some(base), _, Some(place)) => {
+            let (bridge, _, config) = native_config(base, &registry)?;
+            read(adapter, place, bridge, &config, args.any_base)?
         }
-        (None, Some(dir)) => import_for(dir, hf_dir.as_deref(), base.as_ref(), &registry)?,
-        // The parser makes sure that one of the two is there.
-        (None, None) => return Err(Failure::input("give --checkpoint or --adapter".to_owned())),
+        (_, Some(dir), _) => {
+            let model = HfModel::open(dir, &registry, &LayoutSpec::default())?;
+            read(adapter, dir, model.bridge(), model.config(), args.any_base)?
+        }
+        _ => return Err(Failure::input("give --hf or --base-checkpoint")),
     };
     let progress = ConversionProgress::new()?;
     match (&base, &hf_dir, args.native) {
@@ -222,23 +223,29 @@ fn run_merge(args: MergeArgs, report: Report) -> Result {
     tell(&weights, &args.out, "merged", report)
 }
 
-fn import_for(
-    dir: &Path,
-    hf_dir: Option<&Path>,
-    base: Option<&NativeCheckpoint>,
-    registry: &Registry,
+/// An adapter for the model that `config` describes, whose weights are at `base`: a PEFT folder, or a checkpoint of
+/// adapters, which is refused where it was trained beside another model unless `any_base` says so.
+pub(crate) fn read(
+    path: &Path,
+    base: &Path,
+    bridge: &dyn ModelBridge,
+    config: &DecoderConfig,
+    any_base: bool,
 ) -> Result<AdapterWeights> {
-    match (hf_dir, base) {
-        (_, Some(base)) => {
-            let (bridge, _, config) = native_config(base, registry)?;
-            Ok(hf::import(dir, bridge, &config)?)
-        }
-        (Some(hf_dir), None) => {
-            let model = HfModel::open(hf_dir, registry, &LayoutSpec::default())?;
-            Ok(hf::import(dir, model.bridge(), model.config())?)
-        }
-        (None, None) => Err(Failure::input("give --hf or --base-checkpoint".to_owned())),
+    if path.join(hf::CONFIG_FILE).exists() {
+        return Ok(hf::import(path, bridge, config)?);
     }
+    let checkpoint = NativeCheckpoint::open(path).input(format!(
+        "{} is no PEFT folder, which has {}, and no checkpoint of adapters",
+        path.display(),
+        hf::CONFIG_FILE
+    ))?;
+    let weights = AdapterWeights::from_native(&checkpoint)?;
+    if !any_base {
+        same_base(&adapter_json(&checkpoint)?, base)?;
+    }
+    weights.check(config)?;
+    Ok(weights)
 }
 
 /// Checks that the model at `place` is the one that an adapter was trained beside.
@@ -247,7 +254,7 @@ fn same_base(json: &Value, place: &Path) -> Result {
     match json["base_fingerprint"].as_str() {
         Some(expected) if expected != found => Err(Failure::input(format!(
             "{} is not the model that the adapter was trained beside, {} (its weights have fingerprint {found}, expected \
-             {expected}); give that one, or --any-base to merge all the same",
+             {expected}); give that one, or --any-base to use this one all the same",
             place.display(),
             json["base"]
         ))),

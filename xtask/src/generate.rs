@@ -1,6 +1,7 @@
 //! `generate`: text from a model.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bridge_core::LayoutSpec;
@@ -26,10 +27,17 @@ use crate::transport::as_rank;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:\n  \
     cargo xtask generate --hf HuggingFaceTB/SmolLM2-135M-Instruct --prompt \"What is a whale?\" --chat --max-new-tokens 64\n  \
-    cargo xtask generate --checkpoint runs/tiny_llama --prompt \"The sea \" --temperature 0.8 --top-p 0.95")]
+    cargo xtask generate --checkpoint runs/tiny_llama --prompt \"The sea \" --temperature 0.8 --top-p 0.95\n  \
+    cargo xtask generate --hf meta-llama/Llama-3.2-1B --adapter runs/llama32_1b_lora --prompt \"The sea \"")]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelFlags,
+    /// LoRA or DoRA adapter to run the model with: a PEFT folder, or a checkpoint of adapters.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// Take the adapter also where the model is not the one that it was trained beside.
+    #[arg(long, requires = "adapter")]
+    any_base: bool,
     #[command(flatten)]
     prompt: Prompt,
     /// Treat the prompt as a user's turn and use the model's chat template.
@@ -95,7 +103,11 @@ pub(crate) fn run(args: Args, report: Report) -> Result {
     }
     // Rank 0 speaks for all.
     let speaks = job.as_ref().is_none_or(|job| job.options.rank == 0);
-    let model = Arc::new(ModelOnDisk::open(&args.model)?);
+    let mut model = ModelOnDisk::open(&args.model)?;
+    if let Some(adapter) = &args.adapter {
+        model = model.with_adapter(adapter, args.any_base)?;
+    }
+    let model = Arc::new(model);
     let tokenizer = model.tokenizer()?;
     let prompt_ids = prompt_ids(&args, &model, tokenizer.as_ref())?;
     let work = Generate {

@@ -13,8 +13,10 @@ use bridge_models::weights::{
 use bridge_models::{Decoder, DtypePolicy, ParallelOptions};
 use bridge_ops::Ops;
 use bridge_parallel::ParallelContext;
+use bridge_peft::AdapterWeights;
 use bridge_tokenizers::{Tokenizer, TokenizerSource};
 
+use crate::adapter;
 use crate::failure::{Blame, Result};
 use crate::flags::hugging_face_folder;
 
@@ -35,6 +37,8 @@ pub(crate) struct ModelOnDisk {
     weights: Weights,
     /// The folder of `config.json` and the tokenizer.
     folder: PathBuf,
+    /// What stands beside the weights, if anything does.
+    adapter: Option<AdapterWeights>,
 }
 
 enum Weights {
@@ -51,6 +55,7 @@ impl ModelOnDisk {
             return Ok(Self {
                 weights: Weights::Native(Box::new(native)),
                 folder,
+                adapter: None,
             });
         }
         let folder = hugging_face_folder(flags.hf.as_deref().unwrap_or_default())?;
@@ -58,7 +63,22 @@ impl ModelOnDisk {
         Ok(Self {
             weights: Weights::HuggingFace(Box::new(model)),
             folder,
+            adapter: None,
         })
+    }
+
+    /// The same model with the adapter at `path`: a PEFT folder or a checkpoint of adapters.
+    pub(crate) fn with_adapter(mut self, path: &Path, any_base: bool) -> Result<Self> {
+        self.adapter = Some(match &self.weights {
+            Weights::HuggingFace(model) => {
+                adapter::read(path, &self.folder, model.bridge(), model.config(), any_base)?
+            }
+            Weights::Native(native) => {
+                let (bridge, _, config) = native_config(native, &bridge_models::registry())?;
+                adapter::read(path, native.dir(), bridge, &config, any_base)?
+            }
+        });
+        Ok(self)
     }
 
     /// Loads the model with its weights held as `policy` says.
@@ -67,12 +87,16 @@ impl ModelOnDisk {
         device: &B::Device,
         policy: DtypePolicy,
     ) -> Result<Decoder<B>> {
-        Ok(match &self.weights {
+        let mut model = match &self.weights {
             Weights::HuggingFace(model) => load_hf(model, policy, device)?,
             Weights::Native(native) => {
                 load_native(native, &bridge_models::registry(), policy, device)?
             }
-        })
+        };
+        if let Some(adapter) = &self.adapter {
+            bridge_peft::attach_weights(&mut model, adapter)?;
+        }
+        Ok(model)
     }
 
     /// Loads a rank's part of the model.
@@ -82,12 +106,17 @@ impl ModelOnDisk {
         policy: DtypePolicy,
     ) -> bridge_models::Result<Decoder<B>> {
         let options = ParallelOptions::default();
-        match &self.weights {
-            Weights::HuggingFace(model) => load_hf_parallel(model, policy, ctx, &options),
+        let mut model = match &self.weights {
+            Weights::HuggingFace(model) => load_hf_parallel(model, policy, ctx, &options)?,
             Weights::Native(native) => {
-                load_native_parallel(native, &bridge_models::registry(), policy, ctx, &options)
+                load_native_parallel(native, &bridge_models::registry(), policy, ctx, &options)?
             }
+        };
+        if let Some(adapter) = &self.adapter {
+            bridge_peft::attach_weights(&mut model, adapter)
+                .map_err(|error| bridge_models::Error::Adapter(error.to_string()))?;
         }
+        Ok(model)
     }
 
     /// The model's config.

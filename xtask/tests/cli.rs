@@ -7,8 +7,14 @@ use std::fs;
 use serde_json::Value;
 use support::{Workbench, arg, bridge, edit_json, finish, fixture, pretrain, xtask};
 
-const VERBS: [&[&str]; 22] = [
+const VERBS: [&[&str]; 28] = [
     &["pretrain"],
+    &["finetune"],
+    &["adapter", "export"],
+    &["adapter", "import"],
+    &["adapter", "merge"],
+    &["convert"],
+    &["launch"],
     &["import"],
     &["export"],
     &["roundtrip"],
