@@ -396,7 +396,8 @@ fn tell(config: &ResolvedConfig, trained: &Trained, report: Report) -> Result {
         let base = base.filter(|_| config.peft.scheme != PeftScheme::None);
         if let Some(base) = base {
             report.text(format!(
-                "\nnext:\n  cargo xtask adapter export --checkpoint {path} --out {path}-adapter\n  \
+                "\nnext:\n  cargo xtask generate --hf {base} --adapter {path} --prompt \"...\"\n  \
+                 cargo xtask adapter export --checkpoint {path} --out {path}-adapter\n  \
                  cargo xtask adapter merge --hf {base} --checkpoint {path} --out {path}-merged"
             ))?;
         } else {
