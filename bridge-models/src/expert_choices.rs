@@ -53,6 +53,11 @@ impl<B: Ops> ExpertChoices<B> {
         }
     }
 
+    /// Whether routers are to make the choices that were written down.
+    pub(crate) fn replays(&self) -> bool {
+        self.replays
+    }
+
     /// Whether a router chose anything.
     pub fn is_empty(&self) -> bool {
         self.state().chosen.is_empty()

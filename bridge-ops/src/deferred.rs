@@ -24,7 +24,8 @@ impl Deferred {
     }
 
     /// Whether nothing waits.
-    pub fn is_empty(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
         self.queue().is_empty()
     }
 

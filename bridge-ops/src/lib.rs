@@ -109,7 +109,6 @@ pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_f32};
 pub use linear_cross_entropy::{
     LossGradRequest, LossGrads, linear_cross_entropy, linear_cross_entropy_weighted,
-    tokens_per_piece,
 };
 pub use moe::{
     BalanceLoss, CountsAcross, DropPolicy, ExpertOffsets, ExpertOrder, GroupScore, RouterGroups,

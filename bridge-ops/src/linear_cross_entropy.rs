@@ -7,7 +7,7 @@
 //! dx   = dz W,  dW = dz^T x                 dz from the log-sum-exp, piece by piece
 //! ```
 //!
-//! Tokens are taken in pieces of [`tokens_per_piece`]. The forward pass keeps the log-sum-exp of each token; the
+//! Tokens are taken in pieces of [`Ops::tokens_per_piece`]. The forward pass keeps the log-sum-exp of each token; the
 //! backward pass computes a piece's logits again. A caller that knows the gradient of each token's loss beforehand, as
 //! a training step does (one over the number of tokens), can have everything in one pass:
 //! [`linear_cross_entropy_weighted`] computes three products instead of four.
@@ -158,7 +158,7 @@ fn check_shapes<B: Ops>(x: &[usize], weight: &Param<B>, targets: &Int<B>) {
 }
 
 /// How many tokens to take at once, so that their fp32 logits fit in 64 MiB: large enough for efficient products.
-pub fn tokens_per_piece(tokens: usize, vocab: usize) -> usize {
+pub(crate) fn tokens_per_piece(tokens: usize, vocab: usize) -> usize {
     const MAX_LOGITS: usize = 16 << 20;
     let most = (MAX_LOGITS / vocab.max(1)).max(16);
     // Pieces of like size, rather than a small one at the end.

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use crate::conversion::ConversionProgress;
 use crate::failure::{Blame, Failure, Result};
 use crate::flags::hugging_face_folder;
+use crate::model::{ModelFlags, ModelOnDisk};
 use crate::report::Report;
 
 /// Moves LoRA and DoRA adapters between training, Hugging Face PEFT folders and a model's weights.
@@ -192,17 +193,11 @@ fn run_merge(args: MergeArgs, report: Report) -> Result {
     // The parser makes sure that one of either two is there.
     let adapter = (args.checkpoint.as_deref().or(args.adapter.as_deref()))
         .ok_or_else(|| Failure::input("give --checkpoint or --adapter"))?;
-    let weights = match (&base, &hf_dir, &args.base_checkpoint) {
-        (Some(base), _, Some(place)) => {
-            let (bridge, _, config) = native_config(base, &registry)?;
-            read(adapter, place, bridge, &config, args.any_base)?
-        }
-        (_, Some(dir), _) => {
-            let model = HfModel::open(dir, &registry, &LayoutSpec::default())?;
-            read(adapter, dir, model.bridge(), model.config(), args.any_base)?
-        }
-        _ => return Err(Failure::input("give --hf or --base-checkpoint")),
-    };
+    let model = ModelOnDisk::open(&ModelFlags {
+        hf: args.hf.clone(),
+        checkpoint: args.base_checkpoint.clone(),
+    })?;
+    let weights = model.read_adapter(adapter, args.any_base)?;
     let progress = ConversionProgress::new()?;
     match (&base, &hf_dir, args.native) {
         (Some(base), _, true) => {

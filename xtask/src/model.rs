@@ -35,6 +35,8 @@ pub(crate) struct ModelFlags {
 /// A model on disk, its headers read.
 pub(crate) struct ModelOnDisk {
     weights: Weights,
+    /// Where the weights are, as they were named.
+    place: PathBuf,
     /// The folder of `config.json` and the tokenizer.
     folder: PathBuf,
     /// What stands beside the weights, if anything does.
@@ -54,6 +56,7 @@ impl ModelOnDisk {
             let folder = native.dir().join(HF_DIR);
             return Ok(Self {
                 weights: Weights::Native(Box::new(native)),
+                place: path.clone(),
                 folder,
                 adapter: None,
             });
@@ -62,22 +65,30 @@ impl ModelOnDisk {
         let model = HfModel::open(&folder, &bridge_models::registry(), &LayoutSpec::default())?;
         Ok(Self {
             weights: Weights::HuggingFace(Box::new(model)),
+            place: folder.clone(),
             folder,
             adapter: None,
         })
     }
 
-    /// The same model with the adapter at `path`: a PEFT folder or a checkpoint of adapters.
-    pub(crate) fn with_adapter(mut self, path: &Path, any_base: bool) -> Result<Self> {
-        self.adapter = Some(match &self.weights {
+    /// The adapter at `path` for this model: a PEFT folder, or a checkpoint of adapters, which is refused where it was
+    /// trained beside another model unless `any_base` says so.
+    pub(crate) fn read_adapter(&self, path: &Path, any_base: bool) -> Result<AdapterWeights> {
+        match &self.weights {
             Weights::HuggingFace(model) => {
-                adapter::read(path, &self.folder, model.bridge(), model.config(), any_base)?
+                let (bridge, config) = (model.bridge(), model.config());
+                adapter::read(path, &self.place, bridge, config, any_base)
             }
             Weights::Native(native) => {
                 let (bridge, _, config) = native_config(native, &bridge_models::registry())?;
-                adapter::read(path, native.dir(), bridge, &config, any_base)?
+                adapter::read(path, &self.place, bridge, &config, any_base)
             }
-        });
+        }
+    }
+
+    /// The same model with that adapter.
+    pub(crate) fn with_adapter(mut self, path: &Path, any_base: bool) -> Result<Self> {
+        self.adapter = Some(self.read_adapter(path, any_base)?);
         Ok(self)
     }
 

@@ -158,8 +158,10 @@ impl<B: Ops> Moe<B> {
         let mut routing = route(tape, &logits, bias, &self.spec);
         let choices = ctx.expert_choices();
         if let Some(choices) = choices.filter(|_| !self.spec.fills_up(self.num_experts)) {
-            let experts = choices.decide(&self.name, routing.experts);
-            routing = route_to(tape, &logits, experts, &self.spec);
+            routing.experts = choices.decide(&self.name, routing.experts);
+            if choices.replays() {
+                routing = route_to(tape, &logits, routing.experts, &self.spec);
+            }
         }
         let valid = ctx.valid_tokens(self.sequence_part);
         if let Some(valid) = &valid {

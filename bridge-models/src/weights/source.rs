@@ -45,7 +45,6 @@ pub struct ParamBuilder<'a, B: Ops> {
     device: B::Device,
     shards: Option<Arc<Shards<B>>>,
     inside: bool,
-    full_precision: bool,
 }
 
 /// Where values come from.
@@ -70,7 +69,6 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
             device: device.clone(),
             shards: None,
             inside: false,
-            full_precision: false,
         }
     }
 
@@ -115,7 +113,6 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
             device,
             shards,
             inside: false,
-            full_precision: false,
         }
     }
 
@@ -130,10 +127,11 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
 
     /// A builder for weights that are trained in fp32 whatever the dtype of the others.
     pub fn in_full_precision(&mut self) -> ParamBuilder<'_, B> {
-        ParamBuilder {
-            full_precision: true,
-            ..self.again()
+        let mut builder = self.again();
+        if let Source::Later(dtype) = &mut builder.source {
+            *dtype = DType::F32;
         }
+        builder
     }
 
     fn again(&mut self) -> ParamBuilder<'_, B> {
@@ -145,7 +143,6 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
             device: self.device.clone(),
             shards: self.shards.clone(),
             inside: self.inside,
-            full_precision: self.full_precision,
         }
     }
 
@@ -208,12 +205,7 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
                     Ok(Param::new(name, checked::<B>(name, value, shape)?))
                 }
                 Source::Later(dtype) => {
-                    let dtype = if self.full_precision {
-                        DType::F32
-                    } else {
-                        *dtype
-                    };
-                    Ok(Param::released(name, shape, dtype, &self.device, None))
+                    Ok(Param::released(name, shape, *dtype, &self.device, None))
                 }
             };
         };
@@ -244,16 +236,11 @@ impl<'a, B: Ops> ParamBuilder<'a, B> {
                 Ok(Param::sharded(name, value, shard))
             }
             Source::Later(dtype) => {
-                let dtype = if self.full_precision {
-                    DType::F32
-                } else {
-                    *dtype
-                };
                 let local = &slice.local_shape;
                 Ok(Param::released(
                     name,
                     local,
-                    dtype,
+                    *dtype,
                     &self.device,
                     Some(shard),
                 ))

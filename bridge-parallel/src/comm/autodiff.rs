@@ -72,11 +72,7 @@ pub fn reduce_scatter<B: Ops>(tape: &Tape<B>, x: &Var<B>, group: &Group<B>, dim:
         return x.clone();
     }
     let y = group.reduce_scatter(x.value(), dim);
-    let received = (group.size() - 1) as f64;
-    let backward = on_the_way_back(tape, group, received, move |group, dy| {
-        group.start_all_gather(dy, dim)
-    });
-    tape.record(y, &[x], backward)
+    joined_on_the_way_back(tape, y, x, group, dim)
 }
 
 /// The ranks' parts joined along `dim`, replicated; each rank takes its part of the gradient, since every rank computes
@@ -103,11 +99,7 @@ pub fn scatter<B: Ops>(tape: &Tape<B>, x: &Var<B>, group: &Group<B>, dim: usize)
         return x.clone();
     }
     let y = own_part::<B>(x.value(), dim, group.rank(), group.size());
-    let received = (group.size() - 1) as f64;
-    let backward = on_the_way_back(tape, group, received, move |group, dy| {
-        group.start_all_gather(dy, dim)
-    });
-    tape.record(y, &[x], backward)
+    joined_on_the_way_back(tape, y, x, group, dim)
 }
 
 /// Rows of dimension 0 sent to each rank, as [`Communicator::all_to_all`](super::Communicator::all_to_all) does; their
@@ -149,6 +141,21 @@ fn on_the_way_back<B: Ops>(
         B::beside_exchange(|| deferred.work_for(bytes * FLOPS_PER_BYTE));
         vec![Some(exchanged.wait())]
     }
+}
+
+/// `y`, this rank's part of something made of `x`; the gradients of the parts are joined along `dim` on the way back.
+fn joined_on_the_way_back<B: Ops>(
+    tape: &Tape<B>,
+    y: Float<B>,
+    x: &Var<B>,
+    group: &Group<B>,
+    dim: usize,
+) -> Var<B> {
+    let received = (group.size() - 1) as f64;
+    let backward = on_the_way_back(tape, group, received, move |group, dy| {
+        group.start_all_gather(dy, dim)
+    });
+    tape.record(y, &[x], backward)
 }
 
 /// The other ranks' share of a group.

@@ -6,7 +6,7 @@ use bridge_core::checkpoint::{ShardedWriter, TensorSpec, WriterOptions};
 use bridge_core::dtype::DType;
 use bridge_core::plan::plan_from_shapes;
 use bridge_core::{HfConfig, LayoutSpec};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::failure::{Failure, Result};
 use crate::progress::ByteProgress;
@@ -151,10 +151,7 @@ fn gpt_oss(bytes: u64) -> Result<HfConfig> {
         "tie_word_embeddings": false,
         "torch_dtype": "bfloat16",
     });
-    Ok(HfConfig::from_slice(
-        json.to_string().as_bytes(),
-        "the synthetic checkpoint",
-    )?)
+    config_of(&json)
 }
 
 /// A Llama whose bf16 weights come as near to `bytes` as whole layers allow.
@@ -192,10 +189,12 @@ fn llama(bytes: u64) -> Result<HfConfig> {
         "tie_word_embeddings": false,
         "torch_dtype": "bfloat16",
     });
-    Ok(HfConfig::from_slice(
-        json.to_string().as_bytes(),
-        "the synthetic checkpoint",
-    )?)
+    config_of(&json)
+}
+
+fn config_of(json: &Value) -> Result<HfConfig> {
+    let what = "the synthetic checkpoint";
+    Ok(HfConfig::from_slice(json.to_string().as_bytes(), what)?)
 }
 
 fn vocab(hidden: u64) -> u64 {
